@@ -1,0 +1,292 @@
+// The plan-less entry points: clip_grad_norm_ and its parts, state memory, bandwidth probes.
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "bindings/aliasing.h"
+#include "bindings/plan.h"
+
+namespace pysmooth {
+namespace {
+
+// Gradients of one call. Kept between calls, so that its buffers are allocated once per thread.
+struct GradList {
+  Pipeline pipeline;
+  std::deque<Layout> layouts;
+  std::vector<py::object> grads;
+  std::vector<RealView> odd_views;
+
+  void clear() {
+    pipeline.slots.clear();
+    layouts.clear();
+    grads.clear();
+  }
+};
+
+void add(GradList* list, py::object grad) {
+  const size_t index = list->grads.size();
+  const auto what = [&] { return "gradient " + std::to_string(index); };
+  DLTensor d;
+  shared_reader().read(grad.ptr(), &d, what);
+  Slot slot;
+  slot.param = d.data;
+  slot.grad = d.data;
+  slot.active = true;
+  bool contiguous = d.dtype.code == kDLFloat && d.dtype.bits == 32;
+  int64_t numel = 1;
+  for (int k = d.ndim - 1; contiguous && k >= 0; --k) {
+    contiguous = d.shape[k] == 1 || d.strides[k] == numel;
+    numel *= d.shape[k];
+  }
+  slot.numel = numel;
+  if (!contiguous) {
+    Signature form;
+    form.assign(d);
+    const RealView view = RealView::of(form, what());
+    Layout layout;
+    if (!merge_layout(static_cast<int>(view.shape.size()), view.shape.data(),
+                      {view.strides.data()}, &layout))
+      throw py::value_error(what() + " has more than " + std::to_string(kMaxDims) +
+                            " dimensions that cannot be merged");
+    slot.numel = view.numel;
+    slot.param_dtype = slot.grad_dtype = view.dtype;
+    if (!layout.linear()) {
+      list->layouts.push_back(layout);
+      slot.layout = slot.grad_layout = &list->layouts.back();
+    }
+  }
+  list->grads.push_back(std::move(grad));
+  if (slot.numel == 0) slot.active = false;
+  list->pipeline.slots.push_back(slot);
+}
+
+// In-place scaling would hit an element of an expanded gradient more than once, and memory that two
+// gradients share twice over, at the same time.
+void check_writable(const GradList& list) {
+  std::vector<Region> regions;
+  std::deque<RealView> views;
+  for (size_t t = 0; t < list.grads.size(); ++t) {
+    DLTensor d;
+    shared_reader().read(list.grads[t].ptr(), &d, [] { return std::string("gradient"); });
+    Signature form;
+    form.assign(d);
+    views.push_back(RealView::of(form, "gradient"));
+    const RealView& v = views.back();
+    if (overlaps_itself(static_cast<int>(v.shape.size()), v.shape.data(), v.strides.data()))
+      throw py::value_error("gradient " + std::to_string(t) +
+                            " overlaps itself in memory (an expanded tensor?) and cannot be "
+                            "scaled in place; clone it first");
+    regions.push_back(Region::of(d.data, v, static_cast<int>(t)));
+  }
+  const auto [a, b] = find_alias(std::move(regions));
+  if (a >= 0)
+    throw py::value_error("gradients " + std::to_string(a) + " and " + std::to_string(b) +
+                          " share memory and cannot be scaled in place");
+}
+
+struct NormResult {
+  double norm;
+  bool has_f64;
+  std::vector<double> norms;
+};
+
+// mode 0: norms only; 1: norms, then clip to max_norm; 2: scale by the coefficient `max_norm`.
+enum class Work { norms, clip, scale };
+
+class Call {
+ public:
+  Call() : list_(shared()) { list_.clear(); }
+  ~Call() { list_.clear(); }  // drop the references to the gradients
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  GradList& list() { return list_; }
+
+  void reduce(double norm_type, int threads) {
+    Pipeline& p = list_.pipeline;
+    prepare(norm_type);
+    p.always_norm = true;
+    p.skip_unit_coef = true;  // no clip: every coefficient is 1, so apply does nothing
+    p.groups[0].clip = {};
+    py::gil_scoped_release nogil;
+    run_step(&p, threads);
+  }
+
+  // Scales by `coef`; NaN and infinities included, as torch does.
+  void scale(double coef, int threads) {
+    check_writable(list_);
+    Pipeline& p = list_.pipeline;
+    prepare(2.0);
+    p.always_norm = false;
+    p.skip_unit_coef = false;
+    p.groups[0].hyper[0] = coef;
+    p.groups[0].clip = {};
+    {
+      py::gil_scoped_release nogil;
+      run_step(&p, threads);
+    }
+    py::list written;
+    for (size_t t = 0; t < list_.grads.size(); ++t)
+      if (p.slots[t].active) written.append(list_.grads[t]);
+    increment_version(written);
+  }
+
+  NormResult result() const {
+    NormResult out{list_.pipeline.norms[0], false, list_.pipeline.tensor_norms};
+    for (const Slot& slot : list_.pipeline.slots)
+      out.has_f64 = out.has_f64 || slot.grad_dtype == DType::f64;
+    return out;
+  }
+
+ private:
+  static GradList& shared() {
+    thread_local auto* const list = new GradList();  // leaked: it may hold Python objects
+    return *list;
+  }
+  void prepare(double norm_type) {
+    Pipeline& p = list_.pipeline;
+    static const int rule = find_rule("scale");
+    for (Slot& slot : p.slots) slot.rule = rule;
+    p.groups.resize(1);
+    p.groups[0].hyper[0] = 1.0;
+    p.norm_type = norm_type;
+    p.cut_chunks();
+  }
+  GradList& list_;
+};
+
+py::tuple grad_norm(const py::list& tensors, double norm_type, int threads) {
+  Call call;
+  for (const py::handle t : tensors) add(&call.list(), py::reinterpret_borrow<py::object>(t));
+  call.reduce(norm_type, threads);
+  const NormResult out = call.result();
+  return py::make_tuple(out.norm, out.has_f64);
+}
+
+// Returns (norm, any gradient is float64, any gradient at all).
+py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_type,
+                         bool error_if_nonfinite, int threads) {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  Call call;
+  for (const py::handle p : params) {
+    PyObject* const grad = PyObject_GetAttr(p.ptr(), name);
+    if (grad == nullptr) throw py::error_already_set();
+    auto owned = py::reinterpret_steal<py::object>(grad);
+    if (!owned.is_none()) add(&call.list(), std::move(owned));
+  }
+  if (call.list().grads.empty()) return py::make_tuple(0.0, false, false);
+  call.reduce(norm_type, threads);
+  const NormResult out = call.result();
+  // On a non-finite norm with error_if_nonfinite the caller raises; gradients stay as they are.
+  if (!(error_if_nonfinite && !std::isfinite(out.norm))) {
+    Clip clip;
+    clip.mode = ClipMode::hard;
+    clip.max_norm = max_norm;
+    clip.eps = 1e-6;  // torch's
+    const double coef = clip_coefficient(clip, out.norm);
+    if (coef != 1.0) call.scale(coef, threads);
+  }
+  return py::make_tuple(out.norm, out.has_f64, true);
+}
+
+void scale(const py::list& tensors, double coef, int threads) {
+  Call call;
+  for (const py::handle t : tensors) add(&call.list(), py::reinterpret_borrow<py::object>(t));
+  call.scale(coef, threads);
+}
+
+// Zeroes freshly allocated dense tensors: huge pages where the system grants them on request, and a
+// first touch by all threads, since faulting pages in is what makes large allocations slow.
+void fill_zero(const py::list& tensors, int threads) {
+  std::vector<std::pair<char*, int64_t>> spans;
+  for (const py::handle t : tensors) {
+    DLTensor d;
+    shared_reader().read(t.ptr(), &d, [] { return std::string("state"); });
+    Signature form;
+    form.assign(d);
+    const RealView view = RealView::of(form, "state");
+    spans.emplace_back(static_cast<char*>(d.data), view.numel * itemsize(view.dtype));
+  }
+  py::gil_scoped_release nogil;
+  for (const auto& [data, bytes] : spans) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+    const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+    const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+    parallel_ranges(
+        bytes, int64_t{4} << 20, threads,
+        [](void* base, int64_t from, int64_t to) {
+          std::memset(static_cast<char*>(base) + from, 0, static_cast<size_t>(to - from));
+        },
+        data);
+  }
+}
+
+float* probe_data(py::handle tensor, int64_t* numel) {
+  DLTensor d;
+  shared_reader().read(tensor.ptr(), &d, [] { return std::string("probe tensor"); });
+  if (d.dtype.code != kDLFloat || d.dtype.bits != 32 || d.ndim != 1 || d.strides[0] != 1)
+    throw py::value_error("probe tensors must be contiguous, one-dimensional, float32");
+  if (*numel >= 0 && *numel != d.shape[0])
+    throw py::value_error("probe tensors must be of one size");
+  *numel = d.shape[0];
+  return static_cast<float*>(d.data);
+}
+
+void probe_mix(const py::list& rw, const py::list& r, int threads) {
+  if (rw.size() > 3 || r.size() > 2 || rw.size() + r.size() == 0)
+    throw py::value_error("probe: at most 3 tensors in rw, 2 in r, and at least one in all");
+  struct Context {
+    ProbeArgs args;
+    ProbeFn fn;
+  } context{};
+  int64_t numel = -1;
+  for (size_t i = 0; i < rw.size(); ++i) context.args.rw[i] = probe_data(rw[i], &numel);
+  for (size_t i = 0; i < r.size(); ++i) context.args.r[i] = probe_data(r[i], &numel);
+  context.fn = kernels().probe[rw.size()][r.size()];
+  py::gil_scoped_release nogil;
+  parallel_ranges(
+      numel, kChunk * 4, threads,
+      [](void* p, int64_t begin, int64_t end) {
+        auto* const c = static_cast<Context*>(p);
+        ProbeArgs args = c->args;
+        args.begin = begin;
+        args.length = end - begin;
+        volatile double sink = c->fn(args);
+        (void)sink;
+      },
+      &context);
+}
+
+void probe_copy(py::handle dst, py::handle src, int threads) {
+  int64_t numel = -1;
+  std::pair<float*, float*> pair;
+  pair.first = probe_data(dst, &numel);
+  pair.second = probe_data(src, &numel);
+  py::gil_scoped_release nogil;
+  parallel_ranges(
+      numel, kChunk * 4, threads,
+      [](void* p, int64_t begin, int64_t end) {
+        const auto* const c = static_cast<std::pair<float*, float*>*>(p);
+        std::memcpy(c->first + begin, c->second + begin, static_cast<size_t>(end - begin) * 4);
+      },
+      &pair);
+}
+
+}  // namespace
+
+void bind_functional(py::module_& m) {
+  m.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("threads"));
+  m.def("clip_grad_norm", &clip_grad_norm, py::arg("params"), py::arg("max_norm"),
+        py::arg("norm_type"), py::arg("error_if_nonfinite"), py::arg("threads"));
+  m.def("scale", &scale, py::arg("tensors"), py::arg("coef"), py::arg("threads"));
+  m.def("fill_zero", &fill_zero, py::arg("tensors"), py::arg("threads"));
+  m.def("probe_mix", &probe_mix, py::arg("rw"), py::arg("r"), py::arg("threads"));
+  m.def("probe_copy", &probe_copy, py::arg("dst"), py::arg("src"), py::arg("threads"));
+}
+
+}  // namespace pysmooth

@@ -1,0 +1,48 @@
+// The extension module pysmooth._cpu.
+
+
+
+#include "bindings/plan.h"
+
+namespace pysmooth {
+namespace {
+
+// What this backend implements: Python asks, nobody keeps a list by hand.
+py::list rules() {
+  py::list out;
+  for (int i = 0; i < kernels().rule_count; ++i) {
+    const RuleInfo& info = kernels().rules[i];
+    py::list hypers, pairs;
+    for (int k = 0; k < info.hypers; ++k) hypers.append(info.hyper[k]);
+    for (int p = 0; p < kDTypes; ++p)
+      for (int g = 0; g < kDTypes; ++g)
+        if (info.apply[p][g] != nullptr)
+          pairs.append(py::make_tuple(dtype_name(static_cast<DType>(p)),
+                                      dtype_name(static_cast<DType>(g))));
+    py::dict rule;
+    rule["name"] = info.name;
+    rule["hyper"] = py::tuple(hypers);
+    rule["states"] = info.states;
+    rule["dtypes"] = py::tuple(pairs);
+    out.append(rule);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace pysmooth
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace pysmooth;
+  m.doc() = "pysmooth's CPU kernels: reduce and apply over lists of tensors.";
+  py::register_exception<Unsupported>(m, "UnsupportedError", PyExc_TypeError);
+  in_forked_child();  // registers the fork handler
+  bind_plan(m);
+  bind_functional(m);
+  m.def("rules", &rules);
+  m.def("isa", [] { return std::string(kernels().isa); });
+  m.def("isa_levels", &isa_levels);
+  m.def("set_isa", &set_isa, py::arg("isa"));
+  m.def("set_dlpack_enabled", &set_dlpack_enabled, py::arg("enabled"));
+  m.def("uses_dlpack", [] { return shared_reader().uses_dlpack(); });
+}

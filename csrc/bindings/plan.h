@@ -1,0 +1,69 @@
+// A Plan: the part of a step that does not change from step to step.
+//
+// Built once from an optimizer's parameters and states, it holds sizes, dtypes, the chunk table and
+// the addresses of everything but gradients. A step re-reads gradient addresses, compares the rest
+// with what it knows, and reports itself stale when something else changed.
+#pragma once
+
+#include <deque>
+#include <memory>
+
+#include "bindings/tensor_reader.h"
+#include "cpu/run.h"
+
+namespace pysmooth {
+
+class Plan {
+ public:
+  Plan(const py::list& params, const py::list& state_dicts, const py::list& state_keys,
+       const std::vector<std::string>& rules, const std::vector<int>& groups,
+       std::vector<std::string> names, const std::vector<bool>& first, int scope, int policy,
+       double norm_type);
+
+  // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
+  // `hypers` and `clips` the numbers of each group. Returns an Outcome, or kStale.
+  static constexpr int kStale = 3;
+  int step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
+           int threads);
+
+  std::vector<double> norms() const { return pipeline_.norms; }
+  std::vector<double> coefs() const { return pipeline_.coefs; }
+  std::vector<bool> active() const;
+  std::vector<int> unapplied() const;  // slots whose states hold nothing yet
+  bool reduced() const { return pipeline_.reduced; }
+  std::vector<std::string> nonfinite_names() const;
+
+ private:
+  struct Entry {
+    PyObject* param;                     // owned by params_
+    PyObject* state_dict;                // owned by state_dicts_
+    std::vector<PyObject*> states;       // borrowed from the state dict, checked each step
+    Signature param_form, grad_form;
+    std::vector<Signature> state_forms;
+    RealView view;
+    Layout layout, grad_layout;
+    bool grad_known = false;
+  };
+
+  std::string what(const char* kind, size_t t) const { return kind + (" '" + names_[t] + "'"); }
+  void read_states(size_t t, const py::tuple& keys);
+  void learn_gradient(size_t t, const DLTensor& grad);
+  bool unchanged(const py::list& param_lists) const;
+  bool gather();  // false: stale
+  void check_aliasing();
+
+  py::list params_, state_dicts_, state_keys_, written_;
+  std::vector<std::string> names_;
+  std::vector<Entry> entries_;
+  std::vector<py::object> grads_;  // kept alive while the kernels run
+  std::vector<size_t> group_sizes_;
+  bool all_active_ = false;
+  Pipeline pipeline_;
+};
+
+// Index of a rule by name in the kernels' table.
+int find_rule(const std::string& name);
+void bind_plan(py::module_& m);
+void bind_functional(py::module_& m);
+
+}  // namespace pysmooth

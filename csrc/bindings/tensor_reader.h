@@ -1,0 +1,87 @@
+// Reads tensors without libtorch: through the DLPack C exchange API that torch >= 2.10 publishes
+// (some 30 ns a tensor), or through Python attributes on older versions.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#if __has_include(<dlpack/dlpack.h>)
+#include <dlpack/dlpack.h>
+#else
+#include <ATen/dlpack.h>  // torch's copy of the same header
+#endif
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/layout.h"
+
+namespace pysmooth {
+
+namespace py = pybind11;
+
+// Raised for tensors that another backend might take: wrong device, dtype or kind of tensor.
+struct Unsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What is cached of a tensor, to notice that it moved or changed.
+struct Signature {
+  void* data = nullptr;
+  DLDataType dtype = {};
+  int ndim = 0;
+  std::vector<int64_t> dims;  // shape, then strides
+
+  const int64_t* shape() const { return dims.data(); }
+  const int64_t* strides() const { return dims.data() + ndim; }
+  void assign(const DLTensor& t);
+  bool same_form(const DLTensor& t) const;  // all but the address
+  bool same(const DLTensor& t) const { return t.data == data && same_form(t); }
+};
+
+// A tensor as the kernels see it: real, with a complex tensor's parts as a last dimension of 2.
+struct RealView {
+  DType dtype = DType::f32;
+  int64_t numel = 1;
+  std::vector<int64_t> shape, strides;
+
+  static RealView of(const Signature& s, const std::string& what);
+};
+
+class TensorReader {
+ public:
+  // `use_dlpack` false forces the attribute path.
+  explicit TensorReader(bool use_dlpack);
+
+  // Fills `out`; its shape and strides stay valid until the next call. `what` names the tensor in
+  // the errors raised for sparse, meta, distributed and other tensors without plain CPU memory.
+  template <class What>
+  void read(PyObject* tensor, DLTensor* out, const What& what) {
+    if (exchange_ == nullptr || exchange_(tensor, out) != 0) read_slow(tensor, out, what());
+    out->data = static_cast<char*>(out->data) + out->byte_offset;
+    if (out->device.device_type != kDLCPU || out->data == nullptr) check(tensor, *out, what());
+  }
+
+  bool uses_dlpack() const { return exchange_ != nullptr; }
+
+ private:
+  void read_slow(PyObject* tensor, DLTensor* out, const std::string& what);
+  void check(PyObject* tensor, const DLTensor& t, const std::string& what) const;
+
+  int (*exchange_)(void* tensor, DLTensor* out) = nullptr;
+  std::vector<int64_t> scratch_;
+};
+
+// The reader every call shares; `dlpack_enabled` is switched off by tests of the attribute path.
+TensorReader& shared_reader();
+void set_dlpack_enabled(bool enabled);
+
+// True if the tensor's values differ from its memory: torch's lazy conjugation and negation.
+bool has_lazy_bits(PyObject* tensor);
+
+// Tells autograd that memory was written behind its back.
+void increment_version(const py::list& tensors);
+
+}  // namespace pysmooth

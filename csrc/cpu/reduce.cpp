@@ -1,0 +1,238 @@
+// reduce, on CPU: norms of a chunk of a tensor.
+//
+// Elements fold into 64 lanes, whatever the vector width: element i of a block goes to lane i mod 64.
+// After every block of 4096 elements the lanes are combined in double, by a fixed tree. So SSE2, AVX2
+// and AVX-512, vector bodies and tails give the same bits, and a lane holds at most 64 additions.
+//
+// Float sums can overflow (|x| > 1.8e19 in squares) or lose small terms to underflow. Both show in
+// the block's sum, and such a block, still in L1, is summed again in double.
+
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+#include "cpu/walk.h"
+
+PYSMOOTH_KERNELS_BEGIN
+
+constexpr int kLanes = 64;
+constexpr int kBlock = 4096;
+constexpr double kLargestFinite = 1.7976931348623157e308;
+
+// The unsigned integer with the bits of a floating-point type, alone or in vectors. Comparing
+// magnitudes as integers orders NaN above infinity, so a maximum never loses one.
+template <class C>
+struct bits_of;
+template <>
+struct bits_of<float> {
+  using type = uint32_t;
+  static constexpr uint32_t kMagnitude = 0x7fffffffu;
+  static constexpr uint32_t kInfinity = 0x7f800000u;
+};
+template <>
+struct bits_of<double> {
+  using type = uint64_t;
+  static constexpr uint64_t kMagnitude = 0x7fffffffffffffffu;
+  static constexpr uint64_t kInfinity = 0x7ff0000000000000u;
+};
+
+template <class C>
+PYSMOOTH_HD vec<C> magnitude(vec<C> x) {
+  using U = vec<typename bits_of<C>::type>;
+  return bits_as<vec<C>>(U(bits_as<U>(x) & bits_of<C>::kMagnitude));
+}
+
+template <class C>
+PYSMOOTH_HD vec<C> larger(vec<C> a, vec<C> b) {  // of two magnitudes
+  using U = vec<typename bits_of<C>::type>;
+  return bits_as<U>(b) > bits_as<U>(a) ? b : a;
+}
+
+struct Sum {
+  static constexpr double kNeutral = 0.0;
+  PYSMOOTH_HD static double combine(double a, double b) { return a + b; }
+};
+
+template <class C>
+struct Squares : Sum {
+  PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) { return acc + x * x; }
+};
+
+template <class C>
+struct Absolutes : Sum {
+  PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) { return acc + magnitude<C>(x); }
+};
+
+template <class C>
+struct Nonzeros : Sum {
+  PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) {
+    return acc + (x != vec<C>{} ? vec<C>{} + C(1) : vec<C>{});
+  }
+};
+
+template <class C>
+struct Largest {
+  static constexpr double kNeutral = 0.0;
+  PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) { return larger<C>(acc, magnitude<C>(x)); }
+  PYSMOOTH_HD static double combine(double a, double b) { return a > b || a != a ? a : b; }
+};
+
+template <class C>
+struct Smallest {
+  static constexpr double kNeutral = __builtin_inf();
+  PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) {
+    const vec<C> a = magnitude<C>(x);
+    return (a != a) | (a < acc) ? a : acc;
+  }
+  PYSMOOTH_HD static double combine(double a, double b) { return a < b || a != a ? a : b; }
+};
+
+// Folds one block of n <= kBlock elements into 64 lanes and those into one double. A block that does
+// not fill its last row of lanes is completed with `pad`, which must not change the result.
+template <class F, class C, class T>
+PYSMOOTH_HD double fold_block(const T* x, int64_t n, C pad) {
+  constexpr int W = lanes_of<C>;
+  constexpr int kRegisters = kLanes / W;
+  vec<C> acc[kRegisters];
+  for (int j = 0; j < kRegisters; ++j) acc[j] = vec<C>{} + static_cast<C>(F::kNeutral);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int byte = 0; byte < kLanes * static_cast<int>(sizeof(T)); byte += 64)
+      prefetch_ahead(reinterpret_cast<const char*>(x + i) + byte);
+#pragma GCC unroll 16
+    for (int j = 0; j < kRegisters; ++j)
+      acc[j] = F::fold(acc[j], vector_io<C>::load(x + i + j * W));
+  }
+  if (i < n) {
+    alignas(64) C row[kLanes];
+    for (int j = 0; j < kLanes; ++j) row[j] = i + j < n ? load1<C>(x + i + j) : pad;
+    for (int j = 0; j < kRegisters; ++j)
+      acc[j] = F::fold(acc[j], vector_io<C>::load(row + j * W));
+  }
+  alignas(64) C narrow[kLanes];
+  alignas(64) double lane[kLanes];
+  for (int j = 0; j < kRegisters; ++j) vector_io<C>::store(narrow + j * W, acc[j]);
+  for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<double>(narrow[j]);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lane[j] = F::combine(lane[j], lane[j + half]);
+  return lane[0];
+}
+
+template <class C, class T>
+PYSMOOTH_HD double largest(const T* x, int64_t n) {
+  return fold_block<Largest<C>>(x, n, C(0));
+}
+
+// A block's sum again, widened to double, for when the float sum cannot be trusted.
+template <template <class> class F, class T>
+double fold_wide(const T* x, int64_t n) {
+  alignas(64) double row[kLanes];
+  double total = 0.0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) row[j] = i + j < n ? load1<double>(x + i + j) : 0.0;
+    total += fold_block<F<double>>(row, kLanes, 0.0);
+  }
+  return total;
+}
+
+template <class T>
+bool any_nonfinite(const T* x, int64_t n) {
+  const double a = largest<compute_t<T>>(x, n);
+  return !(a <= kLargestFinite);
+}
+
+template <Reduction kind, class T>
+PYSMOOTH_HD Partial reduce_block(const T* x, int64_t n, double power) {
+  using C = compute_t<T>;
+  Partial out;
+  if constexpr (kind == Reduction::sum_squares || kind == Reduction::sum_abs) {
+    constexpr bool kSquares = kind == Reduction::sum_squares;
+    // Terms below this lose bits to underflow: 4096 of them, each off by 2^-150, stay invisible
+    // beside a sum of 2^-100.
+    constexpr double kTrusted = kSquares ? 7.8886090522101181e-31 : 0.0;
+    const double sum = kSquares ? fold_block<Squares<C>>(x, n, C(0)) : fold_block<Absolutes<C>>(x, n, C(0));
+    out.value = sum;
+    if (!(sum >= kTrusted && sum <= 3.4028234663852886e38)) {
+      const double top = largest<C>(x, n);
+      out.nonfinite = !(top <= kLargestFinite);
+      if (sizeof(C) == 4 && top != 0.0)
+        out.value = kSquares ? fold_wide<Squares>(x, n) : fold_wide<Absolutes>(x, n);
+    }
+  } else if constexpr (kind == Reduction::max_abs) {
+    out.value = largest<C>(x, n);
+    out.nonfinite = !(out.value <= kLargestFinite);
+  } else {
+    if constexpr (kind == Reduction::min_abs) {
+      out.value = fold_block<Smallest<C>>(x, n, static_cast<C>(__builtin_inf()));
+    } else if constexpr (kind == Reduction::count_nonzero) {
+      out.value = fold_block<Nonzeros<C>>(x, n, C(0));
+    } else {
+      for (int64_t i = 0; i < n; ++i) out.value += std::pow(std::fabs(load1<double>(x + i)), power);
+    }
+    out.nonfinite = any_nonfinite(x, n);
+  }
+  return out;
+}
+
+template <Reduction kind>
+PYSMOOTH_HD void combine(Partial* total, const Partial& block) {
+  if constexpr (kind == Reduction::max_abs)
+    total->value = Largest<double>::combine(total->value, block.value);
+  else if constexpr (kind == Reduction::min_abs)
+    total->value = Smallest<double>::combine(total->value, block.value);
+  else
+    total->value += block.value;
+  total->nonfinite = total->nonfinite || block.nonfinite;
+}
+
+template <Reduction kind, class T>
+Partial reduce(const ReduceArgs& a) {
+  const T* const data = static_cast<const T*>(a.data);
+  Partial total;
+  total.value = kind == Reduction::min_abs ? Smallest<double>::kNeutral : 0.0;
+  if (a.layout == nullptr) {
+    for (int64_t i = 0; i < a.length; i += kBlock)
+      combine<kind>(&total, reduce_block<kind>(data + a.begin + i,
+                                               a.length - i < kBlock ? a.length - i : kBlock,
+                                               a.power));
+    return total;
+  }
+  // Strided: gather a block, reduce it like a linear one.
+  T block[kBlock];
+  int64_t filled = 0;
+  const int64_t stride = a.layout->stride[0][a.layout->ndim - 1];
+  walk(*a.layout, a.begin, a.length, [&](const int64_t* offset, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      block[filled++] = data[offset[0] + i * stride];
+      if (filled == kBlock) {
+        combine<kind>(&total, reduce_block<kind>(block, filled, a.power));
+        filled = 0;
+      }
+    }
+  });
+  if (filled > 0) combine<kind>(&total, reduce_block<kind>(block, filled, a.power));
+  return total;
+}
+
+template <Reduction kind>
+void fill(ReduceFn* row) {
+  row[static_cast<int>(DType::f32)] = reduce<kind, float>;
+  row[static_cast<int>(DType::f64)] = reduce<kind, double>;
+  row[static_cast<int>(DType::bf16)] = reduce<kind, bf16>;
+  row[static_cast<int>(DType::f16)] = reduce<kind, f16>;
+}
+
+KernelTable reduce_table() {
+  static ReduceFn functions[kReductions][kDTypes];
+  fill<Reduction::sum_squares>(functions[static_cast<int>(Reduction::sum_squares)]);
+  fill<Reduction::sum_abs>(functions[static_cast<int>(Reduction::sum_abs)]);
+  fill<Reduction::max_abs>(functions[static_cast<int>(Reduction::max_abs)]);
+  fill<Reduction::min_abs>(functions[static_cast<int>(Reduction::min_abs)]);
+  fill<Reduction::count_nonzero>(functions[static_cast<int>(Reduction::count_nonzero)]);
+  fill<Reduction::sum_power>(functions[static_cast<int>(Reduction::sum_power)]);
+  KernelTable table{};
+  table.reduce = functions;
+  return table;
+}
+
+PYSMOOTH_KERNELS_END

@@ -1,0 +1,222 @@
+// The pipeline of one step. Chunks of all tensors are shared out among the threads; partial results
+// are kept per chunk and combined in chunk order by one thread, so the outcome is the same to the
+// bit for any number of threads.
+
+#include "cpu/run.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+namespace pysmooth {
+namespace {
+
+std::atomic<bool> forked{false};
+
+// Waking the pool costs a few microseconds: less work than this is done by the caller alone.
+constexpr int64_t kSerialElements = 16384;
+
+// A share of the chunks per thread keeps small models in each core's cache from reduce to apply.
+// Above this size caches do not matter, and chunks are handed out as threads ask for them, so that a
+// thread which the system slows down holds nobody up.
+constexpr int64_t kStaticElements = int64_t{1} << 22;
+constexpr int64_t kGrab = 4;
+
+Reduction reduction_of(double norm_type) {
+  if (norm_type == 2.0) return Reduction::sum_squares;
+  if (norm_type == 1.0) return Reduction::sum_abs;
+  if (norm_type == 0.0) return Reduction::count_nonzero;
+  if (std::isinf(norm_type)) return norm_type > 0 ? Reduction::max_abs : Reduction::min_abs;
+  return Reduction::sum_power;
+}
+
+double combine(Reduction kind, double a, double b) {
+  if (kind == Reduction::max_abs) return a > b || a != a ? a : b;
+  if (kind == Reduction::min_abs) return a < b || a != a ? a : b;
+  return a + b;
+}
+
+double neutral(Reduction kind) { return kind == Reduction::min_abs ? HUGE_VAL : 0.0; }
+
+double finish(Reduction kind, double norm_type, double value) {
+  if (kind == Reduction::sum_squares) return std::sqrt(value);
+  if (kind == Reduction::sum_power) return std::pow(value, 1.0 / norm_type);
+  return value;
+}
+
+void reduce_chunk(Pipeline* p, ReduceFn const (*table)[kDTypes], Reduction kind, int64_t i) {
+  const Chunk& chunk = p->chunks[i];
+  const Slot& slot = p->slots[static_cast<size_t>(chunk.tensor)];
+  if (!slot.active) return;
+  const ReduceArgs args{slot.grad, slot.grad_layout, chunk.begin, chunk.length, p->norm_type};
+  p->partials[static_cast<size_t>(i)] =
+      table[static_cast<int>(kind)][static_cast<int>(slot.grad_dtype)](args);
+}
+
+void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
+  const Chunk& chunk = p->chunks[i];
+  const auto t = static_cast<size_t>(chunk.tensor);
+  const Slot& slot = p->slots[t];
+  if (!slot.active) return;
+  ApplyArgs args;
+  args.scalars = {p->reduced ? p->coefs[t] : 1.0, slot.first};
+  if (p->skip_unit_coef && args.scalars.grad_coef == 1.0) return;
+  args.param = slot.param;
+  args.grad = slot.grad;
+  for (int k = 0; k < kMaxStates; ++k) args.state[k] = slot.state[k];
+  args.layout = slot.layout;
+  args.begin = chunk.begin;
+  args.length = chunk.length;
+  args.hyper = p->groups[static_cast<size_t>(slot.group)].hyper;
+  rules[slot.rule]
+      .apply[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](args);
+}
+
+// Turns the partials into norms and clip coefficients. One thread, fixed order.
+void finalize(Pipeline* p, Reduction kind) {
+  const auto tensors = p->slots.size();
+  const size_t units = p->scope == Scope::global  ? 1
+                       : p->scope == Scope::group ? p->groups.size()
+                                                  : tensors;
+  p->norms.assign(units, neutral(kind));
+  p->tensor_norms.assign(tensors, 0.0);
+  p->coefs.assign(tensors, 1.0);
+  p->nonfinite = false;
+  const auto unit_of = [p](size_t t) {
+    return p->scope == Scope::global  ? size_t{0}
+           : p->scope == Scope::group ? static_cast<size_t>(p->slots[t].group)
+                                      : t;
+  };
+  std::vector<char> seen(units, 0);
+  for (size_t t = 0; t < tensors; ++t) {
+    if (!p->slots[t].active) continue;
+    double value = neutral(kind);
+    for (int64_t i = p->chunks.first(static_cast<int64_t>(t));
+         i < p->chunks.first(static_cast<int64_t>(t) + 1); ++i) {
+      const Partial& partial = p->partials[static_cast<size_t>(i)];
+      value = combine(kind, value, partial.value);
+      p->nonfinite = p->nonfinite || partial.nonfinite;
+    }
+    p->tensor_norms[t] = finish(kind, p->norm_type, value);
+    // torch's total 0-"norm" is the 0-"norm" of the tensors' norms: how many are not zero.
+    if (kind == Reduction::count_nonzero && p->scope != Scope::tensor) value = value != 0.0;
+    double& norm = p->norms[unit_of(t)];
+    norm = combine(kind, norm, value);
+    seen[unit_of(t)] = 1;
+  }
+  for (size_t u = 0; u < units; ++u)
+    p->norms[u] = seen[u] ? finish(kind, p->norm_type, p->norms[u]) : 0.0;
+  for (size_t t = 0; t < tensors; ++t)
+    if (p->slots[t].active)
+      p->coefs[t] = clip_coefficient(p->groups[static_cast<size_t>(p->slots[t].group)].clip,
+                                     p->norms[unit_of(t)]);
+}
+
+bool needs_reduce(const Pipeline& p) {
+  if (p.always_norm || p.policy != NonFinite::propagate) return true;
+  return std::any_of(p.groups.begin(), p.groups.end(),
+                     [](const Group& g) { return g.clip.needs_norm(); });
+}
+
+// Who does which chunks: equal shares, or first come first served.
+class Schedule {
+ public:
+  Schedule(const ChunkTable& chunks, int threads)
+      : count_(chunks.size()), shared_(chunks.total() < kStaticElements) {
+    if (shared_) bounds_ = chunks.split(threads);
+  }
+  template <class Body>
+  void run(int thread, int stage, Body body) {
+    if (shared_) {
+      for (int64_t i = bounds_[static_cast<size_t>(thread)];
+           i < bounds_[static_cast<size_t>(thread) + 1]; ++i)
+        body(i);
+      return;
+    }
+    for (;;) {
+      const int64_t begin = next_[stage].fetch_add(kGrab, std::memory_order_relaxed);
+      if (begin >= count_) return;
+      for (int64_t i = begin; i < std::min(begin + kGrab, count_); ++i) body(i);
+    }
+  }
+
+ private:
+  int64_t count_;
+  bool shared_;
+  std::vector<int64_t> bounds_;
+  std::atomic<int64_t> next_[2] = {{0}, {0}};
+};
+
+}  // namespace
+
+bool in_forked_child() {
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+  (void)registered;
+  return forked.load(std::memory_order_relaxed);
+}
+
+void Pipeline::cut_chunks() {
+  chunks.clear();
+  for (const Slot& slot : slots) chunks.add(slot.numel);
+  partials.assign(static_cast<size_t>(chunks.size()), Partial{});
+}
+
+Outcome run_step(Pipeline* p, int threads) {
+  const KernelTable& table = kernels();
+  const Reduction kind = reduction_of(p->norm_type);
+  p->reduced = needs_reduce(*p);
+  if (in_forked_child() || p->chunks.total() < kSerialElements) threads = 1;
+  threads = std::max(1, threads);
+
+  const auto refused = [p] {
+    return p->reduced && p->nonfinite && p->policy != NonFinite::propagate;
+  };
+  if (threads == 1) {
+    if (p->reduced) {
+      for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table.reduce, kind, i);
+      finalize(p, kind);
+    }
+    if (!refused())
+      for (int64_t i = 0; i < p->chunks.size(); ++i) apply_chunk(p, table.rules, i);
+  } else {
+    Schedule schedule(p->chunks, threads);
+    // One parallel region for both passes. The pool may give fewer threads than asked for, so
+    // shares are walked with a stride of the threads that are really there.
+#pragma omp parallel num_threads(threads)
+    {
+      const int team = omp_get_num_threads();
+      if (p->reduced) {
+        for (int share = omp_get_thread_num(); share < threads; share += team)
+          schedule.run(share, 0, [&](int64_t i) { reduce_chunk(p, table.reduce, kind, i); });
+#pragma omp barrier
+#pragma omp single
+        finalize(p, kind);
+      }
+      if (!refused())
+        for (int share = omp_get_thread_num(); share < threads; share += team)
+          schedule.run(share, 1, [&](int64_t i) { apply_chunk(p, table.rules, i); });
+    }
+  }
+  if (refused()) return p->policy == NonFinite::skip ? Outcome::skipped : Outcome::nonfinite;
+  for (Slot& slot : p->slots)
+    if (slot.active) slot.first = false;
+  return Outcome::applied;
+}
+
+void parallel_ranges(int64_t count, int64_t grain, int threads,
+                     void (*body)(void* context, int64_t begin, int64_t end), void* context) {
+  if (in_forked_child() || count <= grain || threads <= 1) {
+    body(context, 0, count);
+    return;
+  }
+  const int64_t pieces = (count + grain - 1) / grain;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < pieces; ++i)
+    body(context, i * grain, std::min(count, (i + 1) * grain));
+}
+
+}  // namespace pysmooth

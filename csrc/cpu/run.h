@@ -1,0 +1,77 @@
+// One step of a method on CPU: reduce, finalize, apply over a list of slots.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/chunks.h"
+#include "core/math/clip.h"
+#include "cpu/kernels.h"
+
+namespace pysmooth {
+
+// The ISA levels this CPU can run, lowest first; the kernels in use; a switch for tests.
+std::vector<std::string> isa_levels();
+const KernelTable& kernels();
+void set_isa(const std::string& isa);
+
+// True in a child process made by fork: OpenMP's threads are not there, and work runs serially.
+bool in_forked_child();
+
+// Over which gradients a clip norm is taken.
+enum class Scope : int { global = 0, group = 1, tensor = 2 };
+
+// What to do about a gradient that holds an infinity or a NaN.
+enum class NonFinite : int { propagate = 0, skip = 1, raise = 2 };
+
+// One parameter with its gradient and its states. A slot without gradient sits out the step.
+struct Slot {
+  int rule = 0;  // index into KernelTable::rules
+  int group = 0;
+  int64_t numel = 0;
+  DType param_dtype = DType::f32;
+  DType grad_dtype = DType::f32;
+  bool active = false;
+  bool first = false;  // no step applied yet: states hold nothing
+  void* param = nullptr;
+  const void* grad = nullptr;
+  void* state[kMaxStates] = {};
+  const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
+  const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
+};
+
+struct Group {
+  double hyper[kMaxHyper] = {};
+  Clip clip;
+};
+
+enum class Outcome : int { applied = 0, skipped = 1, nonfinite = 2 };
+
+struct Pipeline {
+  std::vector<Slot> slots;
+  std::vector<Group> groups;
+  ChunkTable chunks;
+  Scope scope = Scope::global;
+  NonFinite policy = NonFinite::propagate;
+  double norm_type = 2.0;
+  bool always_norm = false;     // take norms even where no clip needs them
+  bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
+
+  // Left behind by a step that took norms.
+  std::vector<Partial> partials;    // per chunk
+  std::vector<double> norms;        // per scope unit
+  std::vector<double> tensor_norms; // per slot
+  std::vector<double> coefs;        // per slot
+  bool reduced = false;
+  bool nonfinite = false;
+
+  void cut_chunks();
+};
+
+Outcome run_step(Pipeline* pipeline, int threads);
+
+// Runs body(begin, end) over pieces of [0, count) on the shared thread pool.
+void parallel_ranges(int64_t count, int64_t grain, int threads,
+                     void (*body)(void* context, int64_t begin, int64_t end), void* context);
+
+}  // namespace pysmooth

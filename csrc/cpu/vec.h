@@ -1,0 +1,220 @@
+// SIMD vectors of the ISA level being compiled, with loads and stores for every storage type.
+//
+// Built on the compilers' generic vectors, so that a rule's arithmetic reads the same on a float and
+// on 4, 8 or 16 of them. Intrinsics appear only where F16C has an instruction for a conversion.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "core/dtype.h"
+#include "core/rule.h"
+
+PYSMOOTH_KERNELS_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int kBytes = kVectorBytes>
+struct vector_of {
+  typedef T type __attribute__((vector_size(kBytes)));
+  // The same vector at an address with no alignment promise.
+  typedef T unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using vec = typename vector_of<T>::type;
+
+constexpr int kFloats = kVectorBytes / 4;
+constexpr int kDoubles = kVectorBytes / 8;
+template <class T>
+constexpr int lanes_of = kVectorBytes / static_cast<int>(sizeof(T));
+
+using vu32 = vec<uint32_t>;
+typedef uint16_t vu16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t vu16_unaligned
+    __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef float vhalf_unaligned
+    __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+
+template <>
+struct ops<vec<float>> {
+  using V = vec<float>;
+  template <class Mask>
+  PYSMOOTH_HD static V select(Mask mask, V yes, V no) {
+    return mask ? yes : no;
+  }
+};
+template <>
+struct ops<vec<double>> {
+  using V = vec<double>;
+  template <class Mask>
+  PYSMOOTH_HD static V select(Mask mask, V yes, V no) {
+    return mask ? yes : no;
+  }
+};
+
+template <class To, class From>
+PYSMOOTH_HD To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- 16-bit conversions, on one element or a vector of them ------------------------------------
+// U is uint32_t or vu32, F the float of that width. Rounding is to nearest even; a NaN stays a NaN,
+// quiet, with the upper bits of its payload, as F16C does it.
+
+template <class F, class U>
+PYSMOOTH_HD F widen_bf16(U bits) {
+  return bits_as<F>(U(bits << 16));
+}
+
+template <class U, class F>
+PYSMOOTH_HD U narrow_bf16(F value) {
+  const U x = bits_as<U>(value);
+  const U rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
+  const U quiet = (x >> 16) | 0x40u;
+  return (x & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+template <class F, class U>
+PYSMOOTH_HD F widen_f16(U bits) {
+  const U sign = (bits & 0x8000u) << 16;
+  const U shifted = (bits & 0x7fffu) << 13;
+  const U exponent = shifted & (0x7c00u << 13);
+  const U normal = shifted + ((127u - 15u) << 23);
+  const U special = normal + ((128u - 16u) << 23);
+  const U quiet = (shifted & 0x7fffffu) != 0u ? U(special | 0x400000u) : special;
+  // A subnormal half is its mantissa times 2^-24: build 2^-14 + that, take 2^-14 away, exactly.
+  const U tiny_bits = normal + (1u << 23);
+  const F tiny = bits_as<F>(tiny_bits) - bits_as<F>(U(U{} + (113u << 23)));
+  const U magnitude = exponent == (0x7c00u << 13) ? quiet
+                      : exponent == 0u            ? bits_as<U>(tiny)
+                                                  : normal;
+  return bits_as<F>(U(magnitude | sign));
+}
+
+template <class U, class F>
+PYSMOOTH_HD U narrow_f16(F value) {
+  const U x = bits_as<U>(value);
+  const U sign = (x >> 16) & 0x8000u;
+  const U a = x & 0x7fffffffu;
+  // Adding this number pushes a half's subnormal mantissa into place, rounded by the addition.
+  const U magic = U{} + (((127u - 15u) + (23u - 10u) + 1u) << 23);
+  const U tiny = bits_as<U>(F(bits_as<F>(a) + bits_as<F>(magic))) - magic;
+  const U normal = (a + ((15u - 127u) << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const U nan = 0x7e00u | ((a >> 13) & 0x3ffu);
+  const U special = a > 0x7f800000u ? nan : U(U{} + 0x7c00u);
+  const U magnitude = a >= ((127u + 16u) << 23) ? special : a < (113u << 23) ? tiny : normal;
+  return magnitude | sign;
+}
+
+// ---- one element ---------------------------------------------------------------------------------
+
+template <class C>
+PYSMOOTH_HD C load1(const float* p) {
+  return static_cast<C>(*p);
+}
+template <class C>
+PYSMOOTH_HD C load1(const double* p) {
+  return static_cast<C>(*p);
+}
+template <class C>
+PYSMOOTH_HD C load1(const bf16* p) {
+  return static_cast<C>(widen_bf16<float, uint32_t>(p->bits));
+}
+template <class C>
+PYSMOOTH_HD C load1(const f16* p) {
+  return static_cast<C>(widen_f16<float, uint32_t>(p->bits));
+}
+PYSMOOTH_HD void store1(float* p, float x) { *p = x; }
+PYSMOOTH_HD void store1(double* p, double x) { *p = x; }
+PYSMOOTH_HD void store1(bf16* p, float x) {
+  p->bits = static_cast<uint16_t>(narrow_bf16<uint32_t>(x));
+}
+PYSMOOTH_HD void store1(f16* p, float x) {
+  p->bits = static_cast<uint16_t>(narrow_f16<uint32_t>(x));
+}
+
+// ---- vectors: lanes_of<C> elements, computed in C ------------------------------------------------
+
+template <class C>
+struct vector_io;
+
+template <>
+struct vector_io<float> {
+  using V = vec<float>;
+  PYSMOOTH_HD static V load(const float* p) {
+    return *reinterpret_cast<const vector_of<float>::unaligned*>(p);
+  }
+  PYSMOOTH_HD static void store(float* p, V x) {
+    *reinterpret_cast<vector_of<float>::unaligned*>(p) = x;
+  }
+  PYSMOOTH_HD static vu16 load16(const void* p) {
+    return *reinterpret_cast<const vu16_unaligned*>(p);
+  }
+  PYSMOOTH_HD static void store16(void* p, vu32 x) {
+    *reinterpret_cast<vu16_unaligned*>(p) = __builtin_convertvector(x, vu16);
+  }
+  PYSMOOTH_HD static V load(const bf16* p) {
+    return widen_bf16<V>(__builtin_convertvector(load16(p), vu32));
+  }
+  PYSMOOTH_HD static void store(bf16* p, V x) { store16(p, narrow_bf16<vu32>(x)); }
+#if defined(__AVX512F__)
+  // The masked forms with every lane on: gcc 12 warns about the plain ones' own header (PR 105593).
+  static constexpr __mmask16 kAll = 0xffff;
+  PYSMOOTH_HD static V load(const f16* p) {
+    return bits_as<V>(_mm512_maskz_cvtph_ps(kAll, bits_as<__m256i>(load16(p))));
+  }
+  PYSMOOTH_HD static void store(f16* p, V x) {
+    const __m256i bits =
+        _mm512_maskz_cvtps_ph(kAll, bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+    *reinterpret_cast<vu16_unaligned*>(p) = bits_as<vu16>(bits);
+  }
+#elif defined(__F16C__)
+  PYSMOOTH_HD static V load(const f16* p) {
+    return bits_as<V>(_mm256_cvtph_ps(bits_as<__m128i>(load16(p))));
+  }
+  PYSMOOTH_HD static void store(f16* p, V x) {
+    const __m128i bits = _mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+    *reinterpret_cast<vu16_unaligned*>(p) = bits_as<vu16>(bits);
+  }
+#else
+  PYSMOOTH_HD static V load(const f16* p) {
+    return widen_f16<V>(__builtin_convertvector(load16(p), vu32));
+  }
+  PYSMOOTH_HD static void store(f16* p, V x) { store16(p, narrow_f16<vu32>(x)); }
+#endif
+};
+
+template <>
+struct vector_io<double> {
+  using V = vec<double>;
+  PYSMOOTH_HD static V load(const double* p) {
+    return *reinterpret_cast<const vector_of<double>::unaligned*>(p);
+  }
+  PYSMOOTH_HD static V load(const float* p) {
+    return __builtin_convertvector(*reinterpret_cast<const vhalf_unaligned*>(p), V);
+  }
+  PYSMOOTH_HD static void store(double* p, V x) {
+    *reinterpret_cast<vector_of<double>::unaligned*>(p) = x;
+  }
+};
+
+// A stream that hardware prefetchers run a page behind on: touch 4 KB ahead into L2.
+PYSMOOTH_HD void prefetch_ahead(const void* p) {
+  // As an integer: the address may lie past the end, where a pointer must not point.
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 4096), 0, 2);
+}
+
+PYSMOOTH_KERNELS_END

@@ -1,0 +1,18 @@
+"""Fused multi-tensor optimizers for PyTorch: gradient clipping inside the step, at the memory floor."""
+
+from __future__ import annotations
+
+from ._clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from ._errors import BackendError, NonFiniteGradientError
+from .optim import ClipSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "ClipSGD",
+    "NonFiniteGradientError",
+    "clip_grad_norm_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+]

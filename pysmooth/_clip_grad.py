@@ -1,0 +1,182 @@
+"""torch.nn.utils' gradient clipping functions, fused: change one import, keep the loop."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .engine.backends import available_backends, native_module
+
+_Tensors = Tensor | Iterable[Tensor]
+
+
+def clip_grad_norm_(
+    parameters: _Tensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clips the norm of the gradients of `parameters`, all taken as one vector, in place.
+
+    Equivalent to `torch.nn.utils.clip_grad_norm_`::
+
+        norm = vector_norm([vector_norm(p.grad, norm_type) for p in parameters], norm_type)
+        coef = min(1, max_norm / (norm + 1e-6))
+        for p in parameters:
+            p.grad *= coef
+
+    with three differences: the norm is accumulated and returned in float32 or better whatever the
+    gradients' dtype; where nothing has to be clipped the gradients are not rewritten; and the norm
+    is the same to the bit for any number of threads.
+
+    CPU gradients go through the native kernels. All others, and complex ones for a `norm_type`
+    other than 2, go through the equivalent torch ops.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without gradient are passed over.
+        max_norm: the norm to clip to, at least 0.
+        norm_type: order of the norm: 2, inf, 1, 0, -inf or any other number, as in torch.
+        error_if_nonfinite: raise if the norm is infinite or NaN, leaving the gradients alone.
+        foreach: accepted for torch's sake; without effect.
+
+    Returns:
+        The norm before clipping, a scalar: float32, or float64 if any gradient is.
+
+    Raises:
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
+        ValueError: `max_norm` is negative or NaN; a gradient is sparse; a gradient to be scaled
+            overlaps itself or another one in memory. No gradient has been changed.
+    """
+    is_generator = not isinstance(parameters, Tensor | list | tuple)
+    params = _as_list(parameters)
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0; got {max_norm}")
+    if is_generator and not params:
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
+        )
+    if _native_norm(params, norm_type, of_grads=True):
+        native = native_module()
+        try:
+            norm, wide, _ = native.clip_grad_norm(
+                params, max_norm, norm_type, error_if_nonfinite, torch.get_num_threads()
+            )
+        except native.UnsupportedError:
+            pass  # another device, dtype or kind of tensor
+        else:
+            if error_if_nonfinite and not math.isfinite(norm):
+                raise _nonfinite(norm_type)
+            return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
+    grads = [p.grad for p in params if p.grad is not None]
+    total = get_total_norm(grads, norm_type, error_if_nonfinite)
+    coef = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    reference.scale_(grads, coef)
+    return total
+
+
+def get_total_norm(
+    tensors: _Tensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all `tensors` taken as one vector, as `torch.nn.utils.get_total_norm`.
+
+    Args:
+        tensors: a tensor or an iterable of tensors.
+        norm_type: order of the norm, as in `clip_grad_norm_`.
+        error_if_nonfinite: raise if the norm is infinite or NaN.
+        foreach: accepted for torch's sake; without effect.
+
+    Returns:
+        A scalar: float32, or float64 if any of the tensors is.
+
+    Raises:
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
+        ValueError: a tensor is sparse.
+    """
+    tensors, norm_type = _as_list(tensors), float(norm_type)
+    total: Tensor | None = None
+    if _native_norm(tensors, norm_type, of_grads=False):
+        native = native_module()
+        try:
+            norm, wide = native.grad_norm(tensors, norm_type, torch.get_num_threads())
+            total = torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
+        except native.UnsupportedError:
+            pass
+    if total is None:
+        with torch.no_grad():
+            total = reference.total_norm(tensors, norm_type)
+    if error_if_nonfinite and not math.isfinite(float(total)):
+        raise _nonfinite(norm_type)
+    return total
+
+
+def clip_grads_with_norm_(
+    parameters: _Tensors,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Scales the gradients by min(1, max_norm / (total_norm + 1e-6)), in place.
+
+    As `torch.nn.utils.clip_grads_with_norm_`, for a `total_norm` that was computed apart.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without gradient are passed over.
+        max_norm: the norm to clip to, at least 0.
+        total_norm: the norm of the gradients.
+        foreach: accepted for torch's sake; without effect.
+
+    Raises:
+        ValueError: as in `clip_grad_norm_`.
+    """
+    max_norm = float(max_norm)
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0; got {max_norm}")
+    grads = [p.grad for p in _as_list(parameters) if p.grad is not None]
+    if not grads:
+        return
+    if total_norm.device.type == "cpu" and "cpu" in available_backends():
+        native = native_module()
+        coef = max_norm / (float(total_norm) + 1e-6)
+        if coef >= 1.0:
+            return
+        try:
+            native.scale(grads, coef, torch.get_num_threads())
+            return
+        except native.UnsupportedError:
+            pass
+    with torch.no_grad():
+        reference.scale_(grads, (max_norm / (total_norm + 1e-6)).clamp(max=1.0))
+
+
+def _as_list(tensors: _Tensors) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    return tensors if isinstance(tensors, list) else list(tensors)
+
+
+def _native_norm(tensors: list[Tensor], norm_type: float, *, of_grads: bool) -> bool:
+    """Whether the native kernels define this norm: of complex numbers they know the 2-norm only."""
+    if "cpu" not in available_backends():
+        return False
+    if norm_type == 2.0:
+        return True
+    values = [t.grad for t in tensors if t.grad is not None] if of_grads else tensors
+    return not any(t.is_complex() for t in values)
+
+
+def _nonfinite(norm_type: float) -> RuntimeError:
+    return RuntimeError(
+        f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be "
+        "clipped. To disable this error and scale the gradients by the non-finite norm anyway, "
+        "set `error_if_nonfinite=False`"
+    )

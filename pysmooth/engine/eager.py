@@ -1,0 +1,132 @@
+"""The engine of the eager backend: the reference implementation, on any device torch has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._errors import NonFiniteGradientError
+from .recipe import ClipMode, Policy, Recipe, Scope
+from .state import empty_state
+
+if TYPE_CHECKING:
+    from ..optim._base import FusedOptimizer
+
+
+class EagerEngine:
+    """Runs the same stages in plain torch ops: reduce, finalize, apply."""
+
+    name = "eager"
+
+    def __init__(self) -> None:
+        self._norms: Tensor | None = None
+        self._coefs: Tensor | None = None
+        self.skipped = 0
+
+    @torch.no_grad()
+    def step(self, optimizer: FusedOptimizer) -> None:
+        """One step. The policies "skip" and "raise" wait for the device here."""
+        labels = iter(optimizer.param_labels())
+        slots: list[tuple[int, Tensor, str]] = []  # (group, parameter, label)
+        for index, group in enumerate(optimizer.param_groups):
+            slots += [(index, p, next(labels)) for p in group["params"]]
+        recipes = [optimizer.recipe(group) for group in optimizer.param_groups]
+        live = [(g, p, label) for g, p, label in slots if p.grad is not None]
+        for _, p, label in live:
+            _check_dense(p, label)
+
+        coefs: list[Tensor | None] = [None] * len(live)
+        self._norms = self._coefs = None
+        if optimizer.policy != Policy.PROPAGATE or any(r.clip.mode for r in recipes):
+            if not self._reduce(optimizer, recipes, slots, live, coefs):
+                self.skipped += 1
+                return
+        for (g, p, _), coef in zip(live, coefs, strict=True):
+            _apply(optimizer, recipes[g], p, coef)
+
+    def _reduce(
+        self,
+        optimizer: FusedOptimizer,
+        recipes: list[Recipe],
+        slots: list[tuple[int, Tensor, str]],
+        live: list[tuple[int, Tensor, str]],
+        coefs: list[Tensor | None],
+    ) -> bool:
+        """Fills in norms and coefficients; False if this step is to be skipped."""
+        grads = [_grad(p) for _, p, _ in live]
+        if optimizer.policy != Policy.PROPAGATE:
+            bad = [name for (_, _, name), g in zip(live, grads, strict=True) if not _finite(g)]
+            if bad and optimizer.policy == Policy.RAISE:
+                raise NonFiniteGradientError(
+                    "non-finite gradient in " + ", ".join(repr(name) for name in bad)
+                )
+            if bad:
+                return False
+        position = {id(p): i for i, (_, p, _) in enumerate(slots)}
+        units: list[list[int]]  # positions in `live`, per scope unit
+        if optimizer.scope == Scope.GLOBAL:
+            units = [list(range(len(live)))]
+        elif optimizer.scope == Scope.GROUP:
+            units = [[i for i, (g, _, _) in enumerate(live) if g == u] for u in range(len(recipes))]
+        else:
+            units = [[] for _ in slots]
+            for i, (_, p, _) in enumerate(live):
+                units[position[id(p)]].append(i)
+        norms = [reference.total_norm([grads[i] for i in u], optimizer.norm_type) for u in units]
+        every = [torch.ones((), dtype=torch.float64) for _ in slots]
+        for unit, norm in zip(units, norms, strict=True):
+            for i in unit:
+                g, p, _ = live[i]
+                if recipes[g].clip.mode != ClipMode.NONE:
+                    coefs[i] = reference.clip_coefficient(recipes[g].clip, norm)
+                    every[position[id(p)]] = coefs[i].double()
+        device = norms[0].device if norms else torch.device("cpu")
+        self._norms = torch.stack([n.to(device, torch.float64) for n in norms])
+        self._coefs = torch.stack([c.to(device) for c in every]) if every else None
+        return True
+
+    def norms(self) -> Tensor | None:
+        """Norms of the last step per scope unit; None if it took none."""
+        return self._norms
+
+    def coefs(self) -> Tensor | None:
+        """Clip coefficients of the last step per parameter; None if it took no norms."""
+        return self._coefs
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
+
+
+def _finite(g: Tensor) -> bool:
+    return bool(torch.isfinite(g).all())
+
+
+def _check_dense(p: Tensor, label: str) -> None:
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        raise ValueError(
+            f"gradient of parameter {label!r} has layout {p.grad.layout}; only dense "
+            "(torch.strided) tensors are supported"
+        )
+
+
+def _apply(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | None) -> None:
+    state = optimizer.state[p] if recipe.states else {}
+    first = False
+    for key in recipe.states:
+        if state.get(key) is None:
+            state[key] = torch.zeros_like(empty_state(p))
+            first = True
+    real = torch.view_as_real if p.is_complex() else lambda tensor: tensor
+    reference.RULES[recipe.rule](
+        real(p),
+        _grad(p),
+        [real(state[key]) for key in recipe.states],
+        recipe.hyper,
+        coef=None if coef is None else coef.to(p.device),
+        first=first,
+    )

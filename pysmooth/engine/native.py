@@ -1,0 +1,128 @@
+"""The engine of the native CPU backend: keeps a plan alive, hands it the step's numbers."""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._errors import NonFiniteGradientError
+from .recipe import Recipe
+from .state import empty_state
+
+if TYPE_CHECKING:
+    from .._cpu import Plan
+    from ..optim._base import FusedOptimizer
+
+APPLIED, SKIPPED, NONFINITE, STALE = range(4)
+
+
+class NativeEngine:
+    """Steps through a `Plan`, which is rebuilt whenever anything but a gradient's address changed."""
+
+    name = "cpu"
+
+    def __init__(self, native: types.ModuleType) -> None:
+        self._native = native
+        self._plan: Plan | None = None
+        self._built_for: tuple[object, ...] = ()
+        self.skipped = 0
+
+    def step(self, optimizer: FusedOptimizer) -> None:
+        """One fused step: reduce where norms are needed, then apply."""
+        groups = optimizer.param_groups
+        recipes = [optimizer.recipe(group) for group in groups]
+        hypers = [recipe.hyper for recipe in recipes]
+        clips = [recipe.clip for recipe in recipes]
+        lists = [group["params"] for group in groups]
+        threads = torch.get_num_threads()
+
+        wanted = (len(optimizer.state), *(recipe.rule for recipe in recipes))
+        plan = self._plan
+        if plan is None or wanted != self._built_for:
+            plan = self._build(optimizer, recipes)
+        try:
+            outcome = plan.step(lists, hypers, clips, threads)
+            if outcome == STALE:
+                self._discard_unapplied(optimizer)
+                plan = self._build(optimizer, recipes)
+                outcome = plan.step(lists, hypers, clips, threads)
+                if outcome == STALE:
+                    raise RuntimeError("parameters or states changed while the step was gathered")
+        except BaseException:
+            self._discard_unapplied(optimizer)
+            raise
+        if outcome != APPLIED:
+            names = plan.nonfinite_names() if outcome == NONFINITE else []
+            self._discard_unapplied(optimizer)
+            if outcome == NONFINITE:
+                raise NonFiniteGradientError(
+                    "non-finite gradient in " + ", ".join(repr(name) for name in names)
+                )
+            self.skipped += 1
+
+    def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
+        params: list[Tensor] = []
+        state_dicts: list[dict[str, Any]] = []
+        groups: list[int] = []
+        first: list[bool] = []
+        fresh: list[Tensor] = []
+        for index, (group, recipe) in enumerate(zip(optimizer.param_groups, recipes, strict=True)):
+            for p in group["params"]:
+                known = optimizer.state.get(p)
+                missing = [k for k in recipe.states if known is None or known.get(k) is None]
+                # Like torch, allocate for parameters that have a gradient, when they first do.
+                allocate = bool(missing) and p.grad is not None
+                if allocate:
+                    known = optimizer.state[p]
+                    for key in missing:
+                        known[key] = empty_state(p)
+                        fresh.append(known[key])
+                params.append(p)
+                state_dicts.append({} if known is None else known)
+                groups.append(index)
+                first.append(allocate)
+        try:
+            self._native.fill_zero(fresh, torch.get_num_threads())
+            self._plan = self._native.Plan(
+                params=params,
+                state_dicts=state_dicts,
+                state_keys=[recipes[g].states for g in groups],
+                rules=[recipes[g].rule for g in groups],
+                groups=groups,
+                names=optimizer.param_labels(),
+                first=first,
+                scope=int(optimizer.scope),
+                policy=int(optimizer.policy),
+                norm_type=optimizer.norm_type,
+            )
+        except BaseException:
+            _drop_states(optimizer, [p for p, new in zip(params, first, strict=True) if new])
+            raise
+        self._built_for = (len(optimizer.state), *(recipe.rule for recipe in recipes))
+        return self._plan
+
+    def _discard_unapplied(self, optimizer: FusedOptimizer) -> None:
+        """Forgets states that were allocated for a step which then did not happen."""
+        if self._plan is None:
+            return
+        unapplied = set(self._plan.unapplied())
+        if unapplied:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            _drop_states(optimizer, [p for i, p in enumerate(params) if i in unapplied])
+            self._plan = None
+
+    def norms(self) -> list[float] | None:
+        """Norms of the last step per scope unit; None if it took none."""
+        return self._plan.norms() if self._plan is not None and self._plan.reduced else None
+
+    def coefs(self) -> list[float] | None:
+        """Clip coefficients of the last step per parameter; None if it took no norms."""
+        return self._plan.coefs() if self._plan is not None and self._plan.reduced else None
+
+
+def _drop_states(optimizer: FusedOptimizer, params: list[Tensor]) -> None:
+    for p in params:
+        optimizer.state.pop(p, None)

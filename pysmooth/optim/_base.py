@@ -1,0 +1,270 @@
+"""The base class of the optimizers: everything about torch.optim that is not a method's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..engine.backends import Engine, make_engine, resolve
+from ..engine.recipe import Policy, Recipe, Scope
+from ..engine.state import state_dtype
+from ._validate import check_choice
+
+_SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
+_POLICIES = {"propagate": Policy.PROPAGATE, "skip": Policy.SKIP, "raise": Policy.RAISE}
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose step is a recipe, run by the engine of a backend.
+
+    A subclass gives `recipe(group)`, which turns one parameter group into numbers, and
+    `check_group(group)`, which refuses bad hyper-parameters.
+    """
+
+    scope: Scope
+    policy: Policy
+    norm_type: float
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        scope: str,
+        nonfinite: str,
+        norm_type: float,
+        backend: str,
+    ) -> None:
+        self.scope = _SCOPES[check_choice("scope", scope, _SCOPES)]
+        self.policy = _POLICIES[check_choice("nonfinite", nonfinite, _POLICIES)]
+        if not float(norm_type) > 0:
+            raise ValueError(f"norm_type must be positive; got {norm_type}")
+        self.norm_type = float(norm_type)
+        self._backend = backend
+        self._engine: Engine | None = None
+        self._labels: list[str] | None = None
+        resolve(backend, ())  # refuse an unknown or missing backend before anything is set up
+        super().__init__(params, defaults)
+
+    # ---- what a subclass provides --------------------------------------------------------------
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        """The step of one parameter group, as numbers. Called for every group in every step."""
+        raise NotImplementedError
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError or TypeError, naming the argument, for a group that makes no sense."""
+        raise NotImplementedError
+
+    # ---- torch.optim.Optimizer -----------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch; refuses bad values before anything changes."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        for key, value in self.defaults.items():
+            param_group.setdefault(key, value)
+        self.check_group(param_group)
+        count = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            resolve(self._backend, self._params())
+        except Exception:
+            del self.param_groups[count:]
+            raise
+        self._reset()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The loss, if a closure was given.
+
+        Raises:
+            NonFiniteGradientError: a gradient is not finite and the policy is "raise".
+            ValueError, TypeError: a gradient is sparse, or has a shape, dtype or device that the
+                backend does not take. Parameters and states are as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._run()
+        return loss
+
+    @torch.compiler.disable
+    def _run(self) -> None:
+        if self._engine is None:
+            self._engine = make_engine(resolve(self._backend, self._params()))
+        self._engine.step(self)
+
+    # ---- what can be read after a step ---------------------------------------------------------
+
+    @property
+    def resolved_backend(self) -> str:
+        """The backend that runs the steps: never "auto"."""
+        return resolve(self._backend, self._params())
+
+    def last_norm(self) -> Tensor | None:
+        """The gradient norm that the last step took, before clipping.
+
+        Shape () for scope "global", (number of groups,) for "group", (number of parameters,) for
+        "tensor" (0 where there was no gradient). None if the step needed no norm: pass
+        `max_norm=float("inf")` to have it taken without clipping. The step itself waits for
+        nothing; reading the tensor may.
+        """
+        norms = self._engine.norms() if self._engine is not None else None
+        if norms is None:
+            return None
+        values = torch.as_tensor(norms, dtype=torch.float64).to(self._norm_dtype())
+        return values[0] if self.scope == Scope.GLOBAL else values
+
+    def last_clip_coef(self) -> Tensor | None:
+        """What each parameter's gradient was multiplied by in the last step; None as above.
+
+        Shape (number of parameters,), in the order of `param_groups`.
+        """
+        coefs = self._engine.coefs() if self._engine is not None else None
+        if coefs is None:
+            return None
+        return torch.as_tensor(coefs, dtype=torch.float64).to(self._norm_dtype())
+
+    def skipped_steps(self) -> int:
+        """How many steps `nonfinite="skip"` turned into no-ops since construction."""
+        return self._engine.skipped if self._engine is not None else 0
+
+    def param_labels(self) -> list[str]:
+        """Each parameter's name, for messages: its own (`named_parameters()`), else its place."""
+        if self._labels is None:
+            self._labels = [
+                name
+                for index, group in enumerate(self.param_groups)
+                for name in group.get(
+                    "param_names",
+                    [f"group {index}, parameter {i}" for i in range(len(group["params"]))],
+                )
+            ]
+        return self._labels
+
+    # ---- saving and loading --------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans hold addresses: a copy makes its own.
+        state: dict[str, Any] = dict(super().__getstate__())
+        state["_fused"] = (self.scope, self.policy, self.norm_type, self._backend)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fused = state.pop("_fused", None) if "_fused" in state else None
+        if fused is not None:
+            self.scope, self.policy, self.norm_type, self._backend = fused
+        self._reset()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict, pysmooth's or the torch twin's.
+
+        States keep the precision that pysmooth holds them in (torch's own loading casts them to the
+        parameter's dtype). Hyper-parameters that the loaded groups lack keep their present values.
+
+        Raises:
+            ValueError: groups or shapes do not match; the optimizer is as it was.
+        """
+        before = [dict(group) for group in self.param_groups]
+        loaded: dict[str, Any] = {}
+
+        def capture(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> None:
+            self._check_loadable(incoming)
+            loaded.update(incoming)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            for group, old in zip(self.param_groups, before, strict=True):
+                for key, value in old.items():
+                    group.setdefault(key, value)
+            for p, saved in _pairs(self, loaded):
+                for key, value in saved.items():
+                    if isinstance(value, Tensor) and value.shape == p.shape:
+                        self.state[p][key] = _own_copy(value, p)
+
+        # The last of the pre-hooks sees what will really be loaded; the first of the post-hooks
+        # completes the load before the user's hooks look at it.
+        pre = self.register_load_state_dict_pre_hook(capture)
+        post = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            pre.remove()
+            post.remove()
+            self._reset()
+
+    def _check_loadable(self, incoming: dict[str, Any]) -> None:
+        groups = incoming["param_groups"]
+        sizes = [len(g["params"]) for g in groups]
+        if sizes != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                f"state_dict has parameter groups of sizes {sizes}, the optimizer of sizes "
+                f"{[len(g['params']) for g in self.param_groups]}"
+            )
+        labels = dict(zip(map(id, self._params()), self.param_labels(), strict=True))
+        keys = {key for group in self.param_groups for key in self.recipe(group).states}
+        for p, saved in _pairs(self, incoming):
+            for key in keys & saved.keys():
+                value = saved[key]
+                if value is not None and not (isinstance(value, Tensor) and value.shape == p.shape):
+                    raise ValueError(
+                        f"state {key!r} of parameter {labels[id(p)]!r} in state_dict does not have "
+                        f"the parameter's shape {tuple(p.shape)}"
+                    )
+        for group, old in zip(groups, self.param_groups, strict=True):
+            self.check_group({**old, **group})
+
+    # ---- internals -----------------------------------------------------------------------------
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _norm_dtype(self) -> torch.dtype:
+        wide = (torch.float64, torch.complex128)
+        return torch.float64 if any(p.dtype in wide for p in self._params()) else torch.float32
+
+    def _reset(self) -> None:
+        """Forgets what was derived from the groups; the next step rebuilds it."""
+        self._engine = None
+        self._labels = None
+
+
+def _pairs(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [
+        (p, state_dict["state"][i])
+        for i, p in zip(ids, params, strict=True)
+        if i in state_dict["state"]
+    ]
+
+
+def _own_copy(value: Tensor, param: Tensor) -> Tensor:
+    """A loaded state as pysmooth keeps it: its own memory, its own dtype, the parameter's strides."""
+    own = torch.empty_like(
+        param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
+    )
+    return own.copy_(value)

@@ -1,0 +1,214 @@
+"""SGD with the clip inside the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..engine.recipe import ClipMode, ClipSpec, Recipe
+from ._base import FusedOptimizer
+from ._validate import check_choice, check_flag, check_number
+
+_MODES = {
+    "hard": ClipMode.HARD,
+    "smooth": ClipMode.SMOOTH,
+    "normalize": ClipMode.NORMALIZE,
+    "value": ClipMode.NONE,  # per coordinate, inside the rule: no norm is taken
+    "none": ClipMode.NONE,
+}
+
+
+class ClipSGD(FusedOptimizer):
+    r"""Stochastic gradient descent on clipped gradients, one read of the gradients per pass.
+
+    Equivalent to (for `clip="hard"`, `scope="global"`)::
+
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params]))
+        coef = min(1, max_norm / (norm + clip_eps))
+        for p in params:
+            g = coef * p.grad                       # -coef * p.grad to maximize
+            g = g + weight_decay * p                # unless decoupled_weight_decay
+            m = momentum * m + (1 - dampening) * g  # m = g in the first step
+            g = g + momentum * m if nesterov else m
+            p = p - lr * weight_decay * p - lr * g  # the middle term only if decoupled
+
+    With `max_norm=None` or `clip="none"` it is `torch.optim.SGD`: fp32 results differ by at most
+    one unit in the last place of max(\|p\|, \|update\|) per step. State dicts load both ways.
+
+    Args:
+        params: parameters, named parameters, or groups of either, on one device. Any dense or
+            strided layout; float32, float64, bfloat16, float16, complex64, complex128. The gradient
+            has the parameter's dtype, or float32 beside 16-bit and float64 parameters, or a 16-bit
+            dtype beside float32 (`grad_dtype`).
+        lr: learning rate, a number or a one-element tensor, at least 0.
+        max_norm: the clip threshold, in units of the gradient's norm (of the gradient's coordinates
+            for "value"). None: no clip ("normalize": 1). `float("inf")` takes the norm, for
+            `last_norm()`, and clips nothing.
+        clip: what the gradient `g` is multiplied by.
+
+            - "hard": min(1, max_norm / (\|\|g\|\| + clip_eps))
+            - "smooth": 1 / (1 + \|\|g\|\| / max_norm)
+            - "normalize": max_norm / (\|\|g\|\| + clip_eps), 0 where g = 0
+            - "value": each coordinate clamped to [-max_norm, max_norm]; real parameters only
+            - "none": 1
+        scope: the norm is taken over all groups together ("global"), each group, or each tensor.
+        clip_eps: added to the norm, as in `torch.nn.utils.clip_grad_norm_`; 0 for theory.
+        momentum: momentum factor. With it, `state[p]["momentum_buffer"]` is kept: 4 bytes per
+            parameter (float32 also for 16-bit parameters), 8 for float64.
+        dampening: dampening of the momentum.
+        nesterov: Nesterov momentum; needs momentum > 0 and dampening = 0.
+        weight_decay: weight decay, applied after the clip.
+        decoupled_weight_decay: shrink the parameter by `lr * weight_decay` instead of adding to the
+            gradient (as AdamW does).
+        maximize: ascend instead of descend.
+        nonfinite: what to do if any gradient holds an infinity or NaN. "propagate": carry on, as
+            torch does. "skip": leave everything as it is and count it in `skipped_steps()`.
+            "raise": leave everything as it is and raise `NonFiniteGradientError`, naming the
+            parameters. The last two read every gradient once more where no norm is taken.
+        norm_type: order of the norm, positive or `float("inf")`.
+        backend: "cpu" (native kernels), "eager" (plain torch, any device), or "auto", the fastest
+            of them for the parameters' device; see `resolved_backend`.
+        foreach: accepted, because torch.optim.SGD has it; without effect.
+        fused: likewise.
+        differentiable: only False.
+
+    Raises:
+        ValueError: an argument is out of range, parameters share memory or overlap themselves.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend is not available for these parameters.
+
+    Sources: smooth clipping and the step size eta / (L0 + L1 \|\|g\|\|) for (L0,L1)-smooth problems,
+    arXiv:1905.11881 and arXiv:2409.14989; clipping under heavy tails, arXiv:2505.20817.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        max_norm: float | None = None,
+        clip: Literal["hard", "smooth", "normalize", "value", "none"] = "hard",
+        scope: Literal["global", "group", "tensor"] = "global",
+        clip_eps: float = 1e-6,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
+        norm_type: float = 2.0,
+        backend: Literal["auto", "cpu", "eager"] = "auto",
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: the step writes in place")
+        defaults = {
+            "lr": lr,
+            "max_norm": max_norm,
+            "clip": clip,
+            "clip_eps": clip_eps,
+            "smoothness": None,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(
+            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+        )
+
+    @classmethod
+    def from_smoothness(
+        cls, params: ParamsT, L0: float, L1: float, eta: float = 1.0, **kwargs: Any  # noqa: N803
+    ) -> ClipSGD:
+        """(L0,L1)-GD: the step size eta / (L0 + L1 ||g||), 0 where that has no value.
+
+        For L0 > 0 this is `clip="smooth"` with lr = eta / L0 and max_norm = L0 / L1, but evaluated
+        directly, so that L0 = 0 (the normalised step eta / L1) works as well.
+
+        Args:
+            params: as in the constructor.
+            L0: smoothness at stationary points, at least 0; L0 and L1 must not both be 0.
+            L1: growth of the smoothness with the gradient's norm, at least 0.
+            eta: step size factor, the group's `lr`: learning rate schedulers scale it.
+            **kwargs: any other argument of the constructor but `max_norm`, `clip` and `clip_eps`.
+        """
+        for name in ("max_norm", "clip", "clip_eps", "lr"):
+            if name in kwargs:
+                raise TypeError(f"from_smoothness() sets {name} itself")
+        pair = _check_smoothness((L0, L1))
+        optimizer = cls(params, eta, clip="none", **kwargs)
+        optimizer.defaults["smoothness"] = pair
+        for group in optimizer.param_groups:
+            group["smoothness"] = pair
+        return optimizer
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses values that make no sense, naming the argument."""
+        check_number("lr", group["lr"])
+        momentum = check_number("momentum", group["momentum"])
+        check_number("weight_decay", group["weight_decay"])
+        check_number("clip_eps", group["clip_eps"])
+        dampening = check_number("dampening", group["dampening"], low=-math.inf)
+        for flag in ("nesterov", "decoupled_weight_decay", "maximize"):
+            check_flag(flag, group[flag])
+        if group["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError("nesterov needs momentum > 0 and dampening = 0")
+        clip = check_choice("clip", group["clip"], _MODES)
+        if group["max_norm"] is not None:
+            check_number("max_norm", group["max_norm"], strict=True)
+        if group["smoothness"] is not None:
+            _check_smoothness(group["smoothness"])
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else params
+        if clip == "value" and group["max_norm"] is not None and isinstance(params, list | tuple):
+            tensors = (p[1] if isinstance(p, tuple) else p for p in params)
+            if any(p.is_complex() for p in tensors if isinstance(p, Tensor)):
+                raise ValueError("clip='value' has no meaning for complex parameters")
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        """The numbers of one group's step."""
+        momentum = group["momentum"]
+        max_norm = group["max_norm"]
+        clamp = group["clip"] == "value" and max_norm is not None
+        hyper = (
+            float(group["lr"]),
+            float(momentum),
+            float(group["dampening"]),
+            float(group["weight_decay"]),
+            float(group["decoupled_weight_decay"]),
+            float(group["nesterov"]),
+            float(group["maximize"]),
+            float(max_norm) if clamp else -1.0,
+        )
+        clip = _clip_spec(group)
+        if momentum == 0:
+            return Recipe("sgd", hyper, (), clip)
+        return Recipe("sgd_momentum", hyper, ("momentum_buffer",), clip)
+
+
+def _clip_spec(group: dict[str, Any]) -> ClipSpec:
+    if group["smoothness"] is not None:
+        l0, l1 = group["smoothness"]
+        return ClipSpec(ClipMode.SMOOTHNESS, l0=l0, l1=l1)
+    mode, max_norm = _MODES[group["clip"]], group["max_norm"]
+    if mode == ClipMode.NORMALIZE and max_norm is None:
+        max_norm = 1.0
+    if mode == ClipMode.NONE or max_norm is None:
+        return ClipSpec()
+    return ClipSpec(mode, float(max_norm), float(group["clip_eps"]))
+
+
+def _check_smoothness(pair: tuple[float, float]) -> tuple[float, float]:
+    l0, l1 = check_number("L0", pair[0]), check_number("L1", pair[1])
+    if l0 == 0 and l1 == 0:
+        raise ValueError("L0 and L1 must not both be 0")
+    return l0, l1

@@ -1,0 +1,69 @@
+"""reduce, in eager torch: norms and the clip coefficient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..engine.recipe import ClipSpec
+
+
+def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any tensor is, else float32: a norm is never kept in 16 bits."""
+    wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of the tensors' norms, in float32 or float64, on the first tensor's device."""
+    tensors = [t for t in tensors if t.numel() > 0]
+    if not tensors:
+        return torch.zeros(())
+    dtype = norm_dtype(tensors)
+    device = tensors[0].device
+    norms = [
+        torch.linalg.vector_norm(t.to(_widened(t.dtype, dtype)), norm_type).to(device, dtype)
+        for t in tensors
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _widened(dtype: torch.dtype, norm: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128 if norm == torch.float64 else torch.complex64
+    return norm
+
+
+def clip_coefficient(clip: ClipSpec, norm: Tensor) -> Tensor:
+    """What a gradient of this norm is multiplied by; see `pysmooth.ClipSGD` for the formulas."""
+    mode = clip.mode.name
+    if mode == "HARD":
+        return (clip.max_norm / (norm + clip.eps)).clamp(max=1.0)
+    if mode == "SMOOTH":
+        return 1.0 / (1.0 + norm / clip.max_norm)
+    if mode == "NORMALIZE":
+        return torch.where(norm == 0, 0.0, clip.max_norm / (norm + clip.eps))
+    if mode == "SMOOTHNESS":
+        curvature = clip.l0 + clip.l1 * norm
+        return torch.where(curvature == 0, 0.0, 1.0 / curvature)
+    return torch.ones_like(norm)
+
+
+def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
+    """Multiplies every tensor by `coef`, in place, the product in float32 or wider."""
+    for t in tensors:
+        factor = coef if isinstance(coef, float) else coef.to(t.device)
+        if t.dtype in (torch.bfloat16, torch.float16):
+            t.copy_(t.float() * factor)
+        else:
+            t.mul_(factor)
+
+
+def is_finite(norm: Tensor) -> bool:
+    """Whether a norm is an ordinary number. Waits for the device."""
+    return math.isfinite(float(norm))
