@@ -29,17 +29,18 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # -ffp-contract=off: a*b+c stays two roundings, on every ISA level and every backend alike.
-CXXFLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -Wall -Wextra"
-).split()
+CXXFLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+]
 
 # Kernel sources are compiled once per level, to be chosen from at run time; the rest only once.
 KERNELS = {"reduce", "select", "apply", "codec", "probe"}
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split()
+    ISA_FLAGS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+    ISA_FLAGS["avx512"] += ["-mfma", "-mf16c"]
 
 
 def dlpack_include() -> Path:
@@ -75,7 +76,7 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension module."""
-        # Not self.build_temp: an editable install gets a fresh one every time, and would start over.
+        # Not self.build_temp: an editable install gets a fresh one each time, and would start over.
         work = ROOT / "build" / f"{ext.name}-{sys.implementation.cache_tag}-{self.plat_name}"
         work.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -1,5 +1,6 @@
 """Types of the native CPU module (csrc/bindings)."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Plan:
         groups: list[int],
         names: list[str],
         first: list[bool],
+        state_roots: list[Tensor],
         scope: int,
         policy: int,
         norm_type: float,
@@ -30,8 +32,8 @@ class Plan:
     def step(
         self,
         param_lists: list[list[Tensor]],
-        hypers: list[tuple[float, ...]],
-        clips: list[tuple[int, float, float, float, float]],
+        hypers: Sequence[tuple[float, ...]],
+        clips: Sequence[tuple[int, float, float, float, float]],
         threads: int,
         /,
     ) -> int: ...

@@ -46,8 +46,8 @@ void add(GradList* list, py::object grad) {
     form.assign(d);
     const RealView view = RealView::of(form, what());
     Layout layout;
-    if (!merge_layout(static_cast<int>(view.shape.size()), view.shape.data(),
-                      {view.strides.data()}, &layout))
+    if (!merge_layout(static_cast<int>(view.shape.size()), view.shape.data(), {view.strides.data()},
+                      &layout))
       throw py::value_error(what() + " has more than " + std::to_string(kMaxDims) +
                             " dimensions that cannot be merged");
     slot.numel = view.numel;
@@ -168,13 +168,11 @@ py::tuple grad_norm(const py::list& tensors, double norm_type, int threads) {
 // Returns (norm, any gradient is float64, any gradient at all).
 py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_type,
                          bool error_if_nonfinite, int threads) {
-  static PyObject* const name = PyUnicode_InternFromString("grad");
   Call call;
+  GradGetter grad_of;
   for (const py::handle p : params) {
-    PyObject* const grad = PyObject_GetAttr(p.ptr(), name);
-    if (grad == nullptr) throw py::error_already_set();
-    auto owned = py::reinterpret_steal<py::object>(grad);
-    if (!owned.is_none()) add(&call.list(), std::move(owned));
+    py::object grad = grad_of(p.ptr());
+    if (!grad.is_none()) add(&call.list(), std::move(grad));
   }
   if (call.list().grads.empty()) return py::make_tuple(0.0, false, false);
   call.reduce(norm_type, threads);
@@ -214,7 +212,8 @@ void fill_zero(const py::list& tensors, int threads) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t kHuge = uintptr_t{2} << 20;
     const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-    const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+    const auto end =
+        (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
     parallel_ranges(

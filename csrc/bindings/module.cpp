@@ -1,7 +1,5 @@
 // The extension module pysmooth._cpu.
 
-
-
 #include "bindings/plan.h"
 
 namespace pysmooth {
@@ -17,8 +15,8 @@ py::list rules() {
     for (int p = 0; p < kDTypes; ++p)
       for (int g = 0; g < kDTypes; ++g)
         if (info.apply[p][g] != nullptr)
-          pairs.append(py::make_tuple(dtype_name(static_cast<DType>(p)),
-                                      dtype_name(static_cast<DType>(g))));
+          pairs.append(
+              py::make_tuple(dtype_name(static_cast<DType>(p)), dtype_name(static_cast<DType>(g))));
     py::dict rule;
     rule["name"] = info.name;
     rule["hyper"] = py::tuple(hypers);

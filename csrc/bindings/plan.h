@@ -17,14 +17,13 @@ class Plan {
  public:
   Plan(const py::list& params, const py::list& state_dicts, const py::list& state_keys,
        const std::vector<std::string>& rules, const std::vector<int>& groups,
-       std::vector<std::string> names, const std::vector<bool>& first, int scope, int policy,
-       double norm_type);
+       std::vector<std::string> names, const std::vector<bool>& first, const py::list& state_roots,
+       int scope, int policy, double norm_type);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
   // `hypers` and `clips` the numbers of each group. Returns an Outcome, or kStale.
   static constexpr int kStale = 3;
-  int step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
-           int threads);
+  int step(const py::list& param_lists, const py::list& hypers, const py::list& clips, int threads);
 
   std::vector<double> norms() const { return pipeline_.norms; }
   std::vector<double> coefs() const { return pipeline_.coefs; }
@@ -34,27 +33,39 @@ class Plan {
   std::vector<std::string> nonfinite_names() const;
 
  private:
+  // Hot: walked in every step, in order.
   struct Entry {
-    PyObject* param;                     // owned by params_
-    PyObject* state_dict;                // owned by state_dicts_
-    std::vector<PyObject*> states;       // borrowed from the state dict, checked each step
+    PyObject* state_dict = nullptr;     // owned by state_dicts_
+    const void* dict_keys = nullptr;    // a prefetch hint
+    PyObject* keys[kMaxStates] = {};    // owned by state_keys_
+    PyObject* states[kMaxStates] = {};  // borrowed from the state dict, checked each step
+    int expected_states = 0, states_held = 0;
+    bool grad_known = false;
     Signature param_form, grad_form;
     std::vector<Signature> state_forms;
+  };
+  // Cold: read when a plan is built or a gradient changes its form.
+  struct Shape {
     RealView view;
     Layout layout, grad_layout;
-    bool grad_known = false;
   };
 
   std::string what(const char* kind, size_t t) const { return kind + (" '" + names_[t] + "'"); }
   void read_states(size_t t, const py::tuple& keys);
   void learn_gradient(size_t t, const DLTensor& grad);
   bool unchanged(const py::list& param_lists) const;
+  void note_written();
   bool gather();  // false: stale
   void check_aliasing();
 
-  py::list params_, state_dicts_, state_keys_, written_;
+  void prefetch(size_t t) const;
+
+  py::list params_, state_dicts_, state_keys_, state_roots_, written_;
+  GradGetter grad_of_;
   std::vector<std::string> names_;
+  std::vector<PyObject*> param_list_;  // params_, as C pointers
   std::vector<Entry> entries_;
+  std::deque<Shape> shapes_;
   std::vector<py::object> grads_;  // kept alive while the kernels run
   std::vector<size_t> group_sizes_;
   bool all_active_ = false;

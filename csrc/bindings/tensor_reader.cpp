@@ -1,6 +1,6 @@
 #include "bindings/tensor_reader.h"
 
-#include <cstring>
+#include <algorithm>
 
 namespace pysmooth {
 namespace {
@@ -40,19 +40,13 @@ bool enabled = true;
 
 void Signature::assign(const DLTensor& t) {
   data = t.data;
+  impl = t.shape;
   dtype = t.dtype;
   ndim = t.ndim;
-  dims.assign(t.shape, t.shape + t.ndim);
-  dims.insert(dims.end(), t.strides, t.strides + t.ndim);
-}
-
-bool Signature::same_form(const DLTensor& t) const {
-  if (t.ndim != ndim || t.dtype.code != dtype.code || t.dtype.bits != dtype.bits) return false;
-  for (int d = 0; d < ndim; ++d)
-    if (t.shape[d] != dims[static_cast<size_t>(d)] ||
-        t.strides[d] != dims[static_cast<size_t>(ndim + d)])
-      return false;
-  return true;
+  if (ndim > kInline) more = std::make_unique<int64_t[]>(2 * static_cast<size_t>(ndim));
+  int64_t* const out = ndim <= kInline ? dims : more.get();
+  std::copy_n(t.shape, ndim, out);
+  std::copy_n(t.strides, ndim, out + ndim);
 }
 
 RealView RealView::of(const Signature& s, const std::string& what) {
@@ -133,6 +127,22 @@ void set_dlpack_enabled(bool value) { enabled = value; }
 bool has_lazy_bits(PyObject* tensor) {
   const py::handle t(tensor);
   return py::cast<bool>(t.attr("is_conj")()) || py::cast<bool>(t.attr("is_neg")());
+}
+
+void GradGetter::learn(PyTypeObject* type) {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  name_ = name;
+  type_ = type;
+  get_ = nullptr;
+  if (type->tp_getattro != PyObject_GenericGetAttr) return;  // the type has its own idea
+  const auto descriptor =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name));
+  if (!descriptor) return PyErr_Clear();
+  if (Py_TYPE(descriptor.ptr()) != &PyGetSetDescr_Type) return;
+  // The descriptor lives as long as the class that defines it, which is torch's own.
+  const auto* const found = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr());
+  get_ = found->d_getset->get;
+  closure_ = found->d_getset->closure;
 }
 
 void increment_version(const py::list& tensors) {

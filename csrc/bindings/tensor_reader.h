@@ -12,6 +12,7 @@
 #endif
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -27,18 +28,36 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What is cached of a tensor, to notice that it moved or changed.
+// What is cached of a tensor, to notice that it moved or changed. Plain data in one piece: a step
+// compares thousands of these, and after a backward pass every cache line counts.
 struct Signature {
-  void* data = nullptr;
-  DLDataType dtype = {};
-  int ndim = 0;
-  std::vector<int64_t> dims;  // shape, then strides
+  static constexpr int kInline = 4;
 
-  const int64_t* shape() const { return dims.data(); }
-  const int64_t* strides() const { return dims.data() + ndim; }
+  void* data = nullptr;
+  const void* impl = nullptr;  // somewhere inside torch's TensorImpl: a prefetch hint, nothing more
+  DLDataType dtype = {};
+  int32_t ndim = -1;
+  int64_t dims[2 * kInline] = {};  // shape, then strides; tensors of more dimensions go to `more`
+  std::unique_ptr<int64_t[]> more;
+
+  const int64_t* shape() const { return ndim <= kInline ? dims : more.get(); }
+  const int64_t* strides() const { return shape() + ndim; }
   void assign(const DLTensor& t);
-  bool same_form(const DLTensor& t) const;  // all but the address
+  bool same_form(const DLTensor& t) const {  // all but the address
+    if (t.ndim != ndim || t.dtype.code != dtype.code || t.dtype.bits != dtype.bits) return false;
+    const int64_t* const known = shape();
+    for (int d = 0; d < ndim; ++d)
+      if (t.shape[d] != known[d] || t.strides[d] != known[ndim + d]) return false;
+    return true;
+  }
   bool same(const DLTensor& t) const { return t.data == data && same_form(t); }
+  void prefetch(const PyObject* tensor) const {
+    __builtin_prefetch(tensor, 0, 3);
+    __builtin_prefetch(data, 0, 3);
+    for (int line = -2; line < 3; ++line)
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(impl) + 64u * line), 0, 3);
+  }
 };
 
 // A tensor as the kernels see it: real, with a complex tensor's parts as a last dimension of 2.
@@ -80,6 +99,25 @@ void set_dlpack_enabled(bool enabled);
 
 // True if the tensor's values differ from its memory: torch's lazy conjugation and negation.
 bool has_lazy_bits(PyObject* tensor);
+
+// Reads `.grad` of many tensors of one type: finds the type's getter once, and calls it directly.
+class GradGetter {
+ public:
+  py::object operator()(PyObject* tensor) {
+    if (Py_TYPE(tensor) != type_) learn(Py_TYPE(tensor));
+    PyObject* const grad =
+        get_ != nullptr ? get_(tensor, closure_) : PyObject_GetAttr(tensor, name_);
+    if (grad == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(grad);
+  }
+
+ private:
+  void learn(PyTypeObject* type);
+  PyTypeObject* type_ = nullptr;
+  PyObject* name_ = nullptr;
+  getter get_ = nullptr;
+  void* closure_ = nullptr;
+};
 
 // Tells autograd that memory was written behind its back.
 void increment_version(const py::list& tensors);

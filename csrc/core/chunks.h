@@ -1,5 +1,5 @@
-// The chunk table: all tensors of a list cut into pieces of at most kChunk elements, so that threads
-// (or blocks) share the work of all tensors together, never tensor by tensor.
+// The chunk table: all tensors of a list cut into pieces of at most kChunk elements, so that
+// threads (or blocks) share the work of all tensors together, never tensor by tensor.
 //
 // The cut depends on the sizes alone. Partial results are kept per chunk and combined in chunk
 // order, which makes every result independent of the number of threads and of who did what.

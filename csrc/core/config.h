@@ -1,8 +1,9 @@
 // Macros shared by everything in csrc.
 //
-// PYSMOOTH_ISA names the instruction-set level that a kernel translation unit is compiled for. Every
-// inline function that a kernel uses lives in a namespace of that name: the linker merges inline
-// functions of equal name, and without this it could hand AVX-512 code to a CPU that has none.
+// PYSMOOTH_ISA names the instruction-set level that a kernel translation unit is compiled for.
+// Every inline function that a kernel uses lives in a namespace of that name: the linker merges
+// inline functions of equal name, and without this it could hand AVX-512 code to a CPU that has
+// none.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -19,8 +19,8 @@ struct f16 {
 constexpr int itemsize(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 constexpr const char* dtype_name(DType t) {
-  return t == DType::f32   ? "float32"
-         : t == DType::f64 ? "float64"
+  return t == DType::f32    ? "float32"
+         : t == DType::f64  ? "float64"
          : t == DType::bf16 ? "bfloat16"
                             : "float16";
 }

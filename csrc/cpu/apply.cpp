@@ -1,7 +1,7 @@
 // apply, on CPU: one pass over parameter, gradient and states with a rule's update.
 //
-// Linear tensors go through SIMD vectors; the tail of a chunk goes through the same functor, element
-// by element, and IEEE arithmetic without contraction makes the two agree to the bit.
+// Linear tensors go through SIMD vectors; the tail of a chunk goes through the same functor,
+// element by element, and IEEE arithmetic without contraction makes the two agree to the bit.
 
 #include "core/rules.h"
 #include "cpu/kernels.h"

@@ -52,7 +52,8 @@ struct RuleInfo {
   ApplyFn apply[kDTypes][kDTypes];  // [parameter][gradient]; null where not instantiated
 };
 
-// ---- probe: bandwidth measurement ----------------------------------------------------------------
+// ---- probe: bandwidth measurement
+// ----------------------------------------------------------------
 
 struct ProbeArgs {
   float* rw[3];

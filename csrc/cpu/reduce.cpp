@@ -1,8 +1,9 @@
 // reduce, on CPU: norms of a chunk of a tensor.
 //
-// Elements fold into 64 lanes, whatever the vector width: element i of a block goes to lane i mod 64.
-// After every block of 4096 elements the lanes are combined in double, by a fixed tree. So SSE2, AVX2
-// and AVX-512, vector bodies and tails give the same bits, and a lane holds at most 64 additions.
+// Elements fold into 64 lanes, whatever the vector width: element i of a block goes to lane i
+// mod 64. After every block of 8192 elements the lanes are combined in double, by a fixed tree. So
+// SSE2, AVX2 and AVX-512, vector bodies and tails give the same bits, and a lane holds at most 128
+// additions.
 //
 // Float sums can overflow (|x| > 1.8e19 in squares) or lose small terms to underflow. Both show in
 // the block's sum, and such a block, still in L1, is summed again in double.
@@ -16,7 +17,7 @@
 PYSMOOTH_KERNELS_BEGIN
 
 constexpr int kLanes = 64;
-constexpr int kBlock = 4096;
+constexpr int kBlock = 8192;
 constexpr double kLargestFinite = 1.7976931348623157e308;
 
 // The unsigned integer with the bits of a floating-point type, alone or in vectors. Comparing
@@ -87,8 +88,8 @@ struct Smallest {
   PYSMOOTH_HD static double combine(double a, double b) { return a < b || a != a ? a : b; }
 };
 
-// Folds one block of n <= kBlock elements into 64 lanes and those into one double. A block that does
-// not fill its last row of lanes is completed with `pad`, which must not change the result.
+// Folds one block of n <= kBlock elements into 64 lanes and those into one double. A block that
+// does not fill its last row of lanes is completed with `pad`, which must not change the result.
 template <class F, class C, class T>
 PYSMOOTH_HD double fold_block(const T* x, int64_t n, C pad) {
   constexpr int W = lanes_of<C>;
@@ -106,8 +107,7 @@ PYSMOOTH_HD double fold_block(const T* x, int64_t n, C pad) {
   if (i < n) {
     alignas(64) C row[kLanes];
     for (int j = 0; j < kLanes; ++j) row[j] = i + j < n ? load1<C>(x + i + j) : pad;
-    for (int j = 0; j < kRegisters; ++j)
-      acc[j] = F::fold(acc[j], vector_io<C>::load(row + j * W));
+    for (int j = 0; j < kRegisters; ++j) acc[j] = F::fold(acc[j], vector_io<C>::load(row + j * W));
   }
   alignas(64) C narrow[kLanes];
   alignas(64) double lane[kLanes];
@@ -147,10 +147,11 @@ PYSMOOTH_HD Partial reduce_block(const T* x, int64_t n, double power) {
   Partial out;
   if constexpr (kind == Reduction::sum_squares || kind == Reduction::sum_abs) {
     constexpr bool kSquares = kind == Reduction::sum_squares;
-    // Terms below this lose bits to underflow: 4096 of them, each off by 2^-150, stay invisible
+    // Terms below this lose bits to underflow: 8192 of them, each off by 2^-150, stay invisible
     // beside a sum of 2^-100.
     constexpr double kTrusted = kSquares ? 7.8886090522101181e-31 : 0.0;
-    const double sum = kSquares ? fold_block<Squares<C>>(x, n, C(0)) : fold_block<Absolutes<C>>(x, n, C(0));
+    const double sum =
+        kSquares ? fold_block<Squares<C>>(x, n, C(0)) : fold_block<Absolutes<C>>(x, n, C(0));
     out.value = sum;
     if (!(sum >= kTrusted && sum <= 3.4028234663852886e38)) {
       const double top = largest<C>(x, n);
@@ -192,9 +193,9 @@ Partial reduce(const ReduceArgs& a) {
   total.value = kind == Reduction::min_abs ? Smallest<double>::kNeutral : 0.0;
   if (a.layout == nullptr) {
     for (int64_t i = 0; i < a.length; i += kBlock)
-      combine<kind>(&total, reduce_block<kind>(data + a.begin + i,
-                                               a.length - i < kBlock ? a.length - i : kBlock,
-                                               a.power));
+      combine<kind>(&total,
+                    reduce_block<kind>(data + a.begin + i,
+                                       a.length - i < kBlock ? a.length - i : kBlock, a.power));
     return total;
   }
   // Strided: gather a block, reduce it like a linear one.

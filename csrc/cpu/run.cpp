@@ -20,8 +20,8 @@ std::atomic<bool> forked{false};
 constexpr int64_t kSerialElements = 16384;
 
 // A share of the chunks per thread keeps small models in each core's cache from reduce to apply.
-// Above this size caches do not matter, and chunks are handed out as threads ask for them, so that a
-// thread which the system slows down holds nobody up.
+// Above this size caches do not matter, and chunks are handed out as threads ask for them, so that
+// a thread which the system slows down holds nobody up.
 constexpr int64_t kStaticElements = int64_t{1} << 22;
 constexpr int64_t kGrab = 4;
 
@@ -71,8 +71,8 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   args.begin = chunk.begin;
   args.length = chunk.length;
   args.hyper = p->groups[static_cast<size_t>(slot.group)].hyper;
-  rules[slot.rule]
-      .apply[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](args);
+  rules[slot.rule].apply[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](
+      args);
 }
 
 // Turns the partials into norms and clip coefficients. One thread, fixed order.
@@ -215,8 +215,7 @@ void parallel_ranges(int64_t count, int64_t grain, int threads,
   }
   const int64_t pieces = (count + grain - 1) / grain;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < pieces; ++i)
-    body(context, i * grain, std::min(count, (i + 1) * grain));
+  for (int64_t i = 0; i < pieces; ++i) body(context, i * grain, std::min(count, (i + 1) * grain));
 }
 
 }  // namespace pysmooth

@@ -58,10 +58,10 @@ struct Pipeline {
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
 
   // Left behind by a step that took norms.
-  std::vector<Partial> partials;    // per chunk
-  std::vector<double> norms;        // per scope unit
-  std::vector<double> tensor_norms; // per slot
-  std::vector<double> coefs;        // per slot
+  std::vector<Partial> partials;     // per chunk
+  std::vector<double> norms;         // per scope unit
+  std::vector<double> tensor_norms;  // per slot
+  std::vector<double> coefs;         // per slot
   bool reduced = false;
   bool nonfinite = false;
 

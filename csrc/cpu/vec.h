@@ -1,7 +1,7 @@
 // SIMD vectors of the ISA level being compiled, with loads and stores for every storage type.
 //
-// Built on the compilers' generic vectors, so that a rule's arithmetic reads the same on a float and
-// on 4, 8 or 16 of them. Intrinsics appear only where F16C has an instruction for a conversion.
+// Built on the compilers' generic vectors, so that a rule's arithmetic reads the same on a float
+// and on 4, 8 or 16 of them. Intrinsics appear only where F16C has an instruction for a conversion.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +42,7 @@ using vu32 = vec<uint32_t>;
 typedef uint16_t vu16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t vu16_unaligned
     __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-typedef float vhalf_unaligned
-    __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+typedef float vhalf_unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
 
 template <>
 struct ops<vec<float>> {
@@ -119,7 +118,8 @@ PYSMOOTH_HD U narrow_f16(F value) {
   return magnitude | sign;
 }
 
-// ---- one element ---------------------------------------------------------------------------------
+// ---- one element
+// ---------------------------------------------------------------------------------
 
 template <class C>
 PYSMOOTH_HD C load1(const float* p) {
@@ -146,7 +146,8 @@ PYSMOOTH_HD void store1(f16* p, float x) {
   p->bits = static_cast<uint16_t>(narrow_f16<uint32_t>(x));
 }
 
-// ---- vectors: lanes_of<C> elements, computed in C ------------------------------------------------
+// ---- vectors: lanes_of<C> elements, computed in C
+// ------------------------------------------------
 
 template <class C>
 struct vector_io;
@@ -177,8 +178,7 @@ struct vector_io<float> {
     return bits_as<V>(_mm512_maskz_cvtph_ps(kAll, bits_as<__m256i>(load16(p))));
   }
   PYSMOOTH_HD static void store(f16* p, V x) {
-    const __m256i bits =
-        _mm512_maskz_cvtps_ph(kAll, bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+    const __m256i bits = _mm512_maskz_cvtps_ph(kAll, bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
     *reinterpret_cast<vu16_unaligned*>(p) = bits_as<vu16>(bits);
   }
 #elif defined(__F16C__)

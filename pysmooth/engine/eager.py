@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._errors import NonFiniteGradientError
 from .recipe import ClipMode, Policy, Recipe, Scope
-from .state import empty_state
+from .state import empty_states
 
 if TYPE_CHECKING:
     from ..optim._base import FusedOptimizer
@@ -81,8 +81,9 @@ class EagerEngine:
             for i in unit:
                 g, p, _ = live[i]
                 if recipes[g].clip.mode != ClipMode.NONE:
-                    coefs[i] = reference.clip_coefficient(recipes[g].clip, norm)
-                    every[position[id(p)]] = coefs[i].double()
+                    coef = reference.clip_coefficient(recipes[g].clip, norm)
+                    coefs[i] = coef
+                    every[position[id(p)]] = coef.double()
         device = norms[0].device if norms else torch.device("cpu")
         self._norms = torch.stack([n.to(device, torch.float64) for n in norms])
         self._coefs = torch.stack([c.to(device) for c in every]) if every else None
@@ -119,7 +120,7 @@ def _apply(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | 
     first = False
     for key in recipe.states:
         if state.get(key) is None:
-            state[key] = torch.zeros_like(empty_state(p))
+            state[key] = empty_states([p])[0].zero_()
             first = True
     real = torch.view_as_real if p.is_complex() else lambda tensor: tensor
     reference.RULES[recipe.rule](

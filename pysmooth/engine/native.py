@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._errors import NonFiniteGradientError
 from .recipe import Recipe
-from .state import empty_state
+from .state import empty_states, version_roots
 
 if TYPE_CHECKING:
     from .._cpu import Plan
@@ -68,24 +68,22 @@ class NativeEngine:
         state_dicts: list[dict[str, Any]] = []
         groups: list[int] = []
         first: list[bool] = []
-        fresh: list[Tensor] = []
         for index, (group, recipe) in enumerate(zip(optimizer.param_groups, recipes, strict=True)):
             for p in group["params"]:
                 known = optimizer.state.get(p)
                 missing = [k for k in recipe.states if known is None or known.get(k) is None]
                 # Like torch, allocate for parameters that have a gradient, when they first do.
                 allocate = bool(missing) and p.grad is not None
-                if allocate:
-                    known = optimizer.state[p]
-                    for key in missing:
-                        known[key] = empty_state(p)
-                        fresh.append(known[key])
                 params.append(p)
                 state_dicts.append({} if known is None else known)
                 groups.append(index)
                 first.append(allocate)
         try:
-            self._native.fill_zero(fresh, torch.get_num_threads())
+            new = [i for i, allocate in enumerate(first) if allocate]
+            self._allocate(optimizer, params, state_dicts, [recipes[g].states for g in groups], new)
+            states = [
+                s for d, g in zip(state_dicts, groups, strict=True) for s in _live(d, recipes[g])
+            ]
             self._plan = self._native.Plan(
                 params=params,
                 state_dicts=state_dicts,
@@ -94,6 +92,7 @@ class NativeEngine:
                 groups=groups,
                 names=optimizer.param_labels(),
                 first=first,
+                state_roots=version_roots(states),
                 scope=int(optimizer.scope),
                 policy=int(optimizer.policy),
                 norm_type=optimizer.norm_type,
@@ -103,6 +102,24 @@ class NativeEngine:
             raise
         self._built_for = (len(optimizer.state), *(recipe.rule for recipe in recipes))
         return self._plan
+
+    def _allocate(
+        self,
+        optimizer: FusedOptimizer,
+        params: list[Tensor],
+        state_dicts: list[dict[str, Any]],
+        keys: list[tuple[str, ...]],
+        new: list[int],
+    ) -> None:
+        """Gives the parameters numbered in `new` the states they lack, zeroed."""
+        owners = [i for i in new for key in keys[i] if state_dicts[i].get(key) is None]
+        names = [key for i in new for key in keys[i] if state_dicts[i].get(key) is None]
+        with torch.no_grad():
+            states = empty_states([params[i] for i in owners])
+        self._native.fill_zero(version_roots(states), torch.get_num_threads())
+        for i, key, state in zip(owners, names, states, strict=True):
+            optimizer.state[params[i]][key] = state
+            state_dicts[i] = optimizer.state[params[i]]
 
     def _discard_unapplied(self, optimizer: FusedOptimizer) -> None:
         """Forgets states that were allocated for a step which then did not happen."""
@@ -121,6 +138,10 @@ class NativeEngine:
     def coefs(self) -> list[float] | None:
         """Clip coefficients of the last step per parameter; None if it took no norms."""
         return self._plan.coefs() if self._plan is not None and self._plan.reduced else None
+
+
+def _live(state: dict[str, Any], recipe: Recipe) -> list[Tensor]:
+    return [state[key] for key in recipe.states if isinstance(state.get(key), Tensor)]
 
 
 def _drop_states(optimizer: FusedOptimizer, params: list[Tensor]) -> None:

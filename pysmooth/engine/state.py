@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,37 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return param.dtype
 
 
-def empty_state(param: Tensor) -> Tensor:
-    """An uninitialised state for `param`: its shape, its strides where they are dense."""
-    return torch.empty_like(
-        param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
-    )
+def empty_states(params: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialised states, one per parameter: its shape, its strides where they are dense.
+
+    States of one dtype and device are views of one allocation, each starting on a cache line. One
+    allocation is faulted in faster than many, and its views share a version counter, so telling
+    autograd of a write costs one call for all of them.
+    """
+    states: list[Tensor | None] = [None] * len(params)
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, p in enumerate(params):
+        kinds.setdefault((state_dtype(p), p.device), []).append(i)
+    for (dtype, device), members in kinds.items():
+        line = max(1, 64 // dtype.itemsize)
+        sizes = [-(-params[i].numel() // line) * line for i in members]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        offset = 0
+        for i, size in zip(members, sizes, strict=True):
+            p = params[i]
+            states[i] = flat.as_strided(p.shape, _dense_strides(p), offset)
+            offset += size
+    return [s for s in states if s is not None]
+
+
+def _dense_strides(param: Tensor) -> Sequence[int]:
+    """The strides that torch would give a copy of the parameter that preserves its format."""
+    if param.is_contiguous():
+        return param.stride()
+    return torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
+
+
+def version_roots(states: Sequence[Tensor]) -> list[Tensor]:
+    """The fewest tensors whose version counters are those of all the states."""
+    roots = [s if s._base is None else s._base for s in states]
+    return list({id(root): root for root in roots}.values())

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..engine.backends import Engine, make_engine, resolve
 from ..engine.recipe import Policy, Recipe, Scope
-from ..engine.state import state_dtype
+from ..engine.state import empty_states
 from ._validate import check_choice
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
@@ -105,7 +105,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._run()
         return loss
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
         if self._engine is None:
             self._engine = make_engine(resolve(self._backend, self._params()))
@@ -177,7 +177,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
-    @torch._disable_dynamo
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict, pysmooth's or the torch twin's.
 
@@ -198,10 +198,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, old in zip(self.param_groups, before, strict=True):
                 for key, value in old.items():
                     group.setdefault(key, value)
-            for p, saved in _pairs(self, loaded):
-                for key, value in saved.items():
-                    if isinstance(value, Tensor) and value.shape == p.shape:
-                        self.state[p][key] = _own_copy(value, p)
+            keys = {key for group in self.param_groups for key in self.recipe(group).states}
+            todo = [
+                (p, key, value)
+                for p, saved in _pairs(self, loaded)
+                for key, value in saved.items()
+                if key in keys and isinstance(value, Tensor)
+            ]
+            with torch.no_grad():
+                owned = empty_states([p for p, _, _ in todo])
+                for (p, key, value), own in zip(todo, owned, strict=True):
+                    self.state[p][key] = own.copy_(value)
 
         # The last of the pre-hooks sees what will really be loaded; the first of the post-hooks
         # completes the load before the user's hooks look at it.
@@ -260,11 +267,3 @@ def _pairs(
         for i, p in zip(ids, params, strict=True)
         if i in state_dict["state"]
     ]
-
-
-def _own_copy(value: Tensor, param: Tensor) -> Tensor:
-    """A loaded state as pysmooth keeps it: its own memory, its own dtype, the parameter's strides."""
-    own = torch.empty_like(
-        param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
-    )
-    return own.copy_(value)

@@ -127,7 +127,12 @@ class ClipSGD(FusedOptimizer):
 
     @classmethod
     def from_smoothness(
-        cls, params: ParamsT, L0: float, L1: float, eta: float = 1.0, **kwargs: Any  # noqa: N803
+        cls,
+        params: ParamsT,
+        L0: float,
+        L1: float,
+        eta: float = 1.0,
+        **kwargs: Any,  # noqa: N803
     ) -> ClipSGD:
         """(L0,L1)-GD: the step size eta / (L0 + L1 ||g||), 0 where that has no value.
 

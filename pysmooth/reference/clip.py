@@ -30,7 +30,8 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         torch.linalg.vector_norm(t.to(_widened(t.dtype, dtype)), norm_type).to(device, dtype)
         for t in tensors
     ]
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return total
 
 
 def _widened(dtype: torch.dtype, norm: torch.dtype) -> torch.dtype:

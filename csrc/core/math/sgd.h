@@ -15,8 +15,8 @@ template <int kMomentum>  // 0 or 1: whether there is a momentum buffer
 struct Sgd {
   static constexpr const char* kName = kMomentum ? "sgd_momentum" : "sgd";
   static constexpr const char* kHyper[] = {
-      "lr",        "momentum", "dampening", "weight_decay", "decoupled_weight_decay",
-      "nesterov",  "maximize", "clip_value"};
+      "lr",       "momentum", "dampening", "weight_decay", "decoupled_weight_decay",
+      "nesterov", "maximize", "clip_value"};
   static constexpr bool kReadsGrad = true;
   static constexpr int kStates = kMomentum;
 

@@ -1,0 +1,65 @@
+# `make bench` and `make test` need nothing but Python >= 3.10 and a C++17 compiler: they create .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+# How pip is called: quietly, and without telling us that there is a newer pip.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu') setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+.PHONY: bench
+bench: $(VENV)/built ## Train small models, measure against every rival, write a report (5 minutes)
+	$(BIN)/python -m pysmooth.bench
+
+.PHONY: bench-full
+bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
+	$(BIN)/python -m pysmooth.bench --full
+
+.PHONY: test
+test: lint $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test
+	$(BIN)/python -m pytest tests bench -q --benchmark-disable
+	.ci/cuda-compile
+	.ci/wheel-smoke $(BIN)/python
+
+.PHONY: lint
+lint: $(VENV)/built ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pysmooth bench triton_kernels
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cu')
+
+.PHONY: build
+build: $(VENV)/built ## Build the extension and install the package in .venv, editable
+
+.PHONY: gpu
+gpu: ## On a machine with a GPU: build with what is installed, GPU tests, GPU benchmarks
+	$(PYTHON) bench/gpu.py
+
+.PHONY: clean
+clean: ## Remove everything that was built, .venv included
+	rm -rf $(VENV) build dist *.egg-info pysmooth/*.so
+
+# The environment, made again when its requirements change.
+$(VENV)/made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -U 'pip>=25.1' 'setuptools>=77' wheel
+	$(PIP) install $(TORCH)
+	$(PIP) install 'pybind11>=3.0' 'ninja>=1.11' 'apache-tvm-ffi>=0.1.5' --group dev
+	touch $@
+
+# The package, editable. The extension is compiled incrementally by ninja (setup.py).
+$(VENV)/built: $(VENV)/made $(SOURCES)
+	$(PIP) install --no-build-isolation -e '.[bench]'
+	touch $@
+
+# The same build once more with warnings as errors.
+$(VENV)/checked: $(VENV)/built $(SOURCES)
+	PYSMOOTH_WERROR=1 $(PIP) install --no-build-isolation --no-deps -e .
+	touch $@

@@ -1,0 +1,28 @@
+// Every update rule as a device function: the math headers must stay compilable by nvcc.
+
+#include "core/rules.h"
+
+namespace pysmooth::generic {
+
+template <class Rule>
+__device__ void one(float* param, const float* grad, float* state, const double* hyper) {
+  const auto h = Rule::template prepare<float>(hyper, Scalars{});
+  Lane<float, Rule::kStates> x{};
+  x.param = *param;
+  x.grad = *grad;
+  for (int k = 0; k < Rule::kStates; ++k) x.state[k] = state[k];
+  Rule::update(x, h);
+  *param = x.param;
+  for (int k = 0; k < Rule::kStates; ++k) state[k] = x.state[k];
+}
+
+template <class... R>
+__device__ void all(RuleList<R...>, float* p, const float* g, float* s, const double* h) {
+  (one<R>(p, g, s, h), ...);
+}
+
+__global__ void rules(float* p, const float* g, float* s, const double* h) {
+  all(Rules{}, p, g, s, h);
+}
+
+}  // namespace pysmooth::generic
