@@ -7,7 +7,6 @@ writes a build.ninja and lets ninja do the rest.
 Environment:
     PYSMOOTH_WERROR=1       warnings are errors (CI)
     PYSMOOTH_CXXFLAGS=...   extra compiler flags
-    PYSMOOTH_CUDA=0|1       never / always build the CUDA module (default: if nvcc and csrc/cuda exist)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fused multi-tensor optimizers for PyTorch: gradient clipping inside the step, at the memory floor."""
+"""Fused multi-tensor optimizers for PyTorch: clipping inside the step, at the memory floor."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ class EagerEngine:
 
         coefs: list[Tensor | None] = [None] * len(live)
         self._norms = self._coefs = None
-        if optimizer.policy != Policy.PROPAGATE or any(r.clip.mode for r in recipes):
-            if not self._reduce(optimizer, recipes, slots, live, coefs):
-                self.skipped += 1
-                return
+        wanted = optimizer.policy != Policy.PROPAGATE or any(r.clip.mode for r in recipes)
+        if wanted and not self._reduce(optimizer, recipes, slots, live, coefs):
+            self.skipped += 1
+            return
         for (g, p, _), coef in zip(live, coefs, strict=True):
             _apply(optimizer, recipes[g], p, coef)
 

@@ -20,7 +20,7 @@ APPLIED, SKIPPED, NONFINITE, STALE = range(4)
 
 
 class NativeEngine:
-    """Steps through a `Plan`, which is rebuilt whenever anything but a gradient's address changed."""
+    """Steps through a `Plan`, rebuilt whenever anything but a gradient's address changed."""
 
     name = "cpu"
 

@@ -80,8 +80,8 @@ class ClipSGD(FusedOptimizer):
         TypeError: an argument has the wrong type.
         BackendError: the backend is not available for these parameters.
 
-    Sources: smooth clipping and the step size eta / (L0 + L1 \|\|g\|\|) for (L0,L1)-smooth problems,
-    arXiv:1905.11881 and arXiv:2409.14989; clipping under heavy tails, arXiv:2505.20817.
+    Sources: smooth clipping and the step size eta / (L0 + L1 \|\|g\|\|) under
+    (L0,L1)-smoothness, arXiv:1905.11881 and arXiv:2409.14989; clipping under heavy tails, arXiv:2505.20817.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ClipSGD(FusedOptimizer):
         L0: float,
         L1: float,
         eta: float = 1.0,
-        **kwargs: Any,  # noqa: N803
+        **kwargs: Any,
     ) -> ClipSGD:
         """(L0,L1)-GD: the step size eta / (L0 + L1 ||g||), 0 where that has no value.
 

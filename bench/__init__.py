@@ -1,0 +1,1 @@
+"""The benchmark suite: every rival present, the roofline, numerics, real training."""

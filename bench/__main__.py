@@ -1,0 +1,5 @@
+"""`python -m pysmooth.bench`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,100 @@
+"""The command line: `python -m pysmooth.bench` or `pysmooth-bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from . import rivals
+from .methods import DTYPES, METHODS
+from .models import MODELS
+from .suite import Options, run_suite, set_threads
+
+app = typer.Typer(add_completion=False)
+
+CPU_MODELS = ["resnet20", "resnet50", "bert-base", "many-tiny", "gpt2-124m"]
+GPU_MODELS = [*CPU_MODELS, "llama-3.2-1b"]
+
+
+def _pick(option: str, text: str | None, known: list[str], default: list[str]) -> list[str]:
+    if text is None:
+        return default
+    chosen = [part.strip() for part in text.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise typer.BadParameter(
+                f"{name!r} is not one of: {', '.join(known)}", param_hint=option
+            )
+    return chosen
+
+
+def default_out() -> Path:
+    """bench/results/local in a checkout, else a folder where the command was started."""
+    root = Path(__file__).resolve().parent
+    in_checkout = (root.parent / ".git").exists()
+    return root / "results" / "local" if in_checkout else Path("pysmooth-bench-results")
+
+
+@app.command()
+def run(
+    methods: Annotated[str | None, typer.Option(help="Comma-separated; default all.")] = None,
+    models: Annotated[str | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of the large models.")] = 15,
+    rivals_: Annotated[str | None, typer.Option("--rivals", help="Comma-separated.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All models, all rivals; an hour.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A look in half a minute.")] = False,
+    end_to_end: Annotated[bool, typer.Option(help="Train the small models first.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Where the files go.")] = None,
+) -> None:
+    """Measures pysmooth against every rival that is installed, and writes a report."""
+    set_threads(threads)
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}", param_hint="--dtype")
+    known_rivals = [*rivals.RIVALS, rivals.COMPILED]
+    options = Options(dtype=dtype, device=device, rounds=rounds)
+    if full:
+        options.models = GPU_MODELS if device.startswith("cuda") else CPU_MODELS
+        options.compile_models = options.models
+        options.seconds, options.compile_reserve = 5400.0, 0.0
+    if quick:
+        options.models, options.compile_models = ["resnet20", "many-tiny"], []
+        options.end_to_end_seconds, options.rounds = 6.0, 5
+    options.methods = _pick("--methods", methods, list(METHODS), options.methods)
+    options.models = _pick("--models", models, list(MODELS), options.models)
+    options.rivals = _pick("--rivals", rivals_, known_rivals, options.rivals)
+    if not end_to_end or device != "cpu":
+        options.end_to_end_seconds = 0.0
+    execute(options, out or default_out())
+
+
+def execute(options: Options, out_dir: Path) -> None:
+    """Runs the suite, prints the report, writes the files and names them."""
+    from .html import write_html
+    from .plots import write_plots
+    from .report import print_report, write_json
+
+    console = Console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        results = run_suite(options, lambda text: progress.update(task, description=text))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    print_report(results, console)
+    files = [write_json(results, out_dir)]
+    plots = write_plots(results, out_dir)
+    files += [*plots, write_html(results, plots, out_dir)]
+    console.print("\n[bold]Files written[/]")
+    for path in files:
+        console.print(f"  {path}", soft_wrap=True)
+
+
+def main() -> None:
+    """The entry point."""
+    app()

@@ -1,0 +1,52 @@
+"""Host cost per tensor, with gradients that a real backward has just made.
+
+Gradients whose Python wrappers already exist, in a warm cache, would flatter every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+import pysmooth
+
+from .models import MODELS
+from .timing import device_clock, interleave, ratio
+
+
+def measure(model: str, device: str, rounds: int = 40) -> dict[str, object]:
+    """Microseconds per tensor of clip + momentum SGD, pysmooth's and torch's fused one."""
+    shapes = MODELS[model]()
+    params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+    inputs = [torch.randn(s, device=device) for s in shapes]
+
+    def backward() -> None:
+        for p in params:
+            p.grad = None
+        products = [p * x for p, x in zip(params, inputs, strict=True)]
+        loss = torch.stack([x.sum() for x in products]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    backward()
+    ours = pysmooth.ClipSGD(params, 1e-9, momentum=0.9, max_norm=1e9)
+    fused = torch.optim.SGD(params, lr=1e-9, momentum=0.9, fused=True)
+
+    def rival() -> None:
+        clip_grad_norm_(params, 1e9)
+        fused.step()
+
+    contestants: dict[str, Callable[[], object]] = {"pysmooth": ours.step, "torch": rival}
+    timed = interleave(
+        contestants, rounds=rounds, prepare=backward, clock=device_clock(device), seconds=12
+    )
+    count = len(shapes)
+    return {
+        "model": model,
+        "tensors": count,
+        "backend": ours.resolved_backend,
+        "pysmooth_us_per_tensor": timed["pysmooth"].median / count * 1e6,
+        "torch_us_per_tensor": timed["torch"].median / count * 1e6,
+        "ratio": ratio(timed["torch"], timed["pysmooth"]),
+    }

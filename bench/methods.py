@@ -1,0 +1,110 @@
+"""The methods under test. Adding one to the suite is one entry here.
+
+A method names its passes over memory: each is (streams read and written, streams only read), in
+values per parameter. Their sum is the stream budget that the roofline is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_ as torch_clip
+
+import pysmooth
+from pysmooth.engine import available_backends
+
+from . import rivals
+from .rivals import Problem, Step
+
+Pass = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: how pysmooth does it, how the rivals do it, what it must move."""
+
+    name: str
+    passes: tuple[Pass, ...]
+    ours: Callable[[Problem], tuple[Step, str]]  # the step, and the backend that runs it
+    rivals: dict[str, Callable[[Problem], Step]]
+    momentum: float = 0.0
+    clips: bool = False  # whether the norm exceeds max_norm
+    compiles: bool = False  # whether the compiled hand-written step does the same work
+
+    @property
+    def streams(self) -> int:
+        """Reads and writes of one value per parameter."""
+        return sum(2 * rw + r for rw, r in self.passes)
+
+
+def _clip_sgd(problem: Problem) -> tuple[Step, str]:
+    optimizer = pysmooth.ClipSGD(
+        problem.params, problem.lr, momentum=problem.momentum, max_norm=problem.max_norm
+    )
+    return optimizer.step, optimizer.resolved_backend
+
+
+def _clip(problem: Problem) -> tuple[Step, str]:
+    native = "cpu" in available_backends()
+    on_cpu = all(p.device.type == "cpu" for p in problem.params)
+    backend = "cpu" if native and on_cpu else "eager"
+    return lambda: pysmooth.clip_grad_norm_(problem.params, problem.max_norm), backend
+
+
+def _torch_clip(foreach: bool) -> Callable[[Problem], Step]:
+    return lambda problem: lambda: torch_clip(problem.params, problem.max_norm, foreach=foreach)
+
+
+_CLIP_RIVALS: dict[str, Callable[[Problem], Step]] = {
+    "torch for-loop": _torch_clip(False),
+    "torch foreach": _torch_clip(True),
+}
+
+METHODS = {
+    m.name: m
+    for m in (
+        Method("clip_grad_norm (nothing clipped)", ((0, 1),), _clip, _CLIP_RIVALS),
+        Method("clip_grad_norm (clipped)", ((0, 1), (1, 0)), _clip, _CLIP_RIVALS, clips=True),
+        Method("clip_sgd", ((0, 1), (1, 1)), _clip_sgd, rivals.RIVALS, compiles=True, clips=True),
+        Method(
+            "clip_sgd_momentum",
+            ((0, 1), (2, 1)),
+            _clip_sgd,
+            rivals.RIVALS,
+            momentum=0.9,
+            compiles=True,
+            clips=True,
+        ),
+    )
+}
+
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32-bf16grad": (torch.float32, torch.bfloat16),
+}
+
+
+def make_problem(
+    shapes: list[tuple[int, ...]], method: Method, dtype: str, device: str, seed: int = 0
+) -> Problem:
+    """Parameters with random gradients; max_norm a hair below the norm if the method clips.
+
+    A hair: clipping rewrites the gradients, and a real cut would shrink them from call to call
+    until they are subnormal and slow.
+    """
+    param_dtype, grad_dtype = DTYPES[dtype]
+    generator = torch.Generator(device).manual_seed(seed)
+    params: list[Tensor] = []
+    for shape in shapes:
+        value = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        p = torch.nn.Parameter((0.02 * value).to(param_dtype))
+        if grad_dtype != param_dtype:
+            p.grad_dtype = grad_dtype
+        p.grad = value.to(grad_dtype)
+        params.append(p)
+    norm = float(pysmooth.get_total_norm([p.grad for p in params if p.grad is not None]))
+    return Problem(params, 1e-9, method.momentum, norm * 0.999999 if method.clips else 1e9 * norm)

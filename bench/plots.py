@@ -1,0 +1,104 @@
+"""The report's pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from .suite import claims
+
+COLORS = {
+    "torch for-loop": "#b8c4d6",
+    "torch foreach": "#8fa3c0",
+    "torch fused": "#4a6fa5",
+    "torch.compile": "#c8713b",
+}
+OURS = "#2a9d6f"
+
+
+def write_plots(results: dict[str, Any], out_dir: Path) -> list[Path]:
+    """Writes the pictures for which there is data."""
+    written = []
+    rows = [row for row in results["rows"] if claims(row)]
+    if rows:
+        written.append(_speedups(rows, out_dir / "speedups.png"))
+    bounded = [row for row in rows if row["roofline_fraction"] is not None]
+    if bounded:
+        written.append(_roofline(bounded, out_dir / "roofline.png"))
+    if results["end_to_end"]:
+        written.append(_losses(results["end_to_end"], out_dir / "losses.png"))
+    return written
+
+
+def _save(path: Path) -> Path:
+    plt.tight_layout()
+    plt.savefig(path, dpi=120)
+    plt.close()
+    return path
+
+
+def _clean(axis: Axes) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _speedups(rows: list[dict[str, Any]], path: Path) -> Path:
+    _, axis = plt.subplots(figsize=(9, 0.9 + 0.95 * len(rows)))
+    ticks, labels = [], []
+    at = 0.0
+    for row in reversed(rows):
+        bars = [c for c in row["contestants"] if c["name"] != "pysmooth"]
+        for c in reversed(bars):
+            axis.barh(at, c["ratio"], 0.9, color=COLORS.get(c["name"], "#999999"))
+            axis.text(c["ratio"] * 1.03, at, f"{c['ratio']:.2g}x", va="center", fontsize=8)
+            at += 1
+        ticks.append(at - (len(bars) + 1) / 2)
+        labels.append(f"{row['method']}\n{row['model']}")
+        at += 0.7
+    axis.axvline(1, color=OURS, linewidth=1.5)
+    axis.set_yticks(ticks, labels, fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("rival's time / pysmooth's time (log scale; the green line is pysmooth)")
+    names = [n for n in COLORS if any(c["name"] == n for r in rows for c in r["contestants"])]
+    handles = [Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in names]
+    axis.legend(handles, names, fontsize=8, frameon=False, loc="lower right")
+    _clean(axis)
+    return _save(path)
+
+
+def _roofline(rows: list[dict[str, Any]], path: Path) -> Path:
+    _, axis = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)))
+    names = [f"{row['method']}, {row['model']}" for row in reversed(rows)]
+    values = [row["roofline_fraction"] for row in reversed(rows)]
+    axis.barh(names, values, 0.6, color=OURS)
+    for i, value in enumerate(values):
+        axis.text(value - 0.01, i, f"{value:.2f}", va="center", ha="right", color="white")
+    axis.axvline(0.9, color="#888888", linestyle="--", linewidth=1)
+    axis.axvline(1.0, color="#333333", linewidth=1)
+    axis.set_xlabel("fraction of the bandwidth floor measured in the same rounds")
+    _clean(axis)
+    return _save(path)
+
+
+def _losses(rows: list[dict[str, Any]], path: Path) -> Path:
+    _, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        axis.plot(_smooth(row["losses_torch"]), color="#4a6fa5", linewidth=4, alpha=0.5)
+        axis.plot(_smooth(row["losses_pysmooth"]), color=OURS, linewidth=1.2)
+        axis.legend(["torch SGD + clip", "pysmooth.ClipSGD"], frameon=False, fontsize=8)
+        axis.set_title(row["name"], fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss, mean of 10 steps")
+        _clean(axis)
+    return _save(path)
+
+
+def _smooth(losses: list[float], width: int = 10) -> list[float]:
+    return [sum(losses[i : i + width]) / width for i in range(len(losses) - width + 1)]

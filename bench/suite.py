@@ -1,0 +1,188 @@
+"""Runs everything and collects one dictionary of results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import bandwidth, host, machine, numerics, rivals
+from .methods import METHODS, Method, make_problem
+from .models import MODELS, numel
+from .timing import Timed, device_clock, interleave, ratio
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Options:
+    """What to run. `seconds` bounds the whole; what does not fit is left out, and said so."""
+
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    models: list[str] = field(default_factory=lambda: ["resnet20", "many-tiny", "gpt2-124m"])
+    dtype: str = "fp32"
+    device: str = "cpu"
+    rivals: list[str] = field(default_factory=lambda: [*rivals.RIVALS, rivals.COMPILED])
+    compile_models: list[str] = field(default_factory=lambda: ["resnet20", "gpt2-124m"])
+    rounds: int = 15
+    end_to_end_seconds: float = 50.0
+    seconds: float = 260.0
+    # What compiling the hand-written step is allowed to cost, by model: seen 45 to 100 s for
+    # GPT-2 on two cores. Started only if this much time is left.
+    compile_reserve: float = 110.0
+
+
+def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
+    """All parts, in the order of their importance to a reader."""
+    began = time.perf_counter()
+
+    def left() -> float:
+        return options.seconds - (time.perf_counter() - began)
+
+    results: dict[str, Any] = {
+        "environment": machine.environment(options.device),
+        "end_to_end": [],
+        "bandwidth": {},
+        "rows": [],
+        "first_step": [],
+        "host": [],
+        "numerics": [],
+        "left_out": [],
+    }
+    if options.end_to_end_seconds > 0:
+        from .end_to_end import run_all
+
+        results["end_to_end"] = run_all(options.end_to_end_seconds, progress)
+    progress("numerics against float64")
+    results["numerics"] = numerics.compare(options.device)
+    for model in ("many-tiny", "resnet20"):
+        if model in options.models:
+            progress(f"host cost: {model}")
+            results["host"].append(host.measure(model, options.device))
+    results["left_out"].append(rivals.deepspeed_left_out())
+
+    for model in options.models:
+        for name in options.methods:
+            progress(f"{name}: {model}")
+            row = measure(METHODS[name], model, options, left, results["left_out"])
+            results["rows"].append(row)
+            if "first_step" in row:
+                results["first_step"].append(row.pop("first_step"))
+        if model == options.models[-1]:
+            progress("bandwidth")
+            results["bandwidth"] = measure_bandwidth(numel(MODELS[model]()), options)
+    return results
+
+
+def measure(
+    method: Method,
+    model: str,
+    options: Options,
+    left: Callable[[], float],
+    left_out: list[str],
+) -> dict[str, Any]:
+    """One method on one model: pysmooth, every rival, and the floor, interleaved."""
+    shapes = MODELS[model]()
+    problem = make_problem(shapes, method, options.dtype, options.device)
+    step, backend = method.ours(problem)
+    clock = device_clock(options.device)
+    start = clock()
+    step()
+    first = clock() - start
+
+    contestants: dict[str, Callable[[], object]] = {"pysmooth": step}
+    for name, make in method.rivals.items():
+        if name in options.rivals:
+            contestants[name] = make(problem)
+    compile_s: float | None = None
+    if method.compiles and rivals.COMPILED in options.rivals:
+        label = f"{rivals.COMPILED} on {method.name}, {model}"
+        small = numel(shapes) < 10_000_000 and len(shapes) < 500
+        if model not in options.compile_models:
+            left_out.append(f"{label}: compiling it takes minutes; --full runs it")
+        elif not small and left() < options.compile_reserve:
+            left_out.append(
+                f"{label}: {left():.0f} s left, compiling it may take more; --full runs it"
+            )
+        elif not small and method.momentum == 0 and "clip_sgd_momentum" in options.methods:
+            left_out.append(f"{label}: left to clip_sgd_momentum; --full runs it")
+        else:
+            contestants[rivals.COMPILED], compile_s = rivals.compiled(problem)
+
+    # The floor is measured in float32 on as many bytes as the method's own streams have.
+    floor = bandwidth.Floor(numel(shapes), options.device)
+    probes = floor.contestants(method) if options.dtype == "fp32" else {}
+    small_steps = numel(shapes) < 10_000_000
+    timed = interleave(
+        {**contestants, **probes},
+        rounds=options.rounds * (8 if small_steps else 1),
+        clock=clock,
+        seconds=min(25.0, max(6.0, left() / 3)),
+    )
+    row = {
+        "method": method.name,
+        "model": model,
+        "parameters": numel(shapes),
+        "tensors": len(shapes),
+        "dtype": options.dtype,
+        "backend": backend,
+        "streams": method.streams,
+        "floor_ms": None,
+        "roofline_fraction": None,
+        "contestants": [_contestant(name, timed, compile_s) for name in contestants],
+        "first_step": {
+            "method": method.name,
+            "model": model,
+            "first_ms": first * 1e3,
+            "later_ms": timed["pysmooth"].median * 1e3,
+            "state_bytes": 4 * numel(shapes) if method.momentum else 0,
+        },
+    }
+    # A floor means something where memory is the limit, not where launching is.
+    if probes and not small_steps:
+        seconds = bandwidth.floor_seconds(method, {n: timed[n].median for n in probes})
+        row["floor_ms"] = seconds * 1e3
+        row["roofline_fraction"] = seconds / timed["pysmooth"].median
+    return row
+
+
+def _contestant(name: str, timed: dict[str, Timed], compile_s: float | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "median_ms": timed[name].median * 1e3,
+        "iqr_ms": timed[name].iqr * 1e3,
+        "ratio": ratio(timed[name], timed["pysmooth"]),
+        "compile_s": compile_s if name == rivals.COMPILED else None,
+    }
+
+
+def measure_bandwidth(size: int, options: Options) -> dict[str, float]:
+    """GB/s of reading, copying and updating in place, each by the best of several kernels."""
+    floor = bandwidth.Floor(max(size, 1 << 22), options.device)
+    mixes = bandwidth.mix_names()
+    probes = {n: run for mix in mixes.values() for n, run in floor.probes(mix).items()}
+    probes |= bandwidth.copy_probes(floor)
+    timed = interleave(probes, rounds=9, clock=device_clock(options.device), seconds=10)
+    gigabytes = 4e-9 * floor.numel
+    found = {
+        label: (2 * rw + r)
+        * gigabytes
+        / min(t.median for n, t in timed.items() if n.startswith(f"floor {rw}rw+{r}r "))
+        for label, (rw, r) in mixes.items()
+    }
+    copies = [t.median for n, t in timed.items() if n.startswith("copy ")]
+    return {**found, "copy": 2 * gigabytes / min(copies)}
+
+
+def claims(row: dict[str, Any]) -> bool:
+    """Whether a row may claim a speed-up: rows that ran on the eager backend may not."""
+    return bool(row["backend"] != "eager")
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets torch's threads, which are pysmooth's as well."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,268 @@
+"""The registry of optimizers that tests/test_battery.py examines, and the helpers of all tests.
+
+A new optimizer joins with one `Entry` in `REGISTRY`: every check then runs on it, on every backend.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pysmooth
+
+BACKENDS = ("cpu", "eager")
+
+# Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.
+SHAPES = ((7, 5), (), (33,), (0, 4), (5003,), (3, 2, 3, 3), (1,))
+
+Kwargs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer.
+
+    Attributes:
+        name: the test id.
+        make: the class, called as make(params, backend=..., **kwargs).
+        variants: named sets of keyword arguments. "main" is the richest: stateful and clipping.
+        state_keys: keys of its state tensors, given those arguments.
+        twin: the torch class that it equals with `twin_kwargs`, or None.
+        twin_kwargs: arguments that both classes take.
+        dtypes: parameter dtypes.
+        ulp: bound of the error of one step against the float64 oracle, in `units`.
+    """
+
+    name: str
+    make: Callable[..., torch.optim.Optimizer]
+    variants: Mapping[str, Kwargs]
+    state_keys: Callable[[Kwargs], tuple[str, ...]]
+    twin: Callable[..., torch.optim.Optimizer] | None = None
+    twin_kwargs: Kwargs = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+        torch.complex64,
+    )
+    ulp: float = 2.0
+
+    @property
+    def main(self) -> Kwargs:
+        return self.variants["main"]
+
+    def build(self, params: Any, backend: str, **overrides: Any) -> torch.optim.Optimizer:
+        """An optimizer of the "main" variant."""
+        return self.make(params, backend=backend, **{**self.main, **overrides})
+
+
+def _from_smoothness(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    return pysmooth.ClipSGD.from_smoothness(params, **kwargs)
+
+
+def _momentum_buffer(kwargs: Kwargs) -> tuple[str, ...]:
+    return ("momentum_buffer",) if kwargs.get("momentum", 0) else ()
+
+
+REGISTRY: tuple[Entry, ...] = (
+    Entry(
+        "clip_sgd",
+        pysmooth.ClipSGD,
+        {
+            "main": {"lr": 0.1, "max_norm": 1.0, "momentum": 0.9, "weight_decay": 0.01},
+            "plain": {"lr": 0.1},
+            "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "max_norm": 5.0},
+            "dampening": {"lr": 0.1, "momentum": 0.5, "dampening": 0.3, "clip": "none"},
+            "smooth": {"lr": 0.1, "max_norm": 2.0, "clip": "smooth", "scope": "tensor"},
+            "normalize": {"lr": 0.1, "clip": "normalize", "scope": "group", "momentum": 0.9},
+            "value": {"lr": 0.1, "clip": "value", "max_norm": 0.5, "maximize": True},
+            "decoupled": {
+                "lr": 0.1,
+                "weight_decay": 0.1,
+                "decoupled_weight_decay": True,
+                "momentum": 0.9,
+                "norm_type": float("inf"),
+                "max_norm": 0.5,
+            },
+        },
+        _momentum_buffer,
+        twin=torch.optim.SGD,
+        twin_kwargs={"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    ),
+    Entry(
+        "clip_sgd_from_smoothness",
+        _from_smoothness,
+        {
+            "main": {"L0": 2.0, "L1": 0.5, "eta": 0.5, "momentum": 0.9, "weight_decay": 0.01},
+            "normalised": {"L0": 0.0, "L1": 1.0, "eta": 0.1, "scope": "tensor"},
+        },
+        _momentum_buffer,
+    ),
+)
+
+
+# ---- making inputs ------------------------------------------------------------------------------
+
+
+def make_params(
+    shapes: Iterable[Sequence[int]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> list[torch.nn.Parameter]:
+    """Parameters of size about 1."""
+    gen = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return [
+        torch.nn.Parameter(torch.randn(tuple(s), generator=gen, dtype=wide).to(dtype))
+        for s in shapes
+    ]
+
+
+def record_grads(
+    params: Sequence[Tensor], steps: int, seed: int = 2, dtype: torch.dtype | None = None
+) -> list[list[Tensor]]:
+    """Gradients for so many steps, their size varying from step to step so that clips come and go.
+
+    They are float64 (complex128) numbers that the parameter's dtype, or `dtype`, holds exactly.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    out = []
+    for step in range(steps):
+        scale = (0.01, 0.1, 1.0)[step % 3]
+        row = []
+        for p in params:
+            wide = torch.complex128 if p.is_complex() else torch.float64
+            g = scale * torch.randn(p.shape, generator=gen, dtype=wide)
+            row.append(g.to(dtype or p.dtype).to(wide))
+        out.append(row)
+    return out
+
+
+def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Fresh gradient tensors, in each parameter's gradient dtype."""
+    for p, g in zip(params, grads, strict=True):
+        if g is None:
+            p.grad = None
+            continue
+        dtype = getattr(p, "grad_dtype", None) or p.dtype
+        p.grad = g.to(dtype, copy=True)
+
+
+def advance(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], rows: Iterable[Sequence[Tensor]]
+) -> None:
+    """One step per row of recorded gradients."""
+    for row in rows:
+        set_grads(params, row)
+        optimizer.step()
+
+
+def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of all groups, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def oracle(
+    entry: Entry, kwargs: Kwargs, start: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]
+) -> tuple[list[Tensor], list[Tensor], torch.optim.Optimizer]:
+    """Runs the eager backend in float64 on copies of the parameters.
+
+    Returns the parameters, and per element the largest size that the parameter or its update had on
+    the way, whose unit in the last place is what errors are measured in.
+    """
+    wide = [torch.nn.Parameter(p.detach().to(widest(p.dtype), copy=True)) for p in start]
+    optimizer = entry.make(wide, backend="eager", **kwargs)
+    scale = [p.detach().abs() for p in wide]
+    for row in rows:
+        before = [p.detach().clone() for p in wide]
+        set_grads(wide, row)
+        optimizer.step()
+        scale = [
+            torch.maximum(torch.maximum(s, p.detach().abs()), (p.detach() - b).abs())
+            for s, p, b in zip(scale, wide, before, strict=True)
+        ]
+    return [p.detach() for p in wide], scale, optimizer
+
+
+# ---- comparing ----------------------------------------------------------------------------------
+
+
+def widest(dtype: torch.dtype) -> torch.dtype:
+    """float64, or complex128."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def ulp(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit in the last place that `dtype` has at numbers of this size, in float64."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(size.double())
+    unit = torch.ldexp(torch.full_like(size, info.eps, dtype=torch.float64), exponent - 1)
+    return unit.clamp_min(info.tiny * info.eps)
+
+
+def max_ulp(got: Tensor, want: Tensor, size: Tensor) -> float:
+    """The largest error of `got`, in units in the last place of `size`."""
+    if got.numel() == 0:
+        return 0.0
+    error = (got.detach().to(want.dtype) - want).abs()
+    return float((error / ulp(size, got.dtype)).max())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the bit, NaNs and signs of zero included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    x, y = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(x, y)
+
+
+def assert_same_bits(a: Iterable[Tensor], b: Iterable[Tensor]) -> None:
+    """Asserts bitwise equality of two lists, saying where they differ."""
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert same_bits(x, y), f"tensor {i} differs: {x.detach()} against {y.detach()}"
+
+
+Snapshot = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Copies of all parameters and of the whole state, keys included."""
+    params = all_params(optimizer)
+    states = [copy.deepcopy(dict(optimizer.state[p])) if p in optimizer.state else {} for p in params]
+    return [p.detach().clone() for p in params], states
+
+
+def assert_same_snapshot(a: Snapshot, b: Snapshot) -> None:
+    """Asserts that two snapshots are equal to the bit."""
+    assert_same_bits(a[0], b[0])
+    for i, (x, y) in enumerate(zip(a[1], b[1], strict=True)):
+        assert x.keys() == y.keys(), f"state keys of parameter {i}: {set(x)} against {set(y)}"
+        for key, value in x.items():
+            if isinstance(value, Tensor):
+                assert same_bits(value, y[key]), f"state {key!r} of parameter {i} differs"
+            else:
+                assert value == y[key], f"state {key!r} of parameter {i} differs"
+
+
+def assert_unchanged(optimizer: torch.optim.Optimizer, before: Snapshot) -> None:
+    """Asserts that parameters, states and state keys are, to the bit, as they were."""
+    assert_same_snapshot(snapshot(optimizer), before)
+
+
+# ---- parametrisation ----------------------------------------------------------------------------
+
+every_entry = pytest.mark.parametrize("entry", REGISTRY, ids=lambda e: e.name)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_variant = pytest.mark.parametrize(
+    ("entry", "kwargs"),
+    [
+        pytest.param(entry, kwargs, id=f"{entry.name}-{name}")
+        for entry in REGISTRY
+        for name, kwargs in entry.variants.items()
+    ],
+)
