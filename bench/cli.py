@@ -81,6 +81,8 @@ def execute(options: Options, out_dir: Path) -> None:
     from .report import print_report, write_json
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log file has room
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)

@@ -50,8 +50,8 @@ def compare(device: str = "cpu", steps: tuple[int, ...] = CHECKPOINTS) -> list[d
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(s, generator=generator) for s in SHAPES]
     target = [torch.randn(s, generator=generator).double() for s in SHAPES]
-    ours = [torch.nn.Parameter(p.to(device)) for p in start]
-    theirs = [torch.nn.Parameter(p.to(device)) for p in start]
+    ours = [torch.nn.Parameter(p.to(device, copy=True)) for p in start]
+    theirs = [torch.nn.Parameter(p.to(device, copy=True)) for p in start]
     oracle = _Oracle(start, lr, momentum, max_norm)
     mine = pysmooth.ClipSGD(ours, lr, momentum=momentum, max_norm=max_norm)
     rival = torch.optim.SGD(theirs, lr=lr, momentum=momentum, fused=True)

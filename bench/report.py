@@ -62,9 +62,7 @@ def _methods(rows: list[dict[str, Any]], console: Console) -> None:
     )
     for column in ("model", "method", "contestant", "ms", "spread", "x", "roofline"):
         left = column in ("model", "method", "contestant")
-        table.add_column(
-            column, justify="left" if left else "right", no_wrap=column != "contestant"
-        )
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         for c in row["contestants"]:
             ours = c["name"] == "pysmooth"
@@ -98,8 +96,9 @@ def _figures(results: dict[str, Any], console: Console) -> None:
     for n in results["numerics"]:
         console.print(
             f"After {n['steps']} steps, against float64: max error per step "
-            f"{n['pysmooth_max_ulp']:.2f} ULP (torch fused {n['torch_max_ulp']:.2f}), relative "
-            f"error {n['pysmooth_relative_error']:.1e} (torch fused {n['torch_relative_error']:.1e})"
+            f"{n['pysmooth_max_ulp']:.2f} ULP (torch fused {n['torch_max_ulp']:.2f}), "
+            f"relative error {n['pysmooth_relative_error']:.1e} (torch "
+            f"fused {n['torch_relative_error']:.1e})"
         )
     for f in results["first_step"]:
         if f["state_bytes"]:

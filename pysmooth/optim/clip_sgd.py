@@ -81,7 +81,8 @@ class ClipSGD(FusedOptimizer):
         BackendError: the backend is not available for these parameters.
 
     Sources: smooth clipping and the step size eta / (L0 + L1 \|\|g\|\|) under
-    (L0,L1)-smoothness, arXiv:1905.11881 and arXiv:2409.14989; clipping under heavy tails, arXiv:2505.20817.
+    (L0,L1)-smoothness, arXiv:1905.11881 and arXiv:2409.14989; clipping under heavy tails,
+    arXiv:2505.20817.
     """
 
     def __init__(
