@@ -24,7 +24,7 @@ bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 
 .PHONY: test
 test: lint $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test
-	$(BIN)/python -m pytest tests bench -q --benchmark-disable
+	$(BIN)/python -m pytest tests bench -q --benchmark-disable --timeout 600
 	.ci/cuda-compile
 	.ci/wheel-smoke $(BIN)/python
 

@@ -76,7 +76,7 @@ def run(
 
 def execute(options: Options, out_dir: Path) -> None:
     """Runs the suite, prints the report, writes the files and names them."""
-    from .html import write_html
+    from .html_page import write_html
     from .plots import write_plots
     from .report import print_report, write_json
 

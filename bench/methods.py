@@ -91,11 +91,7 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
 def make_problem(
     shapes: list[tuple[int, ...]], method: Method, dtype: str, device: str, seed: int = 0
 ) -> Problem:
-    """Parameters with random gradients; max_norm a hair below the norm if the method clips.
-
-    A hair: clipping rewrites the gradients, and a real cut would shrink them from call to call
-    until they are subnormal and slow.
-    """
+    """Parameters with random gradients, whose norm is twice max_norm if the method clips."""
     param_dtype, grad_dtype = DTYPES[dtype]
     generator = torch.Generator(device).manual_seed(seed)
     params: list[Tensor] = []
@@ -107,4 +103,7 @@ def make_problem(
         p.grad = value.to(grad_dtype)
         params.append(p)
     norm = float(pysmooth.get_total_norm([p.grad for p in params if p.grad is not None]))
-    return Problem(params, 1e-9, method.momentum, norm * 0.999999 if method.clips else 1e9 * norm)
+    if not method.clips:
+        return Problem(params, 1e-9, method.momentum, 1e9 * norm)
+    recorded = [p.grad.clone() for p in params if p.grad is not None]
+    return Problem(params, 1e-9, method.momentum, 0.5 * norm, recorded)

@@ -22,6 +22,13 @@ class Problem:
     lr: float
     momentum: float
     max_norm: float
+    recorded: list[Tensor] | None = None  # the gradients, to be put back before every call
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undoes what clipping did to the gradients: else only the first call would clip."""
+        if self.recorded is not None:
+            torch._foreach_copy_([p.grad for p in self.params if p.grad is not None], self.recorded)
 
 
 def _torch_sgd(problem: Problem, **kind: bool) -> Step:
@@ -57,16 +64,18 @@ def handwritten(
     momentum: float,
     max_norm: float,
 ) -> None:
-    """Clip and momentum SGD over lists, written for the compiler: it makes one pass of each."""
-    norm = torch.sqrt(torch.stack([(g * g).sum() for g in grads]).sum())
-    coef = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    """Clip and momentum SGD over lists, in the form that was seen to compile to the fastest code.
+
+    Tried on GPT-2: a loop with (g * g).sum(), one with vector_norm, and this one with foreach ops.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    scaled = torch._foreach_mul(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     if momentum:
-        for p, g, m in zip(params, grads, buffers, strict=True):
-            m.mul_(momentum).add_(g * coef)
-            p.sub_(lr * m)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, scaled)
+        torch._foreach_add_(params, buffers, alpha=-lr)
     else:
-        for p, g in zip(params, grads, strict=True):
-            p.sub_(lr * coef * g)
+        torch._foreach_add_(params, scaled, alpha=-lr)
 
 
 @torch.no_grad()

@@ -120,6 +120,7 @@ def measure(
         {**contestants, **probes},
         rounds=options.rounds * (8 if small_steps else 1),
         clock=clock,
+        prepare=problem.restore,
         seconds=min(25.0, max(6.0, left() / 3)),
     )
     row = {

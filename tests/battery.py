@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -167,26 +167,40 @@ def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+class Exact(NamedTuple):
+    """What the float64 oracle found, per parameter.
+
+    `sizes` is, per element, the largest magnitude that the parameter or an update of it had on the
+    way: errors are measured in its units in the last place. `peaks` is the largest magnitude that
+    any element of a state had.
+    """
+
+    params: list[Tensor]
+    states: list[dict[str, Tensor]]
+    sizes: list[Tensor]
+    peaks: list[dict[str, float]]
+
+
 def oracle(
     entry: Entry, kwargs: Kwargs, start: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]
-) -> tuple[list[Tensor], list[Tensor], torch.optim.Optimizer]:
-    """Runs the eager backend in float64 on copies of the parameters.
-
-    Returns the parameters, and per element the largest size that the parameter or its update had on
-    the way, whose unit in the last place is what errors are measured in.
-    """
+) -> Exact:
+    """Runs the eager backend in float64 on copies of the parameters."""
     wide = [torch.nn.Parameter(p.detach().to(widest(p.dtype), copy=True)) for p in start]
     optimizer = entry.make(wide, backend="eager", **kwargs)
-    scale = [p.detach().abs() for p in wide]
+    keys = entry.state_keys(kwargs)
+    sizes = [p.detach().abs() for p in wide]
+    peaks = [dict.fromkeys(keys, 0.0) for _ in wide]
     for row in rows:
         before = [p.detach().clone() for p in wide]
         set_grads(wide, row)
         optimizer.step()
-        scale = [
-            torch.maximum(torch.maximum(s, p.detach().abs()), (p.detach() - b).abs())
-            for s, p, b in zip(scale, wide, before, strict=True)
-        ]
-    return [p.detach() for p in wide], scale, optimizer
+        for i, (p, b) in enumerate(zip(wide, before, strict=True)):
+            moved = (p.detach() - b).abs()
+            sizes[i] = torch.maximum(torch.maximum(sizes[i], p.detach().abs()), moved)
+            for key in keys if p.numel() else ():
+                peaks[i][key] = max(peaks[i][key], float(optimizer.state[p][key].abs().max()))
+    states = [{key: optimizer.state[p][key] for key in keys} for p in wide]
+    return Exact([p.detach() for p in wide], states, sizes, peaks)
 
 
 # ---- comparing ----------------------------------------------------------------------------------
@@ -233,7 +247,9 @@ Snapshot = tuple[list[Tensor], list[dict[str, Any]]]
 def snapshot(optimizer: torch.optim.Optimizer) -> Snapshot:
     """Copies of all parameters and of the whole state, keys included."""
     params = all_params(optimizer)
-    states = [copy.deepcopy(dict(optimizer.state[p])) if p in optimizer.state else {} for p in params]
+    states = [
+        copy.deepcopy(dict(optimizer.state[p])) if p in optimizer.state else {} for p in params
+    ]
     return [p.detach().clone() for p in params], states
 
 

@@ -11,7 +11,6 @@ import tracemalloc
 import pytest
 import torch
 from battery import (
-    SHAPES,
     Entry,
     Kwargs,
     advance,
@@ -50,21 +49,23 @@ def check_against_oracle(
     backend: str,
 ) -> None:
     """Errors grow with the steps: the bound is `entry.ulp` units in the last place for each."""
-    want, size, reference = oracle(entry, kwargs, params, rows)
+    exact = oracle(entry, kwargs, params, rows)
     optimizer = entry.make(params, backend=backend, **kwargs)
     advance(optimizer, params, rows)
-    for i, (p, w, s) in enumerate(zip(params, want, size, strict=True)):
-        error = max_ulp(p, w, s)
+    for i, p in enumerate(params):
+        error = max_ulp(p, exact.params[i], exact.sizes[i])
         assert error <= entry.ulp * len(rows), f"parameter {i}: {error} ULP"
-    for p, q in zip(params, all_params(reference), strict=True):
         for key in entry.state_keys(kwargs):
-            got, exact = optimizer.state[p][key], reference.state[q][key]
-            # 16-bit parameters feed their own rounding into a state, through the weight decay.
-            eps = torch.finfo(p.dtype).eps if kwargs.get("weight_decay") else torch.finfo(got.dtype).eps
-            top = float(exact.abs().max()) if exact.numel() else 0.0
-            torch.testing.assert_close(
-                got.to(exact.dtype), exact, rtol=0, atol=4 * len(rows) * eps * max(top, 1e-6)
-            )
+            state = optimizer.state[p][key]
+            if state.numel() == 0:
+                continue
+            # A state's error is relative to what went into it: itself, gradients, decayed weights
+            # (which, in 16 bits, carry the parameter's rounding).
+            inputs = max(exact.peaks[i][key], *(float(row[i].abs().max()) for row in rows))
+            decayed = kwargs.get("weight_decay", 0.0) * float(exact.sizes[i].max())
+            bound = torch.finfo(state.dtype).eps * inputs + torch.finfo(p.dtype).eps * decayed
+            error = float((state.to(widest(state.dtype)) - exact.states[i][key]).abs().max())
+            assert error <= entry.ulp * len(rows) * bound, f"{key} of parameter {i}: {error}"
 
 
 @every_backend
@@ -492,9 +493,10 @@ def test_compiled_training_step(entry: Entry, backend: str) -> None:
         def body(x: Tensor) -> Tensor:
             optimizer.zero_grad()
             loss = torch.tanh(x @ params[0].T + params[1]).sum()
+            value = loss.detach()
             loss.backward()
             optimizer.step()
-            return loss.detach()
+            return value
 
         fn = torch.compile(body, backend="eager") if compiled else body
         gen = torch.Generator().manual_seed(5)
@@ -529,7 +531,7 @@ def test_no_leak_over_many_steps(entry: Entry, backend: str) -> None:
     finally:
         tracemalloc.stop()
     assert abs(len(gc.get_objects()) - objects) < 200  # less than one in 50 steps
-    assert late - early < steps  # less than a byte a step
+    assert late - early < 16 * 1024  # not one small object per step
 
 
 @every_backend
@@ -791,7 +793,6 @@ def test_equals_its_torch_twin(entry: Entry, backend: str) -> None:
     rows = record_grads(params, STEPS)
     advance(entry.make(params, backend=backend, **entry.twin_kwargs), params, rows)
     advance(entry.twin(expected, **entry.twin_kwargs), expected, rows)
-    _, size, _ = oracle(entry, entry.twin_kwargs, make_params(), rows)
-    for p, q, s in zip(params, expected, size, strict=True):
-        assert max_ulp(p, q.detach().to(widest(q.dtype)), s) <= STEPS
-    assert len(params) == len(SHAPES)
+    sizes = oracle(entry, entry.twin_kwargs, make_params(), rows).sizes
+    for p, q, size in zip(params, expected, sizes, strict=True):
+        assert max_ulp(p, q.detach().to(widest(q.dtype)), size) <= STEPS

@@ -184,7 +184,9 @@ py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_ty
     clip.max_norm = max_norm;
     clip.eps = 1e-6;  // torch's
     const double coef = clip_coefficient(clip, out.norm);
-    if (coef != 1.0) call.scale(coef, threads);
+    // A coefficient that rounds to 1 in the gradients' arithmetic changes nothing.
+    const bool unchanged = out.has_f64 ? coef == 1.0 : static_cast<float>(coef) == 1.0f;
+    if (!unchanged) call.scale(coef, threads);
   }
   return py::make_tuple(out.norm, out.has_f64, true);
 }

@@ -65,7 +65,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     slot.numel = view.numel;
     slot.param_dtype = view.dtype;
     slot.param = e.param_form.data;
-    slot.first = first[t];
+    slot.first = first[t] && view.numel > 0;
     read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]));
   }
   check_aliasing();

@@ -54,9 +54,9 @@ struct Signature {
   void prefetch(const PyObject* tensor) const {
     __builtin_prefetch(tensor, 0, 3);
     __builtin_prefetch(data, 0, 3);
-    for (int line = -2; line < 3; ++line)
+    for (intptr_t line = -2; line < 3; ++line)
       __builtin_prefetch(
-          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(impl) + 64u * line), 0, 3);
+          reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(impl) + 64 * line), 0, 3);
   }
 };
 

@@ -72,6 +72,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = len(self.param_groups)
         super().add_param_group(param_group)
         try:
+            self.check_group(self.param_groups[-1])  # now that params is a list for certain
             resolve(self._backend, self._params())
         except Exception:
             del self.param_groups[count:]
@@ -230,7 +231,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{[len(g['params']) for g in self.param_groups]}"
             )
         labels = dict(zip(map(id, self._params()), self.param_labels(), strict=True))
-        keys = {key for group in self.param_groups for key in self.recipe(group).states}
+        merged = [{**old, **group} for group, old in zip(groups, self.param_groups, strict=True)]
+        for group in merged:
+            self.check_group(group)
+        keys = {key for group in merged for key in self.recipe(group).states}
         for p, saved in _pairs(self, incoming):
             for key in keys & saved.keys():
                 value = saved[key]
@@ -239,8 +243,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"state {key!r} of parameter {labels[id(p)]!r} in state_dict does not have "
                         f"the parameter's shape {tuple(p.shape)}"
                     )
-        for group, old in zip(groups, self.param_groups, strict=True):
-            self.check_group({**old, **group})
 
     # ---- internals -----------------------------------------------------------------------------
 

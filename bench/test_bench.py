@@ -1,0 +1,169 @@
+"""Tests of the suite itself: a benchmark that miscounts is worse than none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import bandwidth, end_to_end, numerics, rivals
+from .methods import METHODS, make_problem
+from .models import MODELS, numel
+from .suite import Options, run_suite
+from .timing import Timed, interleave, ratio
+from .training import convnet
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("resnet20", 269_722),
+        ("resnet50", 25_557_032),
+        ("bert-base", 109_482_240),
+        ("gpt2-124m", 124_439_808),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3-8b", 8_030_261_248),
+        ("many-tiny", 32_000),
+    ],
+)
+def test_models_have_their_published_sizes(model: str, parameters: int) -> None:
+    assert numel(MODELS[model]()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("method", "streams"),
+    [
+        ("clip_grad_norm (nothing clipped)", 1),
+        ("clip_grad_norm (clipped)", 3),
+        ("clip_sgd", 4),
+        ("clip_sgd_momentum", 6),
+    ],
+)
+def test_stream_budgets(method: str, streams: int) -> None:
+    assert METHODS[method].streams == streams
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    # A machine that slows down tenfold in one round does so for both sides of that round.
+    ours, rival = Timed([1.0, 10.0, 1.0]), Timed([2.0, 20.0, 3.0])
+    assert ratio(rival, ours) == 2.0
+
+
+def test_interleave_times_every_contestant_once_per_round_and_rotates() -> None:
+    order: list[str] = []
+    ticks: Iterator[int] = iter(range(1000))
+    timed = interleave(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        rounds=3,
+        warmup=1,
+        clock=lambda: float(next(ticks)),
+    )
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert timed["a"].seconds == [1.0, 1.0, 1.0]
+
+
+def test_ulp_error_counts_units_of_the_last_place() -> None:
+    before = torch.tensor([1.0], dtype=torch.float64)
+    truth = torch.tensor([1.0], dtype=torch.float64)
+    off = torch.tensor([1.0 + 3 * 2.0**-23], dtype=torch.float32)
+    assert numerics.ulp_error(off, truth, before) == 3.0
+
+
+def test_floor_adds_the_best_probe_of_every_pass() -> None:
+    medians = {"floor 0rw+1r native": 1.0, "floor 0rw+1r torch": 2.0, "floor 2rw+1r torch": 5.0}
+    assert bandwidth.floor_seconds(METHODS["clip_sgd_momentum"], medians) == 6.0
+
+
+def test_probes_stream_without_changing_the_data_much() -> None:
+    floor = bandwidth.Floor(10_000, "cpu")
+    for method in METHODS.values():
+        for run in floor.contestants(method).values():
+            run()
+    for tensor in floor.tensors:
+        torch.testing.assert_close(tensor, torch.full((10_000,), 1e-3))
+
+
+@pytest.mark.parametrize("name", ["torch for-loop", "torch foreach", "torch fused"])
+def test_rivals_do_the_same_step_as_pysmooth(name: str) -> None:
+    method = METHODS["clip_sgd_momentum"]
+    results = []
+    for make in (lambda p: method.ours(p)[0], method.rivals[name]):
+        problem = make_problem([(33, 5), (7,)], method, "fp32", "cpu")
+        problem.lr = 0.1
+        step = make(problem)
+        for _ in range(3):
+            problem.restore()
+            step()
+        results.append([p.detach() for p in problem.params])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_handwritten_step_is_the_same_step() -> None:
+    method = METHODS["clip_sgd_momentum"]
+    ours = make_problem([(33, 5), (7,)], method, "fp32", "cpu")
+    ours.lr = 0.1
+    theirs = make_problem([(33, 5), (7,)], method, "fp32", "cpu")
+    step, _ = method.ours(ours)
+    step()
+    params = [p.detach() for p in theirs.params]
+    grads = [p.grad for p in theirs.params if p.grad is not None]
+    rivals.handwritten(params, grads, [p * 0 for p in params], 0.1, 0.9, theirs.max_norm)
+    for a, b in zip(ours.params, params, strict=True):
+        torch.testing.assert_close(a.detach(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_methods_clip_in_every_round() -> None:
+    problem = make_problem([(100,)], METHODS["clip_grad_norm (clipped)"], "fp32", "cpu")
+    step, _ = METHODS["clip_grad_norm (clipped)"].ours(problem)
+    for _ in range(3):
+        problem.restore()
+        before = problem.params[0].grad
+        assert before is not None
+        before = before.clone()
+        step()
+        torch.testing.assert_close(problem.params[0].grad, 0.5 * before)
+
+
+def test_numerics_of_pysmooth_are_no_worse_than_float32_allows() -> None:
+    (row,) = numerics.compare(steps=(20,))
+    assert float(str(row["pysmooth_relative_error"])) < 1e-5
+    assert float(str(row["pysmooth_max_ulp"])) < 64
+
+
+def test_training_learns_and_both_curves_agree() -> None:
+    result = end_to_end.run(convnet(), seconds=0.5)
+    losses = result["losses_pysmooth"]
+    assert isinstance(losses, list)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    # The first steps are the same but for rounding; later ones may drift apart.
+    theirs = result["losses_torch"]
+    assert isinstance(theirs, list)
+    assert max(abs(a - b) for a, b in zip(losses[:10], theirs[:10], strict=True)) < 1e-3
+
+
+def test_a_small_run_writes_the_whole_report(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from .html_page import write_html
+    from .plots import write_plots
+    from .report import print_report, write_json
+
+    options = Options(models=["resnet20"], rivals=["torch fused"], rounds=1)
+    options.end_to_end_seconds, options.seconds = 0.2, 5.0
+    results = run_suite(options, lambda _: None)
+    print_report(results, Console(quiet=True))
+    plots = write_plots(results, tmp_path)
+    page = write_html(results, plots, tmp_path)
+    data = json.loads(write_json(results, tmp_path).read_text())
+    assert {p.name for p in plots} == {"speedups.png", "losses.png"}
+    assert page.read_text().count("data:image/png;base64,") == len(plots)
+    assert [row["method"] for row in data["rows"]] == list(METHODS)
+    for row in data["rows"]:
+        assert row["backend"] in ("cpu", "eager")
+        assert all(math.isfinite(c["ratio"]) for c in row["contestants"])
+    assert data["environment"]["torch"] == torch.__version__
