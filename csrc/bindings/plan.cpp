@@ -65,7 +65,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     slot.numel = view.numel;
     slot.param_dtype = view.dtype;
     slot.param = e.param_form.data;
-    slot.first = first[t] && view.numel > 0;
+    slot.first = first[t];
     read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]));
   }
   check_aliasing();
@@ -213,7 +213,16 @@ bool Plan::gather() {
       all_active = false;
       continue;
     }
+    // First what the plan knows: a gradient is judged against a parameter that is still the same.
     DLTensor d;
+    reader.read(param_list_[t], &d, [&] { return what("parameter", t); });
+    if (!e.param_form.same(d) || e.states_held != e.expected_states) return false;
+    for (int k = 0; k < e.states_held; ++k) {
+      if (PyDict_GetItemWithError(e.state_dict, e.keys[k]) != e.states[k]) return false;
+      reader.read(e.states[k], &d, [&] { return "a state of " + what("parameter", t); });
+      if (!e.state_forms[static_cast<size_t>(k)].same(d)) return false;
+    }
+
     reader.read(grad, &d, [&] { return what("gradient of parameter", t); });
     if (!e.grad_known || !e.grad_form.same_form(d)) learn_gradient(t, d);
     // Lazy bits ride on complex tensors and on the strided views of their parts; a single element
@@ -227,14 +236,6 @@ bool Plan::gather() {
     }
     slot.grad = d.data;
     __builtin_prefetch(d.data, 0, 3);
-
-    reader.read(param_list_[t], &d, [&] { return what("parameter", t); });
-    if (!e.param_form.same(d) || e.states_held != e.expected_states) return false;
-    for (int k = 0; k < e.states_held; ++k) {
-      if (PyDict_GetItemWithError(e.state_dict, e.keys[k]) != e.states[k]) return false;
-      reader.read(e.states[k], &d, [&] { return "a state of " + what("parameter", t); });
-      if (!e.state_forms[static_cast<size_t>(k)].same(d)) return false;
-    }
   }
   if (!all_active || !all_active_) note_written();
   all_active_ = all_active;
@@ -281,13 +282,6 @@ std::vector<bool> Plan::active() const {
   return out;
 }
 
-std::vector<int> Plan::unapplied() const {
-  std::vector<int> out;
-  for (size_t t = 0; t < entries_.size(); ++t)
-    if (pipeline_.slots[t].first && entries_[t].states_held > 0) out.push_back(static_cast<int>(t));
-  return out;
-}
-
 std::vector<std::string> Plan::nonfinite_names() const {
   std::vector<std::string> out;
   for (size_t t = 0; t < entries_.size(); ++t) {
@@ -314,7 +308,6 @@ void bind_plan(py::module_& m) {
       .def("norms", &Plan::norms)
       .def("coefs", &Plan::coefs)
       .def("active", &Plan::active)
-      .def("unapplied", &Plan::unapplied)
       .def("nonfinite_names", &Plan::nonfinite_names)
       .def_property_readonly("reduced", &Plan::reduced);
 }

@@ -28,7 +28,6 @@ class Plan {
   std::vector<double> norms() const { return pipeline_.norms; }
   std::vector<double> coefs() const { return pipeline_.coefs; }
   std::vector<bool> active() const;
-  std::vector<int> unapplied() const;  // slots whose states hold nothing yet
   bool reduced() const { return pipeline_.reduced; }
   std::vector<std::string> nonfinite_names() const;
 

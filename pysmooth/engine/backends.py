@@ -33,10 +33,6 @@ class Engine(Protocol):
     def coefs(self) -> list[float] | torch.Tensor | None:
         """The clip coefficients of the last step, one per parameter, or None."""
 
-    @property
-    def skipped(self) -> int:
-        """How many steps the policy "skip" turned into no-ops."""
-
 
 @cache
 def _load_native() -> types.ModuleType | str:

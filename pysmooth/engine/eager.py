@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._errors import NonFiniteGradientError
+from .checks import check_gradient, check_memory, check_state
 from .recipe import ClipMode, Policy, Recipe, Scope
 from .state import empty_states
 
@@ -24,7 +25,7 @@ class EagerEngine:
     def __init__(self) -> None:
         self._norms: Tensor | None = None
         self._coefs: Tensor | None = None
-        self.skipped = 0
+        self._checked: tuple[object, ...] = ()
 
     @torch.no_grad()
     def step(self, optimizer: FusedOptimizer) -> None:
@@ -35,17 +36,33 @@ class EagerEngine:
             slots += [(index, p, next(labels)) for p in group["params"]]
         recipes = [optimizer.recipe(group) for group in optimizer.param_groups]
         live = [(g, p, label) for g, p, label in slots if p.grad is not None]
-        for _, p, label in live:
-            _check_dense(p, label)
+        self._check(optimizer, recipes, slots)
 
         coefs: list[Tensor | None] = [None] * len(live)
         self._norms = self._coefs = None
         wanted = optimizer.policy != Policy.PROPAGATE or any(r.clip.mode for r in recipes)
         if wanted and not self._reduce(optimizer, recipes, slots, live, coefs):
-            self.skipped += 1
+            optimizer.count_skipped()
             return
         for (g, p, _), coef in zip(live, coefs, strict=True):
             _apply(optimizer, recipes[g], p, coef)
+
+    def _check(
+        self, optimizer: FusedOptimizer, recipes: list[Recipe], slots: list[tuple[int, Tensor, str]]
+    ) -> None:
+        written: list[tuple[str, Tensor]] = []
+        for g, p, label in slots:
+            check_gradient(p, label)
+            written.append((f"parameter {label!r}", p))
+            state = optimizer.state.get(p, {})
+            for key in recipes[g].states:
+                if state.get(key) is not None:
+                    check_state(p, label, key, state[key])
+                    written.append((f"state {key!r} of parameter {label!r}", state[key]))
+        forms = tuple((t.data_ptr(), t.shape, t.stride()) for _, t in written)
+        if forms != self._checked:  # the one check that is not cheap
+            check_memory(written)
+            self._checked = forms
 
     def _reduce(
         self,
@@ -57,14 +74,6 @@ class EagerEngine:
     ) -> bool:
         """Fills in norms and coefficients; False if this step is to be skipped."""
         grads = [_grad(p) for _, p, _ in live]
-        if optimizer.policy != Policy.PROPAGATE:
-            bad = [name for (_, _, name), g in zip(live, grads, strict=True) if not _finite(g)]
-            if bad and optimizer.policy == Policy.RAISE:
-                raise NonFiniteGradientError(
-                    "non-finite gradient in " + ", ".join(repr(name) for name in bad)
-                )
-            if bad:
-                return False
         position = {id(p): i for i, (_, p, _) in enumerate(slots)}
         units: list[list[int]]  # positions in `live`, per scope unit
         if optimizer.scope == Scope.GLOBAL:
@@ -85,9 +94,17 @@ class EagerEngine:
                     coefs[i] = coef
                     every[position[id(p)]] = coef.double()
         device = norms[0].device if norms else torch.device("cpu")
-        self._norms = torch.stack([n.to(device, torch.float64) for n in norms])
-        self._coefs = torch.stack([c.to(device) for c in every]) if every else None
-        return True
+        if norms:
+            self._norms = torch.stack([n.to(device, torch.float64) for n in norms])
+            self._coefs = torch.stack([c.to(device) for c in every]) if every else None
+        if optimizer.policy == Policy.PROPAGATE:
+            return True
+        bad = [name for (_, _, name), g in zip(live, grads, strict=True) if not _finite(g)]
+        if bad and optimizer.policy == Policy.RAISE:
+            raise NonFiniteGradientError(
+                "non-finite gradient in " + ", ".join(repr(name) for name in bad)
+            )
+        return not bad
 
     def norms(self) -> Tensor | None:
         """Norms of the last step per scope unit; None if it took none."""
@@ -100,19 +117,12 @@ class EagerEngine:
 
 def _grad(p: Tensor) -> Tensor:
     assert p.grad is not None
-    return torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
+    grad = p.grad.resolve_conj().resolve_neg()
+    return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
 def _finite(g: Tensor) -> bool:
     return bool(torch.isfinite(g).all())
-
-
-def _check_dense(p: Tensor, label: str) -> None:
-    if p.grad is not None and p.grad.layout is not torch.strided:
-        raise ValueError(
-            f"gradient of parameter {label!r} has layout {p.grad.layout}; only dense "
-            "(torch.strided) tensors are supported"
-        )
 
 
 def _apply(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | None) -> None:

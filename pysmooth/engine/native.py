@@ -28,7 +28,10 @@ class NativeEngine:
         self._native = native
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
-        self.skipped = 0
+        # Parameters whose states were allocated for a step that has not happened yet, with what
+        # their state dict held before; None where there was none.
+        self._fresh: list[tuple[Tensor, dict[str, Any] | None]] = []
+        self._last: tuple[list[float], list[float]] | None = None
 
     def step(self, optimizer: FusedOptimizer) -> None:
         """One fused step: reduce where norms are needed, then apply."""
@@ -46,22 +49,24 @@ class NativeEngine:
         try:
             outcome = plan.step(lists, hypers, clips, threads)
             if outcome == STALE:
-                self._discard_unapplied(optimizer)
+                self._discard_fresh(optimizer)
                 plan = self._build(optimizer, recipes)
                 outcome = plan.step(lists, hypers, clips, threads)
                 if outcome == STALE:
                     raise RuntimeError("parameters or states changed while the step was gathered")
         except BaseException:
-            self._discard_unapplied(optimizer)
+            self._discard_fresh(optimizer)
             raise
         if outcome != APPLIED:
             names = plan.nonfinite_names() if outcome == NONFINITE else []
-            self._discard_unapplied(optimizer)
+            self._discard_fresh(optimizer)
             if outcome == NONFINITE:
                 raise NonFiniteGradientError(
                     "non-finite gradient in " + ", ".join(repr(name) for name in names)
                 )
-            self.skipped += 1
+            optimizer.count_skipped()
+            return
+        self._fresh = []
 
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
         params: list[Tensor] = []
@@ -98,7 +103,7 @@ class NativeEngine:
                 norm_type=optimizer.norm_type,
             )
         except BaseException:
-            _drop_states(optimizer, [p for p, new in zip(params, first, strict=True) if new])
+            self._discard_fresh(optimizer)
             raise
         self._built_for = (len(optimizer.state), *(recipe.rule for recipe in recipes))
         return self._plan
@@ -114,6 +119,9 @@ class NativeEngine:
         """Gives the parameters numbered in `new` the states they lack, zeroed."""
         owners = [i for i in new for key in keys[i] if state_dicts[i].get(key) is None]
         names = [key for i in new for key in keys[i] if state_dicts[i].get(key) is None]
+        for i in new:
+            known = optimizer.state.get(params[i])
+            self._fresh.append((params[i], None if known is None else dict(known)))
         with torch.no_grad():
             states = empty_states([params[i] for i in owners])
         self._native.fill_zero(version_roots(states), torch.get_num_threads())
@@ -121,29 +129,34 @@ class NativeEngine:
             optimizer.state[params[i]][key] = state
             state_dicts[i] = optimizer.state[params[i]]
 
-    def _discard_unapplied(self, optimizer: FusedOptimizer) -> None:
+    def _discard_fresh(self, optimizer: FusedOptimizer) -> None:
         """Forgets states that were allocated for a step which then did not happen."""
-        if self._plan is None:
+        if not self._fresh:
             return
-        unapplied = set(self._plan.unapplied())
-        if unapplied:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            _drop_states(optimizer, [p for i, p in enumerate(params) if i in unapplied])
-            self._plan = None
+        for p, before in self._fresh:
+            state = optimizer.state.pop(p, {})
+            if before is not None:
+                state.clear()
+                state.update(before)
+                optimizer.state[p] = state
+        self._last = self._read()
+        self._fresh, self._plan = [], None
+
+    def _read(self) -> tuple[list[float], list[float]] | None:
+        if self._plan is None:
+            return self._last
+        return (self._plan.norms(), self._plan.coefs()) if self._plan.reduced else None
 
     def norms(self) -> list[float] | None:
         """Norms of the last step per scope unit; None if it took none."""
-        return self._plan.norms() if self._plan is not None and self._plan.reduced else None
+        last = self._read()
+        return None if last is None else last[0]
 
     def coefs(self) -> list[float] | None:
         """Clip coefficients of the last step per parameter; None if it took no norms."""
-        return self._plan.coefs() if self._plan is not None and self._plan.reduced else None
+        last = self._read()
+        return None if last is None else last[1]
 
 
 def _live(state: dict[str, Any], recipe: Recipe) -> list[Tensor]:
     return [state[key] for key in recipe.states if isinstance(state.get(key), Tensor)]
-
-
-def _drop_states(optimizer: FusedOptimizer, params: list[Tensor]) -> None:
-    for p in params:
-        optimizer.state.pop(p, None)

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from ..engine.backends import Engine, make_engine, resolve
 from ..engine.recipe import Policy, Recipe, Scope
 from ..engine.state import empty_states
-from ._validate import check_choice
+from ._validate import check_choice, check_number
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
 _POLICIES = {"propagate": Policy.PROPAGATE, "skip": Policy.SKIP, "raise": Policy.RAISE}
@@ -41,12 +41,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.scope = _SCOPES[check_choice("scope", scope, _SCOPES)]
         self.policy = _POLICIES[check_choice("nonfinite", nonfinite, _POLICIES)]
-        if not float(norm_type) > 0:
-            raise ValueError(f"norm_type must be positive; got {norm_type}")
-        self.norm_type = float(norm_type)
+        self.norm_type = check_number("norm_type", norm_type, strict=True)
         self._backend = backend
         self._engine: Engine | None = None
-        self._labels: list[str] | None = None
+        self._skipped = 0
         resolve(backend, ())  # refuse an unknown or missing backend before anything is set up
         super().__init__(params, defaults)
 
@@ -66,13 +64,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Adds a group, as in torch; refuses bad values before anything changes."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        for key, value in self.defaults.items():
-            param_group.setdefault(key, value)
-        self.check_group(param_group)
+        group = {**self.defaults, **param_group}
+        if not isinstance(group.get("params"), Tensor | set):  # torch's own words for a set
+            group["params"] = list(group["params"])
+        self.check_group(group)
         count = len(self.param_groups)
-        super().add_param_group(param_group)
+        super().add_param_group(group)
         try:
-            self.check_group(self.param_groups[-1])  # now that params is a list for certain
             resolve(self._backend, self._params())
         except Exception:
             del self.param_groups[count:]
@@ -145,38 +143,39 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def skipped_steps(self) -> int:
         """How many steps `nonfinite="skip"` turned into no-ops since construction."""
-        return self._engine.skipped if self._engine is not None else 0
+        return self._skipped
+
+    def count_skipped(self) -> None:
+        """Called by an engine for every step that it turned into a no-op."""
+        self._skipped += 1
 
     def param_labels(self) -> list[str]:
         """Each parameter's name, for messages: its own (`named_parameters()`), else its place."""
-        if self._labels is None:
-            self._labels = [
-                name
-                for index, group in enumerate(self.param_groups)
-                for name in group.get(
-                    "param_names",
-                    [f"group {index}, parameter {i}" for i in range(len(group["params"]))],
-                )
-            ]
-        return self._labels
+        labels: list[str] = []
+        for index, group in enumerate(self.param_groups):
+            count = len(group["params"])
+            names = group.get("param_names", ())
+            known = len(names) == count  # a list of parameters that was edited outgrew its names
+            labels += names if known else [f"group {index}, parameter {i}" for i in range(count)]
+        return labels
 
     # ---- saving and loading --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans hold addresses: a copy makes its own.
         state: dict[str, Any] = dict(super().__getstate__())
-        state["_fused"] = (self.scope, self.policy, self.norm_type, self._backend)
+        fused = (self.scope, self.policy, self.norm_type, self._backend, self._skipped)
+        state["_fused"] = fused
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fused = state.pop("_fused", None) if "_fused" in state else None
-        if fused is not None:
-            self.scope, self.policy, self.norm_type, self._backend = fused
+        # torch calls this for unpickling, with everything, and for loading, with groups and states.
+        state = dict(state)
+        if "_fused" in state:
+            fused = state.pop("_fused")
+            self.scope, self.policy, self.norm_type, self._backend, self._skipped = fused
         self._reset()
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -220,7 +219,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             pre.remove()
             post.remove()
-            self._reset()
 
     def _check_loadable(self, incoming: dict[str, Any]) -> None:
         groups = incoming["param_groups"]
@@ -231,7 +229,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{[len(g['params']) for g in self.param_groups]}"
             )
         labels = dict(zip(map(id, self._params()), self.param_labels(), strict=True))
-        merged = [{**old, **group} for group, old in zip(groups, self.param_groups, strict=True)]
+        merged = [
+            {**old, **group, "params": old["params"]}
+            for group, old in zip(groups, self.param_groups, strict=True)
+        ]
         for group in merged:
             self.check_group(group)
         keys = {key for group in merged for key in self.recipe(group).states}
@@ -256,7 +257,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Forgets what was derived from the groups; the next step rebuilds it."""
         self._engine = None
-        self._labels = None
 
 
 def _pairs(

@@ -36,7 +36,7 @@ class ClipSGD(FusedOptimizer):
             p = p - lr * weight_decay * p - lr * g  # the middle term only if decoupled
 
     With `max_norm=None` or `clip="none"` it is `torch.optim.SGD`: fp32 results differ by at most
-    one unit in the last place of max(\|p\|, \|update\|) per step. State dicts load both ways.
+    two units in the last place of max(\|p\|, \|update\|) per step. State dicts load both ways.
 
     Args:
         params: parameters, named parameters, or groups of either, on one device. Any dense or
@@ -175,7 +175,9 @@ class ClipSGD(FusedOptimizer):
             _check_smoothness(group["smoothness"])
         params = group["params"]
         params = [params] if isinstance(params, Tensor) else params
-        if clip == "value" and group["max_norm"] is not None and isinstance(params, list | tuple):
+        if clip == "normalize" and group["max_norm"] == math.inf:
+            raise ValueError("max_norm must be finite for clip='normalize'")
+        if clip == "value" and group["max_norm"] is not None:
             tensors = (p[1] if isinstance(p, tuple) else p for p in params)
             if any(p.is_complex() for p in tensors if isinstance(p, Tensor)):
                 raise ValueError("clip='value' has no meaning for complex parameters")
