@@ -85,6 +85,8 @@ class NinjaBuild(build_ext):
 
     def ninja_file(self, target: Path) -> str:
         """The text of build.ninja for the CPU module."""
+        if not (CSRC / "bindings" / "module.cpp").is_file():
+            sys.exit("pysmooth: csrc/ is missing; this source distribution is incomplete")
         includes = [pybind11.get_include(), sysconfig.get_path("include"), dlpack_include()]
         # Other people's headers are not ours to fix: -isystem keeps their warnings out of -Werror.
         flags = [*CXXFLAGS, f"-I{CSRC}", *(f"-isystem{path}" for path in includes)]
