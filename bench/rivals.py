@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.nn.utils import clip_grad_norm_
 
 Step = Callable[[], object]
@@ -82,6 +83,8 @@ def handwritten(
 def compiled(problem: Problem) -> tuple[Step, float]:
     """`handwritten` under torch.compile(fullgraph=True), with the seconds it took to compile."""
     torch._dynamo.reset()
+    # What it takes on a machine that has not compiled this before.
+    inductor_config.force_disable_caches = True
     function = torch.compile(handwritten, fullgraph=True, dynamic=False)
     params = [p.detach() for p in problem.params]
     buffers = [torch.zeros_like(p) for p in params] if problem.momentum else []

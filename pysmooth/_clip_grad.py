@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .engine.backends import available_backends, native_module
+from .engine.checks import check_layout, check_memory
 
 _Tensors = Tensor | Iterable[Tensor]
 
@@ -71,13 +72,13 @@ def clip_grad_norm_(
         except native.UnsupportedError:
             pass  # another device, dtype or kind of tensor
         else:
-            if error_if_nonfinite and not math.isfinite(norm):
+            total = _scalar(norm, wide)
+            if error_if_nonfinite and not math.isfinite(float(total)):
                 raise _nonfinite(norm_type)
-            return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
+            return total
     grads = [p.grad for p in params if p.grad is not None]
     total = get_total_norm(grads, norm_type, error_if_nonfinite)
-    coef = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    reference.scale_(grads, coef)
+    _scale_in_torch(grads, max_norm, total)
     return total
 
 
@@ -108,10 +109,12 @@ def get_total_norm(
         native = native_module()
         try:
             norm, wide = native.grad_norm(tensors, norm_type, torch.get_num_threads())
-            total = torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
+            total = _scalar(norm, wide)
         except native.UnsupportedError:
             pass
     if total is None:
+        for i, t in enumerate(tensors):
+            check_layout(t, f"gradient {i}")
         with torch.no_grad():
             total = reference.total_norm(tensors, norm_type)
     if error_if_nonfinite and not math.isfinite(float(total)):
@@ -144,6 +147,7 @@ def clip_grads_with_norm_(
     grads = [p.grad for p in _as_list(parameters) if p.grad is not None]
     if not grads:
         return
+    total_norm = total_norm.detach()
     if total_norm.device.type == "cpu" and "cpu" in available_backends():
         native = native_module()
         coef = max_norm / (float(total_norm) + 1e-6)
@@ -154,8 +158,28 @@ def clip_grads_with_norm_(
             return
         except native.UnsupportedError:
             pass
-    with torch.no_grad():
-        reference.scale_(grads, (max_norm / (total_norm + 1e-6)).clamp(max=1.0))
+    _scale_in_torch(grads, max_norm, total_norm)
+
+
+@torch.no_grad()
+def _scale_in_torch(grads: list[Tensor], max_norm: float, norm: Tensor) -> None:
+    coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if coef.device.type == "cpu" and float(coef) == 1.0:
+        return  # nothing to clip; on other devices, finding that out would mean to wait for them
+    for i, g in enumerate(grads):
+        check_layout(g, f"gradient {i}")
+    check_memory(
+        [(str(i), g) for i, g in enumerate(grads)],
+        itself="gradient {} overlaps itself in memory (an expanded tensor?) and cannot be scaled "
+        "in place; clone it first",
+        shared="gradients {} and {} share memory and cannot be scaled in place",
+    )
+    reference.scale_(grads, coef)
+
+
+def _scalar(norm: float, wide: bool) -> Tensor:
+    """The norm beside the gradients, whatever torch.set_default_device says."""
+    return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device="cpu")
 
 
 def _as_list(tensors: _Tensors) -> list[Tensor]:

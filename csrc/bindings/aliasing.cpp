@@ -10,10 +10,15 @@ namespace {
 // Every byte offset of an element of `r`, relative to `base`, passed to visit until it says stop.
 template <class Visit>
 bool each_element(const Region& r, uintptr_t base, Visit visit) {
+  uintptr_t at = r.begin - base;
+  if (r.view == nullptr) {
+    for (int64_t i = 0; i < r.numel; ++i, at += static_cast<uintptr_t>(r.itemsize))
+      if (visit(at)) return true;
+    return false;
+  }
   const RealView& v = *r.view;
   const size_t ndim = v.shape.size();
   std::vector<int64_t> index(ndim, 0);
-  uintptr_t at = r.begin - base;
   for (int64_t i = 0; i < v.numel; ++i) {
     if (visit(at)) return true;
     for (size_t d = ndim; d-- > 0;) {
@@ -27,7 +32,7 @@ bool each_element(const Region& r, uintptr_t base, Visit visit) {
 }
 
 bool dense(const Region& r) {
-  return static_cast<int64_t>(r.end - r.begin) == r.view->numel * r.itemsize;
+  return static_cast<int64_t>(r.end - r.begin) == r.numel * r.itemsize;
 }
 
 // Two regions whose spans intersect: do they have an element in common?
@@ -36,16 +41,18 @@ bool share(const Region& a, const Region& b) {
   // All elements of both lie on a grid of pitch g. If the bases differ, modulo g, by at least an
   // element, the two never meet.
   int64_t pitch = 0;
-  for (const Region* r : {&a, &b})
-    for (size_t d = 0; d < r->view->shape.size(); ++d)
+  for (const Region* r : {&a, &b}) {
+    if (r->view == nullptr) pitch = std::gcd(pitch, int64_t{r->itemsize});
+    for (size_t d = 0; r->view != nullptr && d < r->view->shape.size(); ++d)
       if (r->view->shape[d] > 1) pitch = std::gcd(pitch, r->view->strides[d] * r->itemsize);
+  }
   if (pitch > 0) {
     const auto shift = static_cast<int64_t>((b.begin - a.begin) % static_cast<uintptr_t>(pitch));
     if (shift >= a.itemsize && pitch - shift >= b.itemsize) return false;
   }
   // Otherwise look at every element, the bytes of the smaller one in a set.
-  const Region& small = a.view->numel <= b.view->numel ? a : b;
-  const Region& large = a.view->numel <= b.view->numel ? b : a;
+  const Region& small = a.numel <= b.numel ? a : b;
+  const Region& large = a.numel <= b.numel ? b : a;
   const uintptr_t base = std::min(a.begin, b.begin);
   std::unordered_set<uintptr_t> bytes;
   each_element(small, base, [&](uintptr_t at) {
@@ -65,12 +72,23 @@ Region Region::of(void* data, const RealView& view, int index) {
   Region r;
   r.begin = r.end = reinterpret_cast<uintptr_t>(data);
   r.itemsize = pysmooth::itemsize(view.dtype);
+  r.numel = view.numel;
   r.view = &view;
   r.index = index;
   if (view.numel == 0) return r;
   int64_t span = 1;
   for (size_t d = 0; d < view.shape.size(); ++d) span += (view.shape[d] - 1) * view.strides[d];
   r.end += static_cast<uintptr_t>(span * r.itemsize);
+  return r;
+}
+
+Region Region::dense(const void* data, int64_t numel, int itemsize, int index) {
+  Region r;
+  r.begin = reinterpret_cast<uintptr_t>(data);
+  r.end = r.begin + static_cast<uintptr_t>(numel * itemsize);
+  r.itemsize = itemsize;
+  r.numel = numel;
+  r.index = index;
   return r;
 }
 

@@ -12,10 +12,12 @@ namespace pysmooth {
 struct Region {
   uintptr_t begin = 0, end = 0;  // bytes spanned; empty tensors have none
   int itemsize = 0;
-  const RealView* view = nullptr;
-  int index = 0;  // into the caller's list
+  int64_t numel = 0;
+  const RealView* view = nullptr;  // null: one dense block, in any order
+  int index = 0;                   // into the caller's list
 
   static Region of(void* data, const RealView& view, int index);
+  static Region dense(const void* data, int64_t numel, int itemsize, int index);
 };
 
 // A pair of indices that share memory, or {-1, -1}. Interleaved views of one storage (x[..., 0] and

@@ -16,7 +16,6 @@ struct GradList {
   Pipeline pipeline;
   std::deque<Layout> layouts;
   std::vector<py::object> grads;
-  std::vector<RealView> odd_views;
 
   void clear() {
     pipeline.slots.clear();
@@ -68,6 +67,12 @@ void check_writable(const GradList& list) {
   std::vector<Region> regions;
   std::deque<RealView> views;
   for (size_t t = 0; t < list.grads.size(); ++t) {
+    const Slot& slot = list.pipeline.slots[t];
+    if (slot.layout == nullptr) {
+      regions.push_back(
+          Region::dense(slot.param, slot.numel, itemsize(slot.param_dtype), static_cast<int>(t)));
+      continue;
+    }
     DLTensor d;
     shared_reader().read(list.grads[t].ptr(), &d, [] { return std::string("gradient"); });
     Signature form;
@@ -91,9 +96,6 @@ struct NormResult {
   bool has_f64;
   std::vector<double> norms;
 };
-
-// mode 0: norms only; 1: norms, then clip to max_norm; 2: scale by the coefficient `max_norm`.
-enum class Work { norms, clip, scale };
 
 class Call {
  public:
@@ -178,7 +180,9 @@ py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_ty
   call.reduce(norm_type, threads);
   const NormResult out = call.result();
   // On a non-finite norm with error_if_nonfinite the caller raises; gradients stay as they are.
-  if (!(error_if_nonfinite && !std::isfinite(out.norm))) {
+  const bool finite = out.has_f64 ? std::isfinite(out.norm)  // as it will be returned
+                                  : std::isfinite(static_cast<float>(out.norm));
+  if (finite || !error_if_nonfinite) {
     Clip clip;
     clip.mode = ClipMode::hard;
     clip.max_norm = max_norm;

@@ -50,7 +50,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     e.param_form.assign(d);
     RealView& view = shapes_.emplace_back().view;
     view = RealView::of(e.param_form, name());
-    if (has_lazy_bits(param))
+    if (has_lazy_bits(param, true))
       throw py::value_error(name() +
                             " has its conjugate or negative bit set; pass a resolved copy");
     if (overlaps_itself(static_cast<int>(view.shape.size()), view.shape.data(),
@@ -104,7 +104,7 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     if (view.dtype != wanted)
       throw py::value_error(name() + " has dtype " + dtype_name(view.dtype) + ", expected " +
                             dtype_name(wanted));
-    if (has_lazy_bits(state))
+    if (has_lazy_bits(state, true))
       throw py::value_error(name() + " has its conjugate or negative bit set");
     if (overlaps_itself(static_cast<int>(view.shape.size()), view.shape.data(),
                         view.strides.data()))
@@ -225,14 +225,10 @@ bool Plan::gather() {
 
     reader.read(grad, &d, [&] { return what("gradient of parameter", t); });
     if (!e.grad_known || !e.grad_form.same_form(d)) learn_gradient(t, d);
-    // Lazy bits ride on complex tensors and on the strided views of their parts; a single element
-    // is the one case where such a view looks dense.
-    if (slot.layout != nullptr || slot.numel <= 2 || d.dtype.code == kDLComplex) {
-      if (has_lazy_bits(grad)) {
-        grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
-        reader.read(grads_[t].ptr(), &d, [&] { return what("gradient of parameter", t); });
-        if (!e.grad_form.same_form(d)) learn_gradient(t, d);
-      }
+    if (has_lazy_bits(grad, d.dtype.code == kDLComplex)) {
+      grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
+      reader.read(grads_[t].ptr(), &d, [&] { return what("gradient of parameter", t); });
+      if (!e.grad_form.same_form(d)) learn_gradient(t, d);
     }
     slot.grad = d.data;
     __builtin_prefetch(d.data, 0, 3);

@@ -97,8 +97,9 @@ class TensorReader {
 TensorReader& shared_reader();
 void set_dlpack_enabled(bool enabled);
 
-// True if the tensor's values differ from its memory: torch's lazy conjugation and negation.
-bool has_lazy_bits(PyObject* tensor);
+// True if the tensor's values differ from its memory: torch's lazy conjugation (of complex tensors
+// only) and negation. DLPack shows neither.
+bool has_lazy_bits(PyObject* tensor, bool may_be_complex);
 
 // Reads `.grad` of many tensors of one type: finds the type's getter once, and calls it directly.
 class GradGetter {

@@ -67,8 +67,10 @@ inline bool merge_layout(int ndim, const int64_t* shape, const std::vector<const
 // for "no": sorted by stride, each dimension steps over everything that the smaller ones span.
 inline bool overlaps_itself(int ndim, const int64_t* shape, const int64_t* strides) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // (|stride|, size)
-  for (int d = 0; d < ndim; ++d)
+  for (int d = 0; d < ndim; ++d) {
+    if (shape[d] == 0) return false;
     if (shape[d] != 1) dims.emplace_back(strides[d] < 0 ? -strides[d] : strides[d], shape[d]);
+  }
   std::sort(dims.begin(), dims.end());
   int64_t span = 0;  // of the dimensions seen so far, in elements, less one
   for (const auto& [stride, size] : dims) {

@@ -16,16 +16,20 @@ from .state import state_dtype
 Labelled = tuple[str, Tensor]
 
 
+def check_layout(t: Tensor, name: str) -> None:
+    """The tensor is an ordinary one, with strides."""
+    if t.layout is not torch.strided:
+        raise ValueError(
+            f"{name} has layout {t.layout}; only dense (torch.strided) tensors are supported"
+        )
+
+
 def check_gradient(p: Tensor, label: str) -> None:
     """The gradient is dense and has the parameter's shape."""
     grad = p.grad
     if grad is None:
         return
-    if grad.layout is not torch.strided:
-        raise ValueError(
-            f"gradient of parameter {label!r} has layout {grad.layout}; only dense "
-            "(torch.strided) tensors are supported"
-        )
+    check_layout(grad, f"gradient of parameter {label!r}")
     if grad.shape != p.shape:
         raise ValueError(f"gradient of parameter {label!r} does not have the parameter's shape")
 
@@ -41,41 +45,74 @@ def check_state(p: Tensor, label: str, key: str, state: Any) -> None:
         raise ValueError(f"{name} has dtype {state.dtype}, expected {state_dtype(p)}")
 
 
-def check_memory(written: Sequence[Labelled]) -> None:
-    """No element of the tensors that a step writes shares memory with another one."""
-    storages: dict[int, list[Labelled]] = {}
-    for label, t in written:
+ITSELF = "{} overlaps itself in memory (an expanded tensor?)"
+SHARED = "{} and {} share memory"
+
+
+def check_memory(
+    written: Sequence[Labelled], *, itself: str = ITSELF, shared: str = SHARED
+) -> None:
+    """No element of the tensors that are written shares memory with another one.
+
+    Blocks of one storage (the buckets of DDP, flat states) cost a comparison of their ends; only
+    tensors whose spans meet, or that leave gaps, are looked at element by element.
+    """
+    spans: dict[int, list[tuple[int, int, int]]] = {}  # per storage: begin, end, number
+    for number, (_, t) in enumerate(written):
         if t.numel() > 0 and t.device.type != "meta":
-            storages.setdefault(t.untyped_storage().data_ptr(), []).append((label, t))
-    for members in storages.values():
-        if len(members) > 1 or not _dense(members[0][1]):
-            _check_storage(members)
+            begin, end = _span(t)
+            spans.setdefault(t.untyped_storage().data_ptr(), []).append((begin, end, number))
+    for members in spans.values():
+        members.sort()
+        cluster: list[int] = []
+        reach = -1
+        for begin, end, number in [*members, (1 << 62, 1 << 62, -1)]:
+            if begin >= reach and cluster:
+                _check_cluster([written[i] for i in sorted(cluster)], itself, shared)
+                cluster = []
+            cluster.append(number)
+            reach = max(reach, end)
 
 
-def _dense(t: Tensor) -> bool:
-    """Sufficient for a tensor not to overlap itself: it fills a block, in some order."""
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+def _span(t: Tensor) -> tuple[int, int]:
+    """First byte and byte past the last one, within the storage."""
+    last = sum((int(n) - 1) * int(s) for n, s in zip(t.shape, t.stride(), strict=True))
+    begin = int(t.storage_offset()) * t.itemsize
+    return begin, begin + (last + 1) * t.itemsize
 
 
-def _check_storage(members: list[Labelled]) -> None:
-    """Notes, unit by unit, whose element lies on the memory that these tensors share."""
+def _check_cluster(members: list[Labelled], itself: str, shared: str) -> None:
+    begin = min(_span(t)[0] for _, t in members)
+    end = max(_span(t)[1] for _, t in members)
+    if len(members) == 1 and end - begin == members[0][1].numel() * members[0][1].itemsize:
+        strides = sorted(
+            (s, n)
+            for s, n in zip(members[0][1].stride(), members[0][1].shape, strict=True)
+            if n > 1
+        )
+        if _nested(strides):
+            return  # one block without gaps
     unit = min(t.itemsize for _, t in members)
-    units = members[0][1].untyped_storage().nbytes() // unit
-    owner = torch.full((units,), -1, dtype=torch.int32)
-    numbers = torch.arange(units)
+    numbers = torch.arange((end - begin) // unit, device="cpu")
+    owner = torch.full_like(numbers, -1)
     for number, (label, t) in enumerate(members):
         width = t.itemsize // unit
-        strides = (*(s * width for s in t.stride()), 1)
-        cells = numbers.as_strided((*t.shape, width), strides, t.storage_offset() * width)
+        strides_ = (*(s * width for s in t.stride()), 1)
+        cells = numbers.as_strided((*t.shape, width), strides_, (_span(t)[0] - begin) // unit)
         cells = cells.reshape(-1)
         if len(torch.unique(cells)) < len(cells):
-            raise ValueError(f"{label} overlaps itself in memory (an expanded tensor?)")
+            raise ValueError(itself.format(label))
         other = int(owner[cells].max())
         if other >= 0:
-            raise ValueError(f"{members[other][0]} and {label} share memory")
+            raise ValueError(shared.format(members[other][0], label))
         owner[cells] = number
+
+
+def _nested(strides: list[tuple[int, int]]) -> bool:
+    """Whether each dimension, smallest stride first, steps over all that the ones before span."""
+    reach = 0
+    for stride, size in strides:
+        if stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
