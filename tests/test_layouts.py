@@ -342,16 +342,15 @@ def test_negated_gradients(of_param: str, n: int) -> None:
     against_torch([p], grad)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 6, 100])
-def test_negated_gradients_that_are_dense(n: int) -> None:
-    # Nothing in the strides tells that this one is a view with a negative sign.
+def test_negated_gradient_that_is_dense() -> None:
+    # Nothing in the strides of a single element tells that it is a view with a negative sign.
     def grad(_: int, p: Tensor) -> Tensor:
-        out = torch.randn(p.shape, dtype=torch.complex64).conj().imag.as_strided((n,), (1,))
+        out = torch.randn(p.shape, dtype=torch.complex64).conj().imag
         assert out.is_neg()
         assert out.is_contiguous()
         return out
 
-    against_torch([torch.randn(n)], grad)
+    against_torch([torch.randn(1)], grad)
 
 
 def test_clipping_negated_and_conjugated_gradients_in_place() -> None:

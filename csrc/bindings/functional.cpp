@@ -2,11 +2,13 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "bindings/aliasing.h"
 #include "bindings/plan.h"
+#include "bindings/run_released.h"
 
 namespace pysmooth {
 namespace {
@@ -17,6 +19,7 @@ struct GradList {
   std::deque<Layout> layouts;
   std::vector<py::object> grads;
 
+  // Not the chunks: they hint at how much work the next call will have.
   void clear() {
     pipeline.slots.clear();
     layouts.clear();
@@ -25,6 +28,7 @@ struct GradList {
 };
 
 void add(GradList* list, py::object grad) {
+  static const int scale_rule = find_rule("scale");
   const size_t index = list->grads.size();
   const auto what = [&] { return "gradient " + std::to_string(index); };
   DLTensor d;
@@ -32,6 +36,7 @@ void add(GradList* list, py::object grad) {
   Slot slot;
   slot.param = d.data;
   slot.grad = d.data;
+  slot.rule = scale_rule;
   slot.active = true;
   bool contiguous = d.dtype.code == kDLFloat && d.dtype.bits == 32;
   int64_t numel = 1;
@@ -61,9 +66,26 @@ void add(GradList* list, py::object grad) {
   list->pipeline.slots.push_back(slot);
 }
 
+// The usual case, found out quickly: every gradient is one dense block, and no two of them meet.
+bool far_apart(const GradList& list) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> spans;
+  spans.reserve(list.grads.size());
+  for (const Slot& slot : list.pipeline.slots) {
+    if (slot.layout != nullptr) return false;
+    const auto begin = reinterpret_cast<uintptr_t>(slot.param);
+    spans.emplace_back(begin, begin + static_cast<uintptr_t>(slot.numel) *
+                                          static_cast<uintptr_t>(itemsize(slot.param_dtype)));
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return false;
+  return true;
+}
+
 // In-place scaling would hit an element of an expanded gradient more than once, and memory that two
 // gradients share twice over, at the same time.
 void check_writable(const GradList& list) {
+  if (far_apart(list)) return;
   std::vector<Region> regions;
   std::deque<RealView> views;
   for (size_t t = 0; t < list.grads.size(); ++t) {
@@ -94,7 +116,6 @@ void check_writable(const GradList& list) {
 struct NormResult {
   double norm;
   bool has_f64;
-  std::vector<double> norms;
 };
 
 class Call {
@@ -106,25 +127,31 @@ class Call {
 
   GradList& list() { return list_; }
 
-  void reduce(double norm_type, int threads) {
+  // Takes the norms of the gradients that `each` passes on, one by one.
+  template <class Each>
+  void reduce(double norm_type, int threads, Each each) {
     Pipeline& p = list_.pipeline;
-    prepare(norm_type);
+    p.norm_type = norm_type;
     p.always_norm = true;
     p.skip_unit_coef = true;  // no clip: every coefficient is 1, so apply does nothing
-    p.groups[0].clip = {};
-    py::gil_scoped_release nogil;
-    run_step(&p, threads);
+    set_coef(1.0);
+    run_released(&p, threads, [&] { return collect(each); });
+  }
+
+  template <class Each>
+  bool collect(Each each) {
+    each([this](py::object grad) { add(&list_, std::move(grad)); });
+    list_.pipeline.cut_chunks();
+    return true;
   }
 
   // Scales by `coef`; NaN and infinities included, as torch does.
   void scale(double coef, int threads) {
     check_writable(list_);
     Pipeline& p = list_.pipeline;
-    prepare(2.0);
     p.always_norm = false;
     p.skip_unit_coef = false;
-    p.groups[0].hyper[0] = coef;
-    p.groups[0].clip = {};
+    set_coef(coef);
     {
       py::gil_scoped_release nogil;
       run_step(&p, threads);
@@ -136,7 +163,7 @@ class Call {
   }
 
   NormResult result() const {
-    NormResult out{list_.pipeline.norms[0], false, list_.pipeline.tensor_norms};
+    NormResult out{list_.pipeline.norms[0], false};
     for (const Slot& slot : list_.pipeline.slots)
       out.has_f64 = out.has_f64 || slot.grad_dtype == DType::f64;
     return out;
@@ -147,22 +174,22 @@ class Call {
     thread_local auto* const list = new GradList();  // leaked: it may hold Python objects
     return *list;
   }
-  void prepare(double norm_type) {
-    Pipeline& p = list_.pipeline;
-    static const int rule = find_rule("scale");
-    for (Slot& slot : p.slots) slot.rule = rule;
-    p.groups.resize(1);
-    p.groups[0].hyper[0] = 1.0;
-    p.norm_type = norm_type;
-    p.cut_chunks();
+  void set_coef(double coef) {
+    list_.pipeline.groups.resize(1);
+    list_.pipeline.groups[0].hyper[0] = coef;
   }
   GradList& list_;
 };
 
+auto each_of(const py::list& tensors) {
+  return [&tensors](auto take) {
+    for (const py::handle t : tensors) take(py::reinterpret_borrow<py::object>(t));
+  };
+}
+
 py::tuple grad_norm(const py::list& tensors, double norm_type, int threads) {
   Call call;
-  for (const py::handle t : tensors) add(&call.list(), py::reinterpret_borrow<py::object>(t));
-  call.reduce(norm_type, threads);
+  call.reduce(norm_type, threads, each_of(tensors));
   const NormResult out = call.result();
   return py::make_tuple(out.norm, out.has_f64);
 }
@@ -172,12 +199,13 @@ py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_ty
                          bool error_if_nonfinite, int threads) {
   Call call;
   GradGetter grad_of;
-  for (const py::handle p : params) {
-    py::object grad = grad_of(p.ptr());
-    if (!grad.is_none()) add(&call.list(), std::move(grad));
-  }
+  call.reduce(norm_type, threads, [&](auto take) {
+    for (const py::handle p : params) {
+      py::object grad = grad_of(p.ptr());
+      if (!grad.is_none()) take(std::move(grad));
+    }
+  });
   if (call.list().grads.empty()) return py::make_tuple(0.0, false, false);
-  call.reduce(norm_type, threads);
   const NormResult out = call.result();
   // On a non-finite norm with error_if_nonfinite the caller raises; gradients stay as they are.
   const bool finite = out.has_f64 ? std::isfinite(out.norm)  // as it will be returned
@@ -197,7 +225,7 @@ py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_ty
 
 void scale(const py::list& tensors, double coef, int threads) {
   Call call;
-  for (const py::handle t : tensors) add(&call.list(), py::reinterpret_borrow<py::object>(t));
+  call.collect(each_of(tensors));
   call.scale(coef, threads);
 }
 

@@ -3,14 +3,9 @@
 #include <algorithm>
 
 #include "bindings/aliasing.h"
+#include "bindings/run_released.h"
 
 namespace pysmooth {
-namespace {
-
-constexpr size_t kPrefetchDistance = 8;
-
-}  // namespace
-
 int find_rule(const std::string& name) {
   for (int i = 0; i < kernels().rule_count; ++i)
     if (name == kernels().rules[i].name) return i;
@@ -43,14 +38,15 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     PyObject* const param = param_list_.back();
     e.state_dict = state_dicts_[t].ptr();
     if (!PyDict_Check(e.state_dict)) throw py::type_error("Plan: state_dicts must hold dicts");
-    e.dict_keys = reinterpret_cast<const PyDictObject*>(e.state_dict)->ma_keys;
     const auto name = [&] { return what("parameter", t); };
     DLTensor d;
     shared_reader().read(param, &d, name);
-    e.param_form.assign(d);
+    e.tracked = tracked_.size();
+    tracked_.push_back({param, {}});
+    tracked_.back().form.assign(d);
     RealView& view = shapes_.emplace_back().view;
-    view = RealView::of(e.param_form, name());
-    if (has_lazy_bits(param, true))
+    view = RealView::of(tracked_.back().form, name());
+    if (has_lazy_bits(param))
       throw py::value_error(name() +
                             " has its conjugate or negative bit set; pass a resolved copy");
     if (overlaps_itself(static_cast<int>(view.shape.size()), view.shape.data(),
@@ -64,7 +60,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     ++group_sizes_[static_cast<size_t>(slot.group)];
     slot.numel = view.numel;
     slot.param_dtype = view.dtype;
-    slot.param = e.param_form.data;
+    slot.param = d.data;
     slot.first = first[t];
     read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]));
   }
@@ -88,7 +84,7 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     PyObject* const state = PyDict_GetItemWithError(e.state_dict, key.ptr());
     if (state == nullptr || state == Py_None) {
       e.states_held = 0;
-      e.state_forms.clear();
+      tracked_.resize(e.tracked + 1);
       return;
     }
     const auto name = [&] {
@@ -96,22 +92,20 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     };
     DLTensor d;
     shared_reader().read(state, &d, name);
-    Signature form;
-    form.assign(d);
-    const RealView view = RealView::of(form, name());
+    tracked_.push_back({state, {}});
+    tracked_.back().form.assign(d);
+    const RealView view = RealView::of(tracked_.back().form, name());
     if (view.shape != shapes_[t].view.shape)
       throw py::value_error(name() + " does not have the parameter's shape");
     if (view.dtype != wanted)
       throw py::value_error(name() + " has dtype " + dtype_name(view.dtype) + ", expected " +
                             dtype_name(wanted));
-    if (has_lazy_bits(state, true))
+    if (has_lazy_bits(state))
       throw py::value_error(name() + " has its conjugate or negative bit set");
     if (overlaps_itself(static_cast<int>(view.shape.size()), view.shape.data(),
                         view.strides.data()))
       throw py::value_error(name() + " overlaps itself in memory (an expanded tensor?)");
-    slot.state[e.states_held] = form.data;
-    e.states[e.states_held++] = state;
-    e.state_forms.push_back(std::move(form));
+    slot.state[e.states_held++] = d.data;
   }
 }
 
@@ -122,9 +116,10 @@ void Plan::check_aliasing() {
   for (size_t t = 0; t < entries_.size(); ++t) {
     const Entry& e = entries_[t];
     regions.push_back(
-        Region::of(e.param_form.data, shapes_[t].view, static_cast<int>(labels.size())));
+        Region::of(known(e, 0).form.data, shapes_[t].view, static_cast<int>(labels.size())));
     labels.push_back(what("parameter", t));
-    for (const Signature& form : e.state_forms) {
+    for (int k = 1; k <= e.states_held; ++k) {
+      const Signature& form = known(e, k).form;
       views.push_back(RealView::of(form, "state"));
       regions.push_back(Region::of(form.data, views.back(), static_cast<int>(labels.size())));
       labels.push_back("a state of " + what("parameter", t));
@@ -154,8 +149,8 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
                       dtype_name(slot.param_dtype) + ", a pair that the cpu backend does not take");
   std::vector<const int64_t*> strides{s.view.strides.data(), view.strides.data()};
   std::deque<RealView> states;
-  for (const Signature& form : e.state_forms) {
-    states.push_back(RealView::of(form, "state"));
+  for (int k = 1; k <= e.states_held; ++k) {
+    states.push_back(RealView::of(known(e, k).form, "state"));
     strides.push_back(states.back().strides.data());
   }
   const int ndim = static_cast<int>(view.shape.size());
@@ -182,56 +177,52 @@ bool Plan::unchanged(const py::list& param_lists) const {
   return true;
 }
 
-// After a backward pass next to nothing of a small tensor is in cache: not its Python object, not
-// the TensorImpl (where its shape lies), not its data. Asking for them some tensors ahead halves
-// the gather. The addresses are hints, and never dereferenced.
-void Plan::prefetch(size_t t) const {
-  if (t >= entries_.size()) return;
+bool Plan::unmoved(size_t t) const {
   const Entry& e = entries_[t];
-  e.param_form.prefetch(param_list_[t]);
-  if (e.states_held > 0) {
-    __builtin_prefetch(e.state_dict, 0, 3);
-    __builtin_prefetch(e.dict_keys, 0, 3);
-    __builtin_prefetch(static_cast<const char*>(e.dict_keys) + 64, 0, 3);
+  if (e.states_held != e.expected_states) return false;
+  DLTensor d;
+  for (int k = 0; k <= e.states_held; ++k) {
+    const Tracked& x = known(e, k);
+    // A state's object is alive if its dict still holds it.
+    if (k > 0 && PyDict_GetItemWithError(e.state_dict, e.keys[k - 1]) != x.tensor) return false;
+    shared_reader().read(x.tensor, &d,
+                         [&] { return (k == 0 ? "" : "a state of ") + what("parameter", t); });
+    if (!x.form.same(d)) return false;
   }
-  for (int k = 0; k < e.states_held; ++k)
-    e.state_forms[static_cast<size_t>(k)].prefetch(e.states[k]);
+  return true;
+}
+
+void Plan::read_gradient(size_t t) {
+  Entry& e = entries_[t];
+  Slot& slot = pipeline_.slots[t];
+  DLTensor d;
+  const auto read = [&] {
+    shared_reader().read(grads_[t].ptr(), &d, [&] { return what("gradient of parameter", t); });
+    if (!e.grad_known || !e.grad_form.same_form(d)) learn_gradient(t, d);
+  };
+  read();
+  // Asking every gradient would cost as much as reading it. Lazy bits ride on complex tensors and
+  // on the strided views of their parts; of those only a view of one element looks dense
+  // (as_strided on a negated view could make others, and is on its own).
+  const bool may_be_lazy = slot.layout != nullptr || slot.numel == 1 || d.dtype.code == kDLComplex;
+  if (may_be_lazy && has_lazy_bits(grads_[t].ptr())) {
+    grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
+    read();
+  }
+  slot.grad = d.data;
 }
 
 bool Plan::gather() {
-  TensorReader& reader = shared_reader();
-  const size_t n = entries_.size();
   bool all_active = true;
-  for (size_t t = 0; t < n; ++t) {
-    Entry& e = entries_[t];
-    Slot& slot = pipeline_.slots[t];
-    prefetch(t + kPrefetchDistance);
+  for (size_t t = 0; t < entries_.size(); ++t) {
     grads_[t] = grad_of_(param_list_[t]);
-    PyObject* const grad = grads_[t].ptr();
-    slot.active = grad != Py_None && slot.numel > 0;
-    if (!slot.active) {
-      all_active = false;
-      continue;
-    }
+    Slot& slot = pipeline_.slots[t];
+    slot.active = !grads_[t].is_none() && slot.numel > 0;
+    all_active = all_active && slot.active;
+    if (!slot.active) continue;
     // First what the plan knows: a gradient is judged against a parameter that is still the same.
-    DLTensor d;
-    reader.read(param_list_[t], &d, [&] { return what("parameter", t); });
-    if (!e.param_form.same(d) || e.states_held != e.expected_states) return false;
-    for (int k = 0; k < e.states_held; ++k) {
-      if (PyDict_GetItemWithError(e.state_dict, e.keys[k]) != e.states[k]) return false;
-      reader.read(e.states[k], &d, [&] { return "a state of " + what("parameter", t); });
-      if (!e.state_forms[static_cast<size_t>(k)].same(d)) return false;
-    }
-
-    reader.read(grad, &d, [&] { return what("gradient of parameter", t); });
-    if (!e.grad_known || !e.grad_form.same_form(d)) learn_gradient(t, d);
-    if (has_lazy_bits(grad, d.dtype.code == kDLComplex)) {
-      grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
-      reader.read(grads_[t].ptr(), &d, [&] { return what("gradient of parameter", t); });
-      if (!e.grad_form.same_form(d)) learn_gradient(t, d);
-    }
-    slot.grad = d.data;
-    __builtin_prefetch(d.data, 0, 3);
+    if (!unmoved(t)) return false;
+    read_gradient(t);
   }
   if (!all_active || !all_active_) note_written();
   all_active_ = all_active;
@@ -248,12 +239,8 @@ void Plan::note_written() {
 
 int Plan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
                int threads) {
+  constexpr int kStale = static_cast<int>(Outcome::stale);
   if (!unchanged(param_lists)) return kStale;
-  const auto release = [this](void*) {
-    for (py::object& grad : grads_) grad = py::object();
-  };
-  const std::unique_ptr<void, decltype(release)> guard(this, release);
-  if (!gather()) return kStale;
   for (size_t g = 0; g < pipeline_.groups.size(); ++g) {
     Group& group = pipeline_.groups[g];
     const auto hyper = py::reinterpret_borrow<py::tuple>(hypers[g]);
@@ -263,11 +250,11 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
     group.clip = {static_cast<ClipMode>(py::cast<int>(clip[0])), py::cast<double>(clip[1]),
                   py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
   }
-  Outcome outcome;
-  {
-    py::gil_scoped_release nogil;
-    outcome = run_step(&pipeline_, threads);
-  }
+  const auto release = [this](void*) {
+    for (py::object& grad : grads_) grad = py::object();
+  };
+  const std::unique_ptr<void, decltype(release)> guard(this, release);
+  const Outcome outcome = run_released(&pipeline_, threads, [this] { return gather(); });
   if (outcome == Outcome::applied) increment_version(written_);
   return static_cast<int>(outcome);
 }

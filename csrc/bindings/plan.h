@@ -21,8 +21,7 @@ class Plan {
        int scope, int policy, double norm_type);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
-  // `hypers` and `clips` the numbers of each group. Returns an Outcome, or kStale.
-  static constexpr int kStale = 3;
+  // `hypers` and `clips` the numbers of each group. Returns an Outcome.
   int step(const py::list& param_lists, const py::list& hypers, const py::list& clips, int threads);
 
   std::vector<double> norms() const { return pipeline_.norms; }
@@ -32,16 +31,18 @@ class Plan {
   std::vector<std::string> nonfinite_names() const;
 
  private:
-  // Hot: walked in every step, in order.
+  // Hot, and plain data in one piece: after a backward pass every cache line counts.
+  struct Tracked {               // a parameter or a state, and what it was when the plan was made
+    PyObject* tensor = nullptr;  // a parameter's is owned by params_; a state's is looked up first
+    Signature form;
+  };
   struct Entry {
-    PyObject* state_dict = nullptr;     // owned by state_dicts_
-    const void* dict_keys = nullptr;    // a prefetch hint
-    PyObject* keys[kMaxStates] = {};    // owned by state_keys_
-    PyObject* states[kMaxStates] = {};  // borrowed from the state dict, checked each step
+    PyObject* state_dict = nullptr;   // owned by state_dicts_
+    PyObject* keys[kMaxStates] = {};  // owned by state_keys_
+    size_t tracked = 0;               // into tracked_: the parameter, then its states
     int expected_states = 0, states_held = 0;
     bool grad_known = false;
-    Signature param_form, grad_form;
-    std::vector<Signature> state_forms;
+    Signature grad_form;
   };
   // Cold: read when a plan is built or a gradient changes its form.
   struct Shape {
@@ -56,14 +57,19 @@ class Plan {
   void note_written();
   bool gather();  // false: stale
   void check_aliasing();
-
-  void prefetch(size_t t) const;
+  // Of tensor t and its states, k = 0 for the parameter itself.
+  const Tracked& known(const Entry& e, int k) const {
+    return tracked_[e.tracked + static_cast<size_t>(k)];
+  }
+  bool unmoved(size_t t) const;  // parameter and states are where and what they were
+  void read_gradient(size_t t);
 
   py::list params_, state_dicts_, state_keys_, state_roots_, written_;
   GradGetter grad_of_;
   std::vector<std::string> names_;
   std::vector<PyObject*> param_list_;  // params_, as C pointers
   std::vector<Entry> entries_;
+  std::vector<Tracked> tracked_;
   std::deque<Shape> shapes_;
   std::vector<py::object> grads_;  // kept alive while the kernels run
   std::vector<size_t> group_sizes_;

@@ -40,7 +40,6 @@ bool enabled = true;
 
 void Signature::assign(const DLTensor& t) {
   data = t.data;
-  impl = t.shape;
   dtype = t.dtype;
   ndim = t.ndim;
   if (ndim > kInline) more = std::make_unique<int64_t[]>(2 * static_cast<size_t>(ndim));
@@ -124,16 +123,9 @@ TensorReader& shared_reader() {
 
 void set_dlpack_enabled(bool value) { enabled = value; }
 
-bool has_lazy_bits(PyObject* tensor, bool may_be_complex) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  static PyObject* const is_conj = PyUnicode_InternFromString("is_conj");
-  const auto ask = [tensor](PyObject* method) {
-    const auto answer =
-        py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(tensor, method, nullptr));
-    if (!answer) throw py::error_already_set();
-    return answer.ptr() == Py_True;
-  };
-  return ask(is_neg) || (may_be_complex && ask(is_conj));
+bool has_lazy_bits(PyObject* tensor) {
+  const py::handle t(tensor);
+  return py::cast<bool>(t.attr("is_conj")()) || py::cast<bool>(t.attr("is_neg")());
 }
 
 void GradGetter::learn(PyTypeObject* type) {

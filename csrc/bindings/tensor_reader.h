@@ -34,7 +34,6 @@ struct Signature {
   static constexpr int kInline = 4;
 
   void* data = nullptr;
-  const void* impl = nullptr;  // somewhere inside torch's TensorImpl: a prefetch hint, nothing more
   DLDataType dtype = {};
   int32_t ndim = -1;
   int64_t dims[2 * kInline] = {};  // shape, then strides; tensors of more dimensions go to `more`
@@ -51,13 +50,6 @@ struct Signature {
     return true;
   }
   bool same(const DLTensor& t) const { return t.data == data && same_form(t); }
-  void prefetch(const PyObject* tensor) const {
-    __builtin_prefetch(tensor, 0, 3);
-    __builtin_prefetch(data, 0, 3);
-    for (intptr_t line = -2; line < 3; ++line)
-      __builtin_prefetch(
-          reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(impl) + 64 * line), 0, 3);
-  }
 };
 
 // A tensor as the kernels see it: real, with a complex tensor's parts as a last dimension of 2.
@@ -97,9 +89,9 @@ class TensorReader {
 TensorReader& shared_reader();
 void set_dlpack_enabled(bool enabled);
 
-// True if the tensor's values differ from its memory: torch's lazy conjugation (of complex tensors
-// only) and negation. DLPack shows neither.
-bool has_lazy_bits(PyObject* tensor, bool may_be_complex);
+// True if the tensor's values differ from its memory: torch's lazy conjugation and negation. DLPack
+// shows neither.
+bool has_lazy_bits(PyObject* tensor);
 
 // Reads `.grad` of many tensors of one type: finds the type's getter once, and calls it directly.
 class GradGetter {

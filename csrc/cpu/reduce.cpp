@@ -51,7 +51,10 @@ PYSMOOTH_HD vec<C> larger(vec<C> a, vec<C> b) {  // of two magnitudes
 
 struct Sum {
   static constexpr double kNeutral = 0.0;
-  PYSMOOTH_HD static double combine(double a, double b) { return a + b; }
+  template <class V>
+  PYSMOOTH_HD static V combine(V a, V b) {
+    return a + b;
+  }
 };
 
 template <class C>
@@ -75,7 +78,10 @@ template <class C>
 struct Largest {
   static constexpr double kNeutral = 0.0;
   PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) { return larger<C>(acc, magnitude<C>(x)); }
-  PYSMOOTH_HD static double combine(double a, double b) { return a > b || a != a ? a : b; }
+  template <class V>
+  PYSMOOTH_HD static V combine(V a, V b) {
+    return (a > b) | (a != a) ? a : b;
+  }
 };
 
 template <class C>
@@ -85,37 +91,65 @@ struct Smallest {
     const vec<C> a = magnitude<C>(x);
     return (a != a) | (a < acc) ? a : acc;
   }
-  PYSMOOTH_HD static double combine(double a, double b) { return a < b || a != a ? a : b; }
+  template <class V>
+  PYSMOOTH_HD static V combine(V a, V b) {
+    return (a < b) | (a != a) ? a : b;
+  }
 };
 
+// Combines the first N lanes, in double, by a fixed tree.
+template <class F, int N, class C>
+PYSMOOTH_HD double combine_lanes(const C* lanes) {
+  constexpr int W = lanes_of<double>;
+  constexpr int kRegisters = N / W;
+  vec<double> x[kRegisters];
+  for (int j = 0; j < kRegisters; ++j) x[j] = vector_io<double>::load(lanes + j * W);
+#pragma GCC unroll 8
+  for (int half = kRegisters / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int j = 0; j < half; ++j) x[j] = F::combine(x[j], x[j + half]);
+  alignas(64) double last[W];
+  vector_io<double>::store(last, x[0]);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) last[j] = F::combine(last[j], last[j + half]);
+  return last[0];
+}
+
 // Folds one block of n <= kBlock elements into 64 lanes and those into one double. A block that
-// does not fill its last row of lanes is completed with `pad`, which must not change the result.
+// does not fill its last vector is completed with `pad`, which must not change the result.
 template <class F, class C, class T>
 PYSMOOTH_HD double fold_block(const T* x, int64_t n, C pad) {
   constexpr int W = lanes_of<C>;
   constexpr int kRegisters = kLanes / W;
-  vec<C> acc[kRegisters];
-  for (int j = 0; j < kRegisters; ++j) acc[j] = vec<C>{} + static_cast<C>(F::kNeutral);
+  alignas(64) C lanes[kLanes];
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int byte = 0; byte < kLanes * static_cast<int>(sizeof(T)); byte += 64)
-      prefetch_ahead(reinterpret_cast<const char*>(x + i) + byte);
+  {
+    vec<C> acc[kRegisters];
+    for (int j = 0; j < kRegisters; ++j) acc[j] = vec<C>{} + static_cast<C>(F::kNeutral);
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int byte = 0; byte < kLanes * static_cast<int>(sizeof(T)); byte += 64)
+        prefetch_ahead(reinterpret_cast<const char*>(x + i) + byte);
 #pragma GCC unroll 16
-    for (int j = 0; j < kRegisters; ++j)
-      acc[j] = F::fold(acc[j], vector_io<C>::load(x + i + j * W));
+      for (int j = 0; j < kRegisters; ++j)
+        acc[j] = F::fold(acc[j], vector_io<C>::load(x + i + j * W));
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kRegisters; ++j) vector_io<C>::store(lanes + j * W, acc[j]);
   }
+  const auto fold = [&lanes](int64_t at, vec<C> value) {
+    vector_io<C>::store(lanes + at, F::fold(vector_io<C>::load(lanes + at), value));
+  };
+  int64_t lane = 0;
+  for (; i + W <= n; i += W, lane += W) fold(lane, vector_io<C>::load(x + i));
   if (i < n) {
-    alignas(64) C row[kLanes];
-    for (int j = 0; j < kLanes; ++j) row[j] = i + j < n ? load1<C>(x + i + j) : pad;
-    for (int j = 0; j < kRegisters; ++j) acc[j] = F::fold(acc[j], vector_io<C>::load(row + j * W));
+    alignas(64) C row[W];
+    for (int j = 0; j < W; ++j) row[j] = i + j < n ? load1<C>(x + i + j) : pad;
+    fold(lane, vector_io<C>::load(row));
   }
-  alignas(64) C narrow[kLanes];
-  alignas(64) double lane[kLanes];
-  for (int j = 0; j < kRegisters; ++j) vector_io<C>::store(narrow + j * W, acc[j]);
-  for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<double>(narrow[j]);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) lane[j] = F::combine(lane[j], lane[j + half]);
-  return lane[0];
+  // A small tensor (a bias, a norm's weight) leaves lanes neutral: combining those changes no bit.
+  if (n <= 16) return combine_lanes<F, 16>(lanes);
+  if (n <= 32) return combine_lanes<F, 32>(lanes);
+  return combine_lanes<F, 64>(lanes);
 }
 
 template <class C, class T>

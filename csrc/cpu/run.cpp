@@ -10,14 +10,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <optional>
 
 namespace pysmooth {
 namespace {
 
 std::atomic<bool> forked{false};
-
-// Waking the pool costs a few microseconds: less work than this is done by the caller alone.
-constexpr int64_t kSerialElements = 16384;
 
 // A share of the chunks per thread keeps small models in each core's cache from reduce to apply.
 // Above this size caches do not matter, and chunks are handed out as threads ask for them, so that
@@ -82,7 +80,6 @@ void finalize(Pipeline* p, Reduction kind) {
                        : p->scope == Scope::group ? p->groups.size()
                                                   : tensors;
   p->norms.assign(units, neutral(kind));
-  p->tensor_norms.assign(tensors, 0.0);
   p->coefs.assign(tensors, 1.0);
   p->nonfinite = false;
   const auto unit_of = [p](size_t t) {
@@ -100,7 +97,6 @@ void finalize(Pipeline* p, Reduction kind) {
       value = combine(kind, value, partial.value);
       p->nonfinite = p->nonfinite || partial.nonfinite;
     }
-    p->tensor_norms[t] = finish(kind, p->norm_type, value);
     // torch's total 0-"norm" is the 0-"norm" of the tensors' norms: how many are not zero.
     if (kind == Reduction::count_nonzero && p->scope != Scope::tensor) value = value != 0.0;
     double& norm = p->norms[unit_of(t)];
@@ -109,10 +105,18 @@ void finalize(Pipeline* p, Reduction kind) {
   }
   for (size_t u = 0; u < units; ++u)
     p->norms[u] = seen[u] ? finish(kind, p->norm_type, p->norms[u]) : 0.0;
-  for (size_t t = 0; t < tensors; ++t)
-    if (p->slots[t].active)
-      p->coefs[t] = clip_coefficient(p->groups[static_cast<size_t>(p->slots[t].group)].clip,
-                                     p->norms[unit_of(t)]);
+  // Per tensor only where tensors differ: thousands of divisions would show.
+  std::vector<double> group_coefs(p->groups.size());
+  if (p->scope != Scope::tensor)
+    for (size_t g = 0; g < p->groups.size(); ++g)
+      group_coefs[g] =
+          clip_coefficient(p->groups[g].clip, p->norms[p->scope == Scope::global ? 0 : g]);
+  for (size_t t = 0; t < tensors; ++t) {
+    if (!p->slots[t].active) continue;
+    const auto g = static_cast<size_t>(p->slots[t].group);
+    p->coefs[t] = p->scope == Scope::tensor ? clip_coefficient(p->groups[g].clip, p->norms[t])
+                                            : group_coefs[g];
+  }
 }
 
 bool needs_reduce(const Pipeline& p) {
@@ -165,17 +169,19 @@ void Pipeline::cut_chunks() {
   partials.assign(static_cast<size_t>(chunks.size()), Partial{});
 }
 
-Outcome run_step(Pipeline* p, int threads) {
+Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
   const KernelTable& table = kernels();
   const Reduction kind = reduction_of(p->norm_type);
   p->reduced = needs_reduce(*p);
-  if (in_forked_child() || p->chunks.total() < kSerialElements) threads = 1;
+  if (in_forked_child() || (!gather && p->chunks.total() < kSerialElements)) threads = 1;
   threads = std::max(1, threads);
 
   const auto refused = [p] {
     return p->reduced && p->nonfinite && p->policy != NonFinite::propagate;
   };
+  bool gathered = true;
   if (threads == 1) {
+    if (gather && !gather()) return Outcome::stale;
     if (p->reduced) {
       for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table.reduce, kind, i);
       finalize(p, kind);
@@ -183,24 +189,33 @@ Outcome run_step(Pipeline* p, int threads) {
     if (!refused())
       for (int64_t i = 0; i < p->chunks.size(); ++i) apply_chunk(p, table.rules, i);
   } else {
-    Schedule schedule(p->chunks, threads);
-    // One parallel region for both passes. The pool may give fewer threads than asked for, so
-    // shares are walked with a stride of the threads that are really there.
+    std::optional<Schedule> schedule;
+    // One parallel region for everything. The pool may give fewer threads than asked for, so shares
+    // are walked with a stride of the threads that are really there.
 #pragma omp parallel num_threads(threads)
     {
       const int team = omp_get_num_threads();
-      if (p->reduced) {
-        for (int share = omp_get_thread_num(); share < threads; share += team)
-          schedule.run(share, 0, [&](int64_t i) { reduce_chunk(p, table.reduce, kind, i); });
+#pragma omp master
+      {
+        gathered = !gather || gather();
+        if (gathered) schedule.emplace(p->chunks, threads);
+      }
+#pragma omp barrier
+      if (gathered) {
+        if (p->reduced) {
+          for (int share = omp_get_thread_num(); share < threads; share += team)
+            schedule->run(share, 0, [&](int64_t i) { reduce_chunk(p, table.reduce, kind, i); });
 #pragma omp barrier
 #pragma omp single
-        finalize(p, kind);
+          finalize(p, kind);
+        }
+        if (!refused())
+          for (int share = omp_get_thread_num(); share < threads; share += team)
+            schedule->run(share, 1, [&](int64_t i) { apply_chunk(p, table.rules, i); });
       }
-      if (!refused())
-        for (int share = omp_get_thread_num(); share < threads; share += team)
-          schedule.run(share, 1, [&](int64_t i) { apply_chunk(p, table.rules, i); });
     }
   }
+  if (!gathered) return Outcome::stale;
   if (refused()) return p->policy == NonFinite::skip ? Outcome::skipped : Outcome::nonfinite;
   for (Slot& slot : p->slots)
     if (slot.active) slot.first = false;

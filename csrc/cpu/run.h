@@ -1,6 +1,7 @@
 // One step of a method on CPU: reduce, finalize, apply over a list of slots.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -45,7 +46,7 @@ struct Group {
   Clip clip;
 };
 
-enum class Outcome : int { applied = 0, skipped = 1, nonfinite = 2 };
+enum class Outcome : int { applied = 0, skipped = 1, nonfinite = 2, stale = 3 };
 
 struct Pipeline {
   std::vector<Slot> slots;
@@ -58,17 +59,24 @@ struct Pipeline {
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
 
   // Left behind by a step that took norms.
-  std::vector<Partial> partials;     // per chunk
-  std::vector<double> norms;         // per scope unit
-  std::vector<double> tensor_norms;  // per slot
-  std::vector<double> coefs;         // per slot
+  std::vector<Partial> partials;  // per chunk
+  std::vector<double> norms;      // per scope unit
+  std::vector<double> coefs;      // per slot
   bool reduced = false;
   bool nonfinite = false;
 
   void cut_chunks();
 };
 
-Outcome run_step(Pipeline* pipeline, int threads);
+// Called once, by the calling thread, before anything else; false ends the step as stale. It fills
+// in the slots' gradients, and the chunks where those are not known before. It must not throw.
+using Gather = std::function<bool()>;
+
+// Runs one step. With a gather the pool is woken first, and gathering hides the time this takes:
+// threads that sleep need some 50 microseconds. A caller that has little to do, and knows it,
+// gathers by itself; a step of few elements then stays on its thread.
+Outcome run_step(Pipeline* pipeline, int threads, const Gather& gather = nullptr);
+constexpr int64_t kSerialElements = 16384;
 
 // Runs body(begin, end) over pieces of [0, count) on the shared thread pool.
 void parallel_ranges(int64_t count, int64_t grain, int threads,
