@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ from battery import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from pysmooth import ClipSGD
 
@@ -313,3 +318,43 @@ def test_forked_child_steps() -> None:
     advance(plain, expected, rows[1:2])
     assert_same_bits(params, expected)
     advance(plain, expected, rows[2:])  # the parent's own threads still work
+
+
+# ---- hooks and the profiler ----------------------------------------------------------------------
+
+
+def one_step_optimizer(cls: type[ClipSGD] = ClipSGD) -> ClipSGD:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    return cls([p], 0.1)
+
+
+class Subclass(ClipSGD):
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [ClipSGD, Subclass])
+def test_hooks_run_once_with_torchs_arguments(cls: type[ClipSGD]) -> None:
+    optimizer = one_step_optimizer(cls)
+    calls: list[Any] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda o, a, k: calls.append((o, a, k))),
+        optimizer.register_step_post_hook(lambda o, a, k: calls.append((o, a, k))),
+        register_optimizer_step_pre_hook(lambda o, a, k: calls.append((o, a, k))),
+        register_optimizer_step_post_hook(lambda o, a, k: calls.append((o, a, k))),
+    ]
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert calls == [(optimizer, (optimizer,), {})] * 4
+
+
+def test_the_profiler_sees_steps() -> None:
+    optimizer = one_step_optimizer()
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    names = [event.key for event in profile.key_averages()]
+    assert names.count("Optimizer.step#ClipSGD.step") == 1

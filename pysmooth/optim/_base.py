@@ -7,7 +7,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.optim.optimizer import (
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from ..engine.backends import Engine, make_engine, resolve
 from ..engine.recipe import Policy, Recipe, Scope
@@ -97,6 +102,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError, TypeError: a gradient is sparse, or has a shape, dtype or device that the
                 backend does not take. Parameters and states are as they were.
         """
+        # torch wraps every optimizer's step in a profiler range and in hooks, at the price of a
+        # small model's whole step. The same wrapper runs here, but only for those who look.
+        watched = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
+        )
+        if watched and type(self).step is FusedOptimizer.step:  # else torch wrapped the subclass's
+            return _watched_step(self) if closure is None else _watched_step(self, closure)
+        return self._step(closure)
+
+    # Tells torch that hooks and profiler are taken care of.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -257,6 +279,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Forgets what was derived from the groups; the next step rebuilds it."""
         self._engine = None
+
+
+_watched_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
 
 
 def _pairs(
