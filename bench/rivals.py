@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ def compiled(problem: Problem) -> tuple[Step, float]:
     torch._dynamo.reset()
     # What it takes on a machine that has not compiled this before.
     inductor_config.force_disable_caches = True
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
     function = torch.compile(handwritten, fullgraph=True, dynamic=False)
     params = [p.detach() for p in problem.params]
     buffers = [torch.zeros_like(p) for p in params] if problem.momentum else []
