@@ -11,6 +11,7 @@ class RuleInfo(TypedDict):
     name: str
     hyper: tuple[str, ...]
     states: int
+    counts_steps: bool
     dtypes: tuple[tuple[str, str], ...]
 
 class Plan:
@@ -33,7 +34,7 @@ class Plan:
         self,
         param_lists: list[list[Tensor]],
         hypers: Sequence[tuple[float, ...]],
-        clips: Sequence[tuple[int, float, float, float, float]],
+        clips: Sequence[tuple[int, float, float, float, float, float, bool]],
         threads: int,
         /,
     ) -> int: ...

@@ -71,6 +71,11 @@ def _momentum_buffer(kwargs: Kwargs) -> tuple[str, ...]:
     return ("momentum_buffer",) if kwargs.get("momentum", 0) else ()
 
 
+def _moments(kwargs: Kwargs) -> tuple[str, ...]:
+    amsgrad = ("max_exp_avg_sq",) if kwargs.get("amsgrad") else ()
+    return ("exp_avg", "exp_avg_sq", *amsgrad)
+
+
 REGISTRY: tuple[Entry, ...] = (
     Entry(
         "clip_sgd",
@@ -104,6 +109,69 @@ REGISTRY: tuple[Entry, ...] = (
             "normalised": {"L0": 0.0, "L1": 1.0, "eta": 0.1, "scope": "tensor"},
         },
         _momentum_buffer,
+    ),
+    Entry(
+        "adagrad",
+        pysmooth.Adagrad,
+        {
+            # Little weight decay: where it cancels the gradient, what is left is all rounding, and
+            # the division by the root brings it to full size.
+            "main": {"lr": 0.1, "max_norm": 1.0, "weight_decay": 1e-4, "lr_decay": 0.1},
+            "plain": {"lr": 0.1},
+            "initial": {"lr": 0.1, "initial_accumulator_value": 0.1, "clip": "none"},
+            "smooth": {"lr": 0.1, "max_norm": 2.0, "clip": "smooth", "scope": "tensor"},
+            "value": {"lr": 0.1, "clip": "value", "max_norm": 0.5, "maximize": True},
+        },
+        lambda _: ("sum",),
+        twin=torch.optim.Adagrad,
+        twin_kwargs={"lr": 0.1, "weight_decay": 0.01, "lr_decay": 0.1},
+        ulp=4.0,
+    ),
+    Entry(
+        "adam",
+        pysmooth.Adam,
+        {
+            "main": {"lr": 0.01, "max_norm": 1.0, "weight_decay": 1e-4},
+            "plain": {"lr": 0.01},
+            "amsgrad": {"lr": 0.01, "amsgrad": True, "max_norm": 5.0, "scope": "group"},
+            "betas": {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3, "clip": "normalize"},
+        },
+        _moments,
+        twin=torch.optim.Adam,
+        twin_kwargs={"lr": 0.01, "weight_decay": 0.01},
+        ulp=4.0,
+    ),
+    Entry(
+        "adamw",
+        pysmooth.AdamW,
+        {
+            "main": {"lr": 0.01, "max_norm": 1.0, "weight_decay": 0.1},
+            "amsgrad": {"lr": 0.01, "amsgrad": True, "clip": "value", "max_norm": 0.5},
+            "skip": {"lr": 0.01, "nonfinite": "skip", "norm_type": 1.0, "max_norm": 50.0},
+        },
+        _moments,
+        twin=torch.optim.AdamW,
+        twin_kwargs={"lr": 0.01, "weight_decay": 0.1},
+        ulp=4.0,
+    ),
+    Entry(
+        "sign_sgd",
+        pysmooth.SignSGD,
+        {
+            "main": {"lr": 0.01, "momentum": 0.9, "max_norm": 1.0, "weight_decay": 0.1},
+            "plain": {"lr": 0.01},
+            "value": {"lr": 0.01, "clip": "value", "max_norm": 0.5, "momentum": 0.5},
+        },
+        _momentum_buffer,
+    ),
+    Entry(
+        "lion",
+        pysmooth.Lion,
+        {
+            "main": {"lr": 0.01, "max_norm": 1.0, "weight_decay": 0.1},
+            "plain": {"lr": 0.01, "betas": (0.95, 0.98)},
+        },
+        lambda _: ("exp_avg",),
     ),
 )
 

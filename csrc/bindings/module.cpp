@@ -21,6 +21,7 @@ py::list rules() {
     rule["name"] = info.name;
     rule["hyper"] = py::tuple(hypers);
     rule["states"] = info.states;
+    rule["counts_steps"] = info.counts_steps;
     rule["dtypes"] = py::tuple(pairs);
     out.append(rule);
   }

@@ -73,10 +73,11 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
 void Plan::read_states(size_t t, const py::tuple& keys) {
   Entry& e = entries_[t];
   Slot& slot = pipeline_.slots[t];
-  const int expected = kernels().rules[slot.rule].states;
+  const RuleInfo& rule = kernels().rules[slot.rule];
+  const int expected = rule.states + (rule.counts_steps ? 1 : 0);
   if (static_cast<int>(keys.size()) != expected)
-    throw py::value_error("rule '" + std::string(kernels().rules[slot.rule].name) + "' has " +
-                          std::to_string(expected) + " states, not " + std::to_string(keys.size()));
+    throw py::value_error("rule '" + std::string(rule.name) + "' has " + std::to_string(expected) +
+                          " states, not " + std::to_string(keys.size()));
   const DType wanted = slot.param_dtype == DType::f64 ? DType::f64 : DType::f32;
   e.expected_states = expected;
   for (int k = 0; k < expected; ++k) e.keys[k] = keys[static_cast<size_t>(k)].ptr();
@@ -95,6 +96,13 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     tracked_.push_back({state, {}});
     tracked_.back().form.assign(d);
     const RealView view = RealView::of(tracked_.back().form, name());
+    if (e.states_held == rule.states) {  // the step count
+      if (view.dtype != DType::f32 || !view.shape.empty())
+        throw py::value_error(name() + " is not a float32 tensor of shape ()");
+      slot.steps = static_cast<float*>(d.data);
+      ++e.states_held;
+      continue;
+    }
     if (view.shape != shapes_[t].view.shape)
       throw py::value_error(name() + " does not have the parameter's shape");
     if (view.dtype != wanted)
@@ -149,7 +157,7 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
                       dtype_name(slot.param_dtype) + ", a pair that the cpu backend does not take");
   std::vector<const int64_t*> strides{s.view.strides.data(), view.strides.data()};
   std::deque<RealView> states;
-  for (int k = 1; k <= e.states_held; ++k) {
+  for (int k = 1; k <= e.states_held && k <= kernels().rules[slot.rule].states; ++k) {
     states.push_back(RealView::of(known(e, k).form, "state"));
     strides.push_back(states.back().strides.data());
   }
@@ -249,6 +257,8 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
     const auto clip = py::reinterpret_borrow<py::tuple>(clips[g]);
     group.clip = {static_cast<ClipMode>(py::cast<int>(clip[0])), py::cast<double>(clip[1]),
                   py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
+    group.clip_value = py::cast<double>(clip[5]);
+    group.maximize = py::cast<bool>(clip[6]);
   }
   const auto release = [this](void*) {
     for (py::object& grad : grads_) grad = py::object();

@@ -37,9 +37,9 @@ class Plan {
     Signature form;
   };
   struct Entry {
-    PyObject* state_dict = nullptr;   // owned by state_dicts_
-    PyObject* keys[kMaxStates] = {};  // owned by state_keys_
-    size_t tracked = 0;               // into tracked_: the parameter, then its states
+    PyObject* state_dict = nullptr;       // owned by state_dicts_
+    PyObject* keys[kMaxStates + 1] = {};  // owned by state_keys_; a step count comes last
+    size_t tracked = 0;                   // into tracked_: the parameter, then its states
     int expected_states = 0, states_held = 0;
     bool grad_known = false;
     Signature grad_form;

@@ -15,27 +15,26 @@ struct Apply {
   using C = compute_t<P>;
   using H = typename Rule::template Hyper<C>;
   static constexpr int kStates = Rule::kStates;
-  using Offsets = int64_t[kMaxOperands];
 
   static P* param(const ApplyArgs& a) { return static_cast<P*>(a.param); }
   static const G* grad(const ApplyArgs& a) { return static_cast<const G*>(a.grad); }
   static C* state(const ApplyArgs& a, int k) { return static_cast<C*>(a.state[k]); }
 
   // Element i of a run that starts at `at` and has the given strides.
-  PYSMOOTH_HD static void element(const ApplyArgs& a, const H& h, const int64_t* at,
-                                  const int64_t* stride, int64_t i) {
+  PYSMOOTH_HD static void element(const ApplyArgs& a, const H& h, const GradientIn<C>& take,
+                                  const int64_t* at, const int64_t* stride, int64_t i) {
     Lane<C, kStates> x{};
     P* const p = param(a) + at[0] + i * stride[0];
     x.param = load1<C>(p);
-    if constexpr (Rule::kReadsGrad) x.grad = load1<C>(grad(a) + at[1] + i * stride[1]);
+    if constexpr (Rule::kReadsGrad) x.grad = take(load1<C>(grad(a) + at[1] + i * stride[1]));
     for (int k = 0; k < kStates; ++k) x.state[k] = state(a, k)[at[2 + k] + i * stride[2 + k]];
     Rule::update(x, h);
     store1(p, x.param);
     for (int k = 0; k < kStates; ++k) state(a, k)[at[2 + k] + i * stride[2 + k]] = x.state[k];
   }
 
-  PYSMOOTH_HD static void contiguous(const ApplyArgs& a, const H& h, const int64_t* at,
-                                     int64_t count) {
+  PYSMOOTH_HD static void contiguous(const ApplyArgs& a, const H& h, const GradientIn<C>& take,
+                                     const int64_t* at, int64_t count) {
     using io = vector_io<C>;
     constexpr int W = lanes_of<C>;
     P* const p = param(a) + at[0];
@@ -44,21 +43,22 @@ struct Apply {
     for (; i + W <= count; i += W) {
       Lane<vec<C>, kStates> x{};
       x.param = io::load(p + i);
-      if constexpr (Rule::kReadsGrad) x.grad = io::load(g + i);
+      if constexpr (Rule::kReadsGrad) x.grad = take(io::load(g + i));
       for (int k = 0; k < kStates; ++k) x.state[k] = io::load(state(a, k) + at[2 + k] + i);
       Rule::update(x, h);
       io::store(p + i, x.param);
       for (int k = 0; k < kStates; ++k) io::store(state(a, k) + at[2 + k] + i, x.state[k]);
     }
     constexpr int64_t unit[kMaxOperands] = {1, 1, 1, 1, 1, 1};
-    for (; i < count; ++i) element(a, h, at, unit, i);
+    for (; i < count; ++i) element(a, h, take, at, unit, i);
   }
 
   static void run(const ApplyArgs& a) {
     const H h = Rule::template prepare<C>(a.hyper, a.scalars);
+    const GradientIn<C> take(a.scalars);
     if (a.layout == nullptr) {
       const int64_t at[kMaxOperands] = {a.begin, a.begin, a.begin, a.begin, a.begin, a.begin};
-      return contiguous(a, h, at, a.length);
+      return contiguous(a, h, take, at, a.length);
     }
     // The layout holds parameter, gradient (if read), states; operands are numbered with a gap.
     const Layout& layout = *a.layout;
@@ -73,8 +73,8 @@ struct Apply {
     walk(layout, a.begin, a.length, [&](const int64_t* offset, int64_t count) {
       int64_t at[kMaxOperands] = {};
       for (int k = 0; k < layout.operands; ++k) at[k == 0 ? 0 : k + kGap] = offset[k];
-      if (unit) return contiguous(a, h, at, count);
-      for (int64_t i = 0; i < count; ++i) element(a, h, at, stride, i);
+      if (unit) return contiguous(a, h, take, at, count);
+      for (int64_t i = 0; i < count; ++i) element(a, h, take, at, stride, i);
     });
   }
 };
@@ -87,6 +87,8 @@ RuleInfo describe() {
   info.name = Rule::kName;
   info.states = Rule::kStates;
   info.reads_grad = Rule::kReadsGrad;
+  info.counts_steps = Rule::kCountsSteps;
+  info.derive = Rule::derive;
   for (const char* name : Rule::kHyper) info.hyper[info.hypers++] = name;
   const auto at = [&info](DType p, DType g) -> ApplyFn& {
     return info.apply[static_cast<int>(p)][static_cast<int>(g)];

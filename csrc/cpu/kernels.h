@@ -47,6 +47,8 @@ struct RuleInfo {
   const char* name;
   int states;
   bool reads_grad;
+  bool counts_steps;
+  void (*derive)(const double* hyper, double step, double* derived);
   int hypers;
   const char* hyper[kMaxHyper];
   ApplyFn apply[kDTypes][kDTypes];  // [parameter][gradient]; null where not instantiated

@@ -60,17 +60,28 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   const Slot& slot = p->slots[t];
   if (!slot.active) return;
   ApplyArgs args;
-  args.scalars = {p->reduced ? p->coefs[t] : 1.0, slot.first};
-  if (p->skip_unit_coef && args.scalars.grad_coef == 1.0) return;
+  const Group& group = p->groups[static_cast<size_t>(slot.group)];
+  const RuleInfo& rule = rules[slot.rule];
+  const double coef = p->reduced ? p->coefs[t] : 1.0;
+  if (p->skip_unit_coef && coef == 1.0) return;
+  args.scalars.grad_coef = group.maximize ? -coef : coef;
+  args.scalars.clip_value = group.clip_value;
+  args.scalars.first = slot.first;
+  if (rule.counts_steps) {
+    const double step = static_cast<double>(*slot.steps) + 1.0;
+    if (step == group.step)
+      std::copy_n(group.derived, kMaxDerived, args.scalars.derived);
+    else  // a tensor that sat out some steps
+      rule.derive(group.hyper, step, args.scalars.derived);
+  }
   args.param = slot.param;
   args.grad = slot.grad;
   for (int k = 0; k < kMaxStates; ++k) args.state[k] = slot.state[k];
   args.layout = slot.layout;
   args.begin = chunk.begin;
   args.length = chunk.length;
-  args.hyper = p->groups[static_cast<size_t>(slot.group)].hyper;
-  rules[slot.rule].apply[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](
-      args);
+  args.hyper = group.hyper;
+  rule.apply[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](args);
 }
 
 // Turns the partials into norms and clip coefficients. One thread, fixed order.
@@ -116,6 +127,17 @@ void finalize(Pipeline* p, Reduction kind) {
     const auto g = static_cast<size_t>(p->slots[t].group);
     p->coefs[t] = p->scope == Scope::tensor ? clip_coefficient(p->groups[g].clip, p->norms[t])
                                             : group_coefs[g];
+  }
+}
+
+// Once per group what would otherwise be done for every chunk.
+void derive_groups(Pipeline* p, const RuleInfo* rules) {
+  for (Group& group : p->groups) group.step = 0.0;
+  for (const Slot& slot : p->slots) {
+    Group& group = p->groups[static_cast<size_t>(slot.group)];
+    if (!slot.active || slot.steps == nullptr || group.step != 0.0) continue;
+    group.step = static_cast<double>(*slot.steps) + 1.0;
+    rules[slot.rule].derive(group.hyper, group.step, group.derived);
   }
 }
 
@@ -182,6 +204,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
   bool gathered = true;
   if (threads == 1) {
     if (gather && !gather()) return Outcome::stale;
+    derive_groups(p, table.rules);
     if (p->reduced) {
       for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table.reduce, kind, i);
       finalize(p, kind);
@@ -198,7 +221,10 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
 #pragma omp master
       {
         gathered = !gather || gather();
-        if (gathered) schedule.emplace(p->chunks, threads);
+        if (gathered) {
+          derive_groups(p, table.rules);
+          schedule.emplace(p->chunks, threads);
+        }
       }
 #pragma omp barrier
       if (gathered) {
@@ -217,8 +243,11 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
   }
   if (!gathered) return Outcome::stale;
   if (refused()) return p->policy == NonFinite::skip ? Outcome::skipped : Outcome::nonfinite;
-  for (Slot& slot : p->slots)
-    if (slot.active) slot.first = false;
+  for (Slot& slot : p->slots) {
+    if (!slot.active) continue;
+    slot.first = false;
+    if (slot.steps != nullptr) *slot.steps += 1.0f;
+  }
   return Outcome::applied;
 }
 

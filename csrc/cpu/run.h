@@ -37,6 +37,7 @@ struct Slot {
   void* param = nullptr;
   const void* grad = nullptr;
   void* state[kMaxStates] = {};
+  float* steps = nullptr;  // how many steps were applied; null where the rule does not count
   const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
 };
@@ -44,6 +45,12 @@ struct Slot {
 struct Group {
   double hyper[kMaxHyper] = {};
   Clip clip;
+  double clip_value = -1.0;
+  bool maximize = false;
+
+  // The rule's derived numbers, for the step count that the group's tensors have in common.
+  double step = 0.0;
+  double derived[kMaxDerived] = {};
 };
 
 enum class Outcome : int { applied = 0, skipped = 1, nonfinite = 2, stale = 3 };

@@ -44,6 +44,15 @@ typedef uint16_t vu16_unaligned
     __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef float vhalf_unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
 
+// Correctly rounded, as IEEE has it; compilers make one instruction of it.
+template <class V, class C>
+PYSMOOTH_HD V sqrt_each(V x) {
+  V out{};
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes_of<C>; ++i) out[i] = std::sqrt(x[i]);
+  return out;
+}
+
 template <>
 struct ops<vec<float>> {
   using V = vec<float>;
@@ -51,6 +60,7 @@ struct ops<vec<float>> {
   PYSMOOTH_HD static V select(Mask mask, V yes, V no) {
     return mask ? yes : no;
   }
+  PYSMOOTH_HD static V sqrt(V x) { return sqrt_each<V, float>(x); }
 };
 template <>
 struct ops<vec<double>> {
@@ -59,6 +69,7 @@ struct ops<vec<double>> {
   PYSMOOTH_HD static V select(Mask mask, V yes, V no) {
     return mask ? yes : no;
   }
+  PYSMOOTH_HD static V sqrt(V x) { return sqrt_each<V, double>(x); }
 };
 
 template <class To, class From>

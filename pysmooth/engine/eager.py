@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import reference
 from .._errors import NonFiniteGradientError
 from .checks import check_gradient, check_memory, check_state
-from .recipe import ClipMode, Policy, Recipe, Scope
-from .state import empty_states
+from .recipe import STEP, ClipMode, Policy, Recipe, Scope
+from .state import new_states
 
 if TYPE_CHECKING:
     from ..optim._base import FusedOptimizer
@@ -55,7 +55,7 @@ class EagerEngine:
             check_gradient(p, label)
             written.append((f"parameter {label!r}", p))
             state = optimizer.state.get(p, {})
-            for key in recipes[g].states:
+            for key in recipes[g].keys:
                 if state.get(key) is not None:
                     check_state(p, label, key, state[key])
                     written.append((f"state {key!r} of parameter {label!r}", state[key]))
@@ -126,12 +126,13 @@ def _finite(g: Tensor) -> bool:
 
 
 def _apply(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | None) -> None:
-    state = optimizer.state[p] if recipe.states else {}
-    first = False
-    for key in recipe.states:
-        if state.get(key) is None:
-            state[key] = empty_states([p])[0].zero_()
-            first = True
+    state = optimizer.state[p] if recipe.keys else {}
+    missing = [key for key in recipe.keys if state.get(key) is None]
+    if missing:
+        for key, new in zip(missing, new_states([(p, key) for key in missing]), strict=True):
+            state[key] = new.fill_(recipe.initial(key))
+    if recipe.counts_steps:
+        state[STEP] += 1
     real = torch.view_as_real if p.is_complex() else lambda tensor: tensor
     reference.RULES[recipe.rule](
         real(p),
@@ -139,5 +140,7 @@ def _apply(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | 
         [real(state[key]) for key in recipe.states],
         recipe.hyper,
         coef=None if coef is None else coef.to(p.device),
-        first=first,
+        clip=recipe.clip,
+        first=bool(missing),
+        step=float(state[STEP]) if recipe.counts_steps else 0.0,
     )

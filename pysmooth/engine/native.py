@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._errors import NonFiniteGradientError
-from .recipe import Recipe
-from .state import empty_states, version_roots
+from .recipe import STEP, Recipe
+from .state import new_states, version_roots
 
 if TYPE_CHECKING:
     from .._cpu import Plan
@@ -76,7 +76,7 @@ class NativeEngine:
         for index, (group, recipe) in enumerate(zip(optimizer.param_groups, recipes, strict=True)):
             for p in group["params"]:
                 known = optimizer.state.get(p)
-                missing = [k for k in recipe.states if known is None or known.get(k) is None]
+                missing = [k for k in recipe.keys if known is None or known.get(k) is None]
                 # Like torch, allocate for parameters that have a gradient, when they first do.
                 allocate = bool(missing) and p.grad is not None
                 params.append(p)
@@ -85,14 +85,14 @@ class NativeEngine:
                 first.append(allocate)
         try:
             new = [i for i, allocate in enumerate(first) if allocate]
-            self._allocate(optimizer, params, state_dicts, [recipes[g].states for g in groups], new)
+            self._allocate(optimizer, params, state_dicts, [recipes[g] for g in groups], new)
             states = [
                 s for d, g in zip(state_dicts, groups, strict=True) for s in _live(d, recipes[g])
             ]
             self._plan = self._native.Plan(
                 params=params,
                 state_dicts=state_dicts,
-                state_keys=[recipes[g].states for g in groups],
+                state_keys=[recipes[g].keys for g in groups],
                 rules=[recipes[g].rule for g in groups],
                 groups=groups,
                 names=optimizer.param_labels(),
@@ -113,19 +113,26 @@ class NativeEngine:
         optimizer: FusedOptimizer,
         params: list[Tensor],
         state_dicts: list[dict[str, Any]],
-        keys: list[tuple[str, ...]],
+        recipes: list[Recipe],
         new: list[int],
     ) -> None:
-        """Gives the parameters numbered in `new` the states they lack, zeroed."""
-        owners = [i for i in new for key in keys[i] if state_dicts[i].get(key) is None]
-        names = [key for i in new for key in keys[i] if state_dicts[i].get(key) is None]
+        """Gives the parameters numbered in `new` the states they lack, filled."""
+        lacking = [
+            (i, key) for i in new for key in recipes[i].keys if state_dicts[i].get(key) is None
+        ]
         for i in new:
             known = optimizer.state.get(params[i])
             self._fresh.append((params[i], None if known is None else dict(known)))
         with torch.no_grad():
-            states = empty_states([params[i] for i in owners])
-        self._native.fill_zero(version_roots(states), torch.get_num_threads())
-        for i, key, state in zip(owners, names, states, strict=True):
+            states = new_states([(params[i], key) for i, key in lacking])
+            counts = [s for s, (_, key) in zip(states, lacking, strict=True) if key == STEP]
+            roots = {id(root) for root in version_roots(counts)}
+            zeroed = [root for root in version_roots(states) if id(root) not in roots]
+            self._native.fill_zero(zeroed, torch.get_num_threads())
+            for (i, key), state in zip(lacking, states, strict=True):
+                if (value := recipes[i].initial(key)) != 0.0:
+                    state.fill_(value)
+        for (i, key), state in zip(lacking, states, strict=True):
             optimizer.state[params[i]][key] = state
             state_dicts[i] = optimizer.state[params[i]]
 
@@ -159,4 +166,4 @@ class NativeEngine:
 
 
 def _live(state: dict[str, Any], recipe: Recipe) -> list[Tensor]:
-    return [state[key] for key in recipe.states if isinstance(state.get(key), Tensor)]
+    return [state[key] for key in recipe.keys if isinstance(state.get(key), Tensor)]

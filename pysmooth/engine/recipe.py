@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+STEP = "step"
+
 
 class Scope(IntEnum):
     """Over which gradients a clip norm is taken. Values as in csrc/cpu/run.h."""
@@ -33,13 +35,18 @@ class ClipMode(IntEnum):
 
 
 class ClipSpec(NamedTuple):
-    """One group's clip: the formula and its constants, in the order the kernels take them."""
+    """What becomes of one group's gradients before the rule, in the order the kernels take it.
+
+    `value` bounds the coordinates, after the coefficient; negative: no bound. `maximize` negates.
+    """
 
     mode: ClipMode = ClipMode.NONE
     max_norm: float = 0.0
     eps: float = 0.0
     l0: float = 0.0
     l1: float = 0.0
+    value: float = -1.0
+    maximize: bool = False
 
 
 class Recipe(NamedTuple):
@@ -49,10 +56,25 @@ class Recipe(NamedTuple):
         rule: name of the update rule, known to every backend.
         hyper: its hyper-parameters, in the order that the rule publishes.
         states: keys of its state tensors in `optimizer.state[p]`.
-        clip: what becomes of the gradient's norm.
+        clip: what becomes of the gradient before the rule.
+        counts_steps: whether `optimizer.state[p]["step"]` counts the steps, in a float32 tensor of
+            shape () as torch keeps it.
+        init: what the states are filled with when they are allocated; zero where it is too short.
     """
 
     rule: str
     hyper: tuple[float, ...]
     states: tuple[str, ...] = ()
     clip: ClipSpec = ClipSpec()
+    counts_steps: bool = False
+    init: tuple[float, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys in `optimizer.state[p]`: the step count comes last."""
+        return (*self.states, STEP) if self.counts_steps else self.states
+
+    def initial(self, key: str) -> float:
+        """What a new state is filled with."""
+        index = self.keys.index(key)
+        return self.init[index] if index < len(self.init) else 0.0

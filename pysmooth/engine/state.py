@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .recipe import STEP
+
 
 def state_dtype(param: Tensor) -> torch.dtype:
     """float32 for 16-bit parameters (a bfloat16 sum of ones stops at 256), else the parameter's."""
@@ -49,3 +51,15 @@ def version_roots(states: Sequence[Tensor]) -> list[Tensor]:
     """The fewest tensors whose version counters are those of all the states."""
     roots = [s if s._base is None else s._base for s in states]
     return list({id(root): root for root in roots}.values())
+
+
+def step_counts(values: Sequence[float]) -> list[Tensor]:
+    """Step counts as torch's optimizers keep them, views of one allocation."""
+    return list(torch.tensor(values, dtype=torch.float32, device="cpu").unbind())
+
+
+def new_states(owners: Sequence[tuple[Tensor, str]]) -> list[Tensor]:
+    """Uninitialised states, and step counts of 0, for (parameter, key) pairs."""
+    counts = iter(step_counts([0.0 for _, key in owners if key == STEP]))
+    states = iter(empty_states([p for p, key in owners if key != STEP]))
+    return [next(counts) if key == STEP else next(states) for _, key in owners]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
 from .clip_sgd import ClipSGD
+from .sign import Lion, SignSGD, Signum
 
-__all__ = ["ClipSGD"]
+__all__ = ["Adagrad", "Adam", "AdamW", "ClipSGD", "Lion", "SignSGD", "Signum"]

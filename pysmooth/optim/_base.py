@@ -15,8 +15,8 @@ from torch.optim.optimizer import (
 )
 
 from ..engine.backends import Engine, make_engine, resolve
-from ..engine.recipe import Policy, Recipe, Scope
-from ..engine.state import empty_states
+from ..engine.recipe import STEP, Policy, Recipe, Scope
+from ..engine.state import new_states
 from ._validate import check_choice, check_number
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
@@ -220,17 +220,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, old in zip(self.param_groups, before, strict=True):
                 for key, value in old.items():
                     group.setdefault(key, value)
-            keys = {key for group in self.param_groups for key in self.recipe(group).states}
+            keys = {key for group in self.param_groups for key in self.recipe(group).keys}
             todo = [
                 (p, key, value)
                 for p, saved in _pairs(self, loaded)
                 for key, value in saved.items()
-                if key in keys and isinstance(value, Tensor)
+                if key in keys and value is not None
             ]
             with torch.no_grad():
-                owned = empty_states([p for p, _, _ in todo])
+                owned = new_states([(p, key) for p, key, _ in todo])
                 for (p, key, value), own in zip(todo, owned, strict=True):
-                    self.state[p][key] = own.copy_(value)
+                    # torch kept step counts as plain numbers once
+                    new = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                    self.state[p][key] = own.copy_(new.reshape(own.shape))
 
         # The last of the pre-hooks sees what will really be loaded; the first of the post-hooks
         # completes the load before the user's hooks look at it.
@@ -257,11 +259,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         for group in merged:
             self.check_group(group)
-        keys = {key for group in merged for key in self.recipe(group).states}
+        keys = {key for group in merged for key in self.recipe(group).keys}
         for p, saved in _pairs(self, incoming):
             for key in keys & saved.keys():
                 value = saved[key]
-                if value is not None and not (isinstance(value, Tensor) and value.shape == p.shape):
+                if key == STEP:
+                    _check_step_count(value, labels[id(p)])
+                elif value is not None and not (
+                    isinstance(value, Tensor) and value.shape == p.shape
+                ):
                     raise ValueError(
                         f"state {key!r} of parameter {labels[id(p)]!r} in state_dict does not have "
                         f"the parameter's shape {tuple(p.shape)}"
@@ -279,6 +285,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Forgets what was derived from the groups; the next step rebuilds it."""
         self._engine = None
+
+
+def _check_step_count(value: Any, label: str) -> None:
+    numbers = (int, float)
+    if value is None or (isinstance(value, numbers) and not isinstance(value, bool)):
+        return
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"state 'step' of parameter {label!r} in state_dict is not one number")
 
 
 _watched_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine.recipe import ClipMode, ClipSpec, Recipe
 from ._base import FusedOptimizer
-from ._validate import check_choice, check_flag, check_number
-
-_MODES = {
-    "hard": ClipMode.HARD,
-    "smooth": ClipMode.SMOOTH,
-    "normalize": ClipMode.NORMALIZE,
-    "value": ClipMode.NONE,  # per coordinate, inside the rule: no norm is taken
-    "none": ClipMode.NONE,
-}
+from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._validate import check_flag, check_number
 
 
 class ClipSGD(FusedOptimizer):
@@ -91,8 +84,8 @@ class ClipSGD(FusedOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         max_norm: float | None = None,
-        clip: Literal["hard", "smooth", "normalize", "value", "none"] = "hard",
-        scope: Literal["global", "group", "tensor"] = "global",
+        clip: Clip = "hard",
+        scope: ScopeName = "global",
         clip_eps: float = 1e-6,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -100,9 +93,9 @@ class ClipSGD(FusedOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
+        nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
-        backend: Literal["auto", "cpu", "eager"] = "auto",
+        backend: Backend = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -162,57 +155,34 @@ class ClipSGD(FusedOptimizer):
         check_number("lr", group["lr"])
         momentum = check_number("momentum", group["momentum"])
         check_number("weight_decay", group["weight_decay"])
-        check_number("clip_eps", group["clip_eps"])
         dampening = check_number("dampening", group["dampening"], low=-math.inf)
-        for flag in ("nesterov", "decoupled_weight_decay", "maximize"):
+        for flag in ("nesterov", "decoupled_weight_decay"):
             check_flag(flag, group[flag])
         if group["nesterov"] and (momentum == 0 or dampening != 0):
             raise ValueError("nesterov needs momentum > 0 and dampening = 0")
-        clip = check_choice("clip", group["clip"], _MODES)
-        if group["max_norm"] is not None:
-            check_number("max_norm", group["max_norm"], strict=True)
+        check_clip(group)
         if group["smoothness"] is not None:
             _check_smoothness(group["smoothness"])
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else params
-        if clip == "normalize" and group["max_norm"] == math.inf:
-            raise ValueError("max_norm must be finite for clip='normalize'")
-        if clip == "value" and group["max_norm"] is not None:
-            tensors = (p[1] if isinstance(p, tuple) else p for p in params)
-            if any(p.is_complex() for p in tensors if isinstance(p, Tensor)):
-                raise ValueError("clip='value' has no meaning for complex parameters")
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
         momentum = group["momentum"]
-        max_norm = group["max_norm"]
-        clamp = group["clip"] == "value" and max_norm is not None
         hyper = (
             float(group["lr"]),
             float(momentum),
             float(group["dampening"]),
+            float(group["nesterov"]),
             float(group["weight_decay"]),
             float(group["decoupled_weight_decay"]),
-            float(group["nesterov"]),
-            float(group["maximize"]),
-            float(max_norm) if clamp else -1.0,
         )
-        clip = _clip_spec(group)
+        if group["smoothness"] is not None:
+            l0, l1 = group["smoothness"]
+            clip = ClipSpec(ClipMode.SMOOTHNESS, l0=l0, l1=l1, maximize=group["maximize"])
+        else:
+            clip = clip_spec(group)
         if momentum == 0:
             return Recipe("sgd", hyper, (), clip)
         return Recipe("sgd_momentum", hyper, ("momentum_buffer",), clip)
-
-
-def _clip_spec(group: dict[str, Any]) -> ClipSpec:
-    if group["smoothness"] is not None:
-        l0, l1 = group["smoothness"]
-        return ClipSpec(ClipMode.SMOOTHNESS, l0=l0, l1=l1)
-    mode, max_norm = _MODES[group["clip"]], group["max_norm"]
-    if mode == ClipMode.NORMALIZE and max_norm is None:
-        max_norm = 1.0
-    if mode == ClipMode.NONE or max_norm is None:
-        return ClipSpec()
-    return ClipSpec(mode, float(max_norm), float(group["clip_eps"]))
 
 
 def _check_smoothness(pair: tuple[float, float]) -> tuple[float, float]:

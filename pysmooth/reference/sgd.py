@@ -10,11 +10,9 @@ HYPER = (
     "lr",
     "momentum",
     "dampening",
+    "nesterov",
     "weight_decay",
     "decoupled_weight_decay",
-    "nesterov",
-    "maximize",
-    "clip_value",
 )
 
 
@@ -26,21 +24,15 @@ def update(
     lr: float,
     momentum: float,
     dampening: float,
+    nesterov: float,
     weight_decay: float,
     decoupled_weight_decay: float,
-    nesterov: float,
-    maximize: float,
-    clip_value: float,
     first: bool,
 ) -> Tensor:
     """Returns the new parameter, computed in the dtype of `p`; updates the momentum in place.
 
-    `g` already carries the clip coefficient. A negative or NaN `clip_value` means no clamp.
+    `g` is already clipped.
     """
-    if maximize:
-        g = -g
-    if clip_value >= 0:
-        g = g.clamp(-clip_value, clip_value)
     if weight_decay and not decoupled_weight_decay:
         g = g + weight_decay * p
     if states:

@@ -9,7 +9,7 @@ __device__ void one(float* param, const float* grad, float* state, const double*
   const auto h = Rule::template prepare<float>(hyper, Scalars{});
   Lane<float, Rule::kStates> x{};
   x.param = *param;
-  x.grad = *grad;
+  x.grad = GradientIn<float>(Scalars{})(*grad);
   for (int k = 0; k < Rule::kStates; ++k) x.state[k] = state[k];
   Rule::update(x, h);
   *param = x.param;

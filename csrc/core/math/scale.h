@@ -5,7 +5,7 @@
 
 PYSMOOTH_KERNELS_BEGIN
 
-struct Scale {
+struct Scale : RuleDefaults {
   static constexpr const char* kName = "scale";
   static constexpr const char* kHyper[] = {"coef"};
   static constexpr bool kReadsGrad = false;

@@ -1,0 +1,223 @@
+"""Adam and AdamW with the clip inside the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..engine.recipe import Recipe
+from ._base import FusedOptimizer
+from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._validate import check_flag, check_number
+
+
+class Adam(FusedOptimizer):
+    """Adam on clipped gradients.
+
+    Equivalent to (`clip` as in `pysmooth.ClipSGD`)::
+
+        for p in params:
+            step += 1
+            g = clip(p.grad) + weight_decay * p
+            exp_avg = beta1 * exp_avg + (1 - beta1) * g
+            exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g * g
+            v = exp_avg_sq          # amsgrad: v = max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)
+            denominator = sqrt(v) / sqrt(1 - beta2**step) + eps
+            p = p - lr / (1 - beta1**step) * exp_avg / denominator
+
+    With `max_norm=None` it is `torch.optim.Adam`, and state dicts load both ways.
+
+    State: `exp_avg` and `exp_avg_sq`, 8 bytes per parameter together (float32 also for 16-bit
+    parameters), 16 for float64; half as much again with `amsgrad`; `step`, float32 of shape ().
+
+    Args:
+        params: parameters, named parameters, or groups of either; dtypes and layouts as in
+            `pysmooth.ClipSGD`.
+        lr: learning rate, at least 0.
+        betas: decay rates of the moments, each in [0, 1).
+        eps: added to the denominator, at least 0.
+        weight_decay: added to the clipped gradient, times the parameter; at least 0.
+        amsgrad: divide by the largest second moment so far.
+        max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
+            what goes with it, as in `pysmooth.ClipSGD`.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted, because torch's class has them; without effect.
+        capturable, differentiable: only False.
+        decoupled_weight_decay: shrink the parameter by `lr * weight_decay` instead (AdamW).
+
+    Raises:
+        ValueError: an argument is out of range, parameters share memory or overlap themselves.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend is not available for these parameters.
+
+    Sources: arXiv:1412.6980; amsgrad, arXiv:1904.09237; with the clip, arXiv:2406.04443.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        max_norm: float | None = None,
+        clip: Clip = "hard",
+        scope: ScopeName = "global",
+        clip_eps: float = 1e-6,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        nonfinite: NonFinite = "propagate",
+        norm_type: float = 2.0,
+        backend: Backend = "auto",
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: the step writes in place")
+        if capturable:
+            raise ValueError("capturable=True is not supported: there is no CUDA backend yet")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "max_norm": max_norm,
+            "clip": clip,
+            "clip_eps": clip_eps,
+            "maximize": maximize,
+        }
+        super().__init__(
+            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses values that make no sense, naming the argument."""
+        for name in ("lr", "eps", "weight_decay"):
+            check_number(name, group[name])
+        check_betas(group["betas"])
+        check_flag("amsgrad", group["amsgrad"])
+        check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+        check_clip(group)
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        """The numbers of one group's step."""
+        beta1, beta2 = group["betas"]
+        states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+        if group["amsgrad"]:
+            states += ("max_exp_avg_sq",)
+        return Recipe(
+            "adam_amsgrad" if group["amsgrad"] else "adam",
+            (
+                float(group["lr"]),
+                float(beta1),
+                float(beta2),
+                float(group["eps"]),
+                float(group["weight_decay"]),
+                float(group["decoupled_weight_decay"]),
+            ),
+            states,
+            clip_spec(group),
+            counts_steps=True,
+        )
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay, on clipped gradients.
+
+    Equivalent to (`clip` as in `pysmooth.ClipSGD`)::
+
+        for p in params:
+            step += 1
+            p = p - lr * weight_decay * p
+            g = clip(p.grad)
+            exp_avg = beta1 * exp_avg + (1 - beta1) * g
+            exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g * g
+            v = exp_avg_sq          # amsgrad: v = max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)
+            denominator = sqrt(v) / sqrt(1 - beta2**step) + eps
+            p = p - lr / (1 - beta1**step) * exp_avg / denominator
+
+    With `max_norm=None` it is `torch.optim.AdamW`, and state dicts load both ways.
+
+    State: `exp_avg` and `exp_avg_sq`, 8 bytes per parameter together (float32 also for 16-bit
+    parameters), 16 for float64; half as much again with `amsgrad`; `step`, float32 of shape ().
+
+    Args:
+        params: parameters, named parameters, or groups of either; dtypes and layouts as in
+            `pysmooth.ClipSGD`.
+        lr: learning rate, at least 0.
+        betas: decay rates of the moments, each in [0, 1).
+        eps: added to the denominator, at least 0.
+        weight_decay: the parameter shrinks by `lr * weight_decay`, times itself; at least 0.
+        amsgrad: divide by the largest second moment so far.
+        max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
+            what goes with it, as in `pysmooth.ClipSGD`.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted, because torch's class has them; without effect.
+        capturable, differentiable: only False.
+
+    Raises:
+        ValueError: an argument is out of range, parameters share memory or overlap themselves.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend is not available for these parameters.
+
+    Sources: arXiv:1711.05101; amsgrad, arXiv:1904.09237; with the clip, arXiv:2406.04443.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        max_norm: float | None = None,
+        clip: Clip = "hard",
+        scope: ScopeName = "global",
+        clip_eps: float = 1e-6,
+        maximize: bool = False,
+        nonfinite: NonFinite = "propagate",
+        norm_type: float = 2.0,
+        backend: Backend = "auto",
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            max_norm=max_norm,
+            clip=clip,
+            scope=scope,
+            clip_eps=clip_eps,
+            decoupled_weight_decay=True,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            norm_type=norm_type,
+            backend=backend,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+
+
+def check_betas(betas: Any) -> None:
+    """Refuses anything but two numbers in [0, 1)."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers; got {betas!r}")
+    for i, beta in enumerate(betas):
+        if check_number(f"betas[{i}]", beta) >= 1:
+            raise ValueError(f"betas[{i}] must be less than 1; got {float(beta)}")
