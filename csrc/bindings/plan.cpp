@@ -12,10 +12,31 @@ int find_rule(const std::string& name) {
   throw py::value_error("rule '" + name + "' is not known to the cpu backend");
 }
 
+namespace {
+
+SelectSpec read_select(const py::handle& given) {
+  const auto items = py::reinterpret_borrow<py::tuple>(given);
+  SelectSpec out;
+  out.kind = static_cast<Selector>(py::cast<int>(items[0]));
+  out.scope = static_cast<SelectScope>(py::cast<int>(items[1]));
+  out.ratio = py::cast<double>(items[2]);
+  out.k = py::cast<int64_t>(items[3]);
+  out.block = py::cast<int64_t>(items[4]);
+  out.scaled = py::cast<bool>(items[5]);
+  out.seed = py::cast<uint64_t>(items[6]);
+  if (out.block < 1 || kChunk % out.block != 0)
+    throw Unsupported("block_size " + std::to_string(out.block) + " does not divide " +
+                      std::to_string(kChunk) + ": the cpu backend does not take it");
+  return out;
+}
+
+}  // namespace
+
 Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& state_keys,
            const std::vector<std::string>& rules, const std::vector<int>& groups,
            std::vector<std::string> names, const std::vector<bool>& first,
-           const py::list& state_roots, int scope, int policy, double norm_type)
+           const py::list& state_roots, int scope, int policy, double norm_type,
+           const std::vector<int>& stage_scopes, const py::object& select)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -31,6 +52,9 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
   pipeline_.scope = static_cast<Scope>(scope);
   pipeline_.policy = static_cast<NonFinite>(policy);
   pipeline_.norm_type = norm_type;
+  for (size_t i = 0; i < stage_scopes.size() && i < kMaxStages; ++i)
+    pipeline_.stage_scope[i] = static_cast<Scope>(stage_scopes[i]);
+  if (!select.is_none()) pipeline_.select = read_select(select);
   for (size_t t = 0; t < n; ++t) {
     Entry& e = entries_[t];
     Slot& slot = pipeline_.slots[t];
@@ -293,10 +317,12 @@ void bind_plan(py::module_& m) {
       .def(py::init<const py::list&, const py::list&, const py::list&,
                     const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const py::list&, int, int,
-                    double>(),
+                    double, const std::vector<int>&, const py::object&>(),
            py::kw_only(), py::arg("params"), py::arg("state_dicts"), py::arg("state_keys"),
            py::arg("rules"), py::arg("groups"), py::arg("names"), py::arg("first"),
-           py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"))
+           py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
+           py::arg("stage_scopes"), py::arg("select"))
+      .def("selections", &Plan::selections)
       .def("step", &Plan::step)
       .def("norms", &Plan::norms)
       .def("coefs", &Plan::coefs)

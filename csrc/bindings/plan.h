@@ -18,7 +18,8 @@ class Plan {
   Plan(const py::list& params, const py::list& state_dicts, const py::list& state_keys,
        const std::vector<std::string>& rules, const std::vector<int>& groups,
        std::vector<std::string> names, const std::vector<bool>& first, const py::list& state_roots,
-       int scope, int policy, double norm_type);
+       int scope, int policy, double norm_type, const std::vector<int>& stage_scopes,
+       const py::object& select);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
   // `hypers` and `clips` the numbers of each group. Returns an Outcome.
@@ -27,6 +28,10 @@ class Plan {
   std::vector<double> norms() const { return pipeline_.norms; }
   std::vector<double> coefs() const { return pipeline_.coefs; }
   std::vector<bool> active() const;
+  // How many top-k selections there were, and how many needed a second look at the values.
+  std::pair<int64_t, int64_t> selections() const {
+    return {pipeline_.staged.selections, pipeline_.staged.second_looks};
+  }
   bool reduced() const { return pipeline_.reduced; }
   std::vector<std::string> nonfinite_names() const;
 

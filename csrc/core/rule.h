@@ -10,6 +10,14 @@
 //   Hyper<T>      the constants of one tensor's update, in the compute type
 //   prepare<T>()  makes them from the hyper-parameters and the scalars
 //   update()      one element, or one vector of elements, in registers
+//
+// and, for a method whose clip, scale or selection depends on more than the gradient,
+//   kStages       number of passes before apply; pass S evaluates source<S>(), which may change
+//                 states, and sums its values up as stage_sum() says, over the scope of the pass
+//   kSelects      true if the values of pass 0 are selected from: selected() then takes in each
+//                 chosen coordinate, and again() gives a value once more after the pass
+//   kApplies      false if nothing is left to do for apply
+//   kApply, kPass, kSelected   the streams that apply, each pass and selected() touch
 // The driver of each backend owns loading and storing, dtypes, tails and layouts, and what becomes
 // of the gradient before a rule sees it (clip, clamp, sign); a rule never sees a pointer. See
 // math/sgd.h.
@@ -22,12 +30,26 @@
 namespace pysmooth {
 
 constexpr int kMaxDerived = 4;
+constexpr int kMaxStages = 2;
+
+// What a pass before apply adds up over the values of its source.
+enum class Sum : int { none = 0, abs = 1, squares = 2 };
+
+// What a pass reads and writes; states as bits.
+struct Streams {
+  bool reads_param = true, writes_param = true, reads_grad = true;
+  unsigned reads_state = ~0u, writes_state = ~0u;
+};
 
 // What apply is told about a tensor, apart from the hyper-parameters.
 struct Scalars {
-  double grad_coef = 1.0;    // the clip coefficient, from reduce; negative to ascend
-  double clip_value = -1.0;  // bound of the gradient's coordinates; negative or NaN: none
-  bool first = false;        // this is the tensor's first step: its states hold nothing yet
+  double grad_coef = 1.0;       // the clip coefficient, from reduce; negative to ascend
+  double clip_value = -1.0;     // bound of the gradient's coordinates; negative or NaN: none
+  bool first = false;           // this is the tensor's first step: its states hold nothing yet
+  bool zero_nonfinite = false;  // coordinates that are not finite count as 0
+  // Of every pass before apply: Sum::abs, divided by the number of elements; the root of
+  // Sum::squares.
+  double stage[kMaxStages] = {};
   double derived[kMaxDerived] = {};
 };
 
@@ -38,6 +60,15 @@ PYSMOOTH_KERNELS_BEGIN
 struct RuleDefaults {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kCountsSteps = false;
+  static constexpr int kStages = 0;
+  static constexpr bool kSelects = false;
+  static constexpr bool kApplies = true;
+  static constexpr Streams kApply{};
+  static constexpr Streams kPass[1] = {};
+  static constexpr Streams kSelected{};
+  static bool reads_param(const double* /*hyper*/, int /*stage*/) { return true; }
+  static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::none; }
+  static bool selects_nothing(const double* /*hyper*/) { return false; }
   static void derive(const double* /*hyper*/, double /*step*/, double* /*derived*/) {}
 };
 
@@ -73,15 +104,18 @@ PYSMOOTH_HD V sign_of(V x) {
 template <class T>
 struct GradientIn {
   T coef, bound;
-  bool clamp;
+  bool clamp, zero;
 
   PYSMOOTH_HD explicit GradientIn(const Scalars& s)
       : coef(static_cast<T>(s.grad_coef)),
         bound(static_cast<T>(s.clip_value)),
-        clamp(s.clip_value >= 0.0) {}
+        clamp(s.clip_value >= 0.0),
+        zero(s.zero_nonfinite) {}
 
   template <class V>
   PYSMOOTH_HD V operator()(V grad) const {
+    // The difference is 0 for finite numbers, NaN for all others.
+    if (zero) grad = ops<V>::select(grad - grad == V{}, grad, V{});
     const V g = grad * coef;
     return clamp ? clamp_magnitude<V>(g, V{} + bound) : g;
   }

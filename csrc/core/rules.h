@@ -3,6 +3,10 @@
 
 #include "core/math/adagrad.h"
 #include "core/math/adam.h"
+#include "core/math/clip21.h"
+#include "core/math/ef21.h"
+#include "core/math/ef_sgd.h"
+#include "core/math/normalized_sgd.h"
 #include "core/math/scale.h"
 #include "core/math/sgd.h"
 #include "core/math/sign.h"
@@ -10,6 +14,12 @@
 
 PYSMOOTH_KERNELS_BEGIN
 
-using Rules = RuleList<Scale, Sgd<0>, Sgd<1>, Adagrad, Adam<0>, Adam<1>, Sign<0>, Sign<1>, Lion>;
+using Rules =
+    RuleList<Scale, Sgd<0>, Sgd<1>, Adagrad, Adam<0>, Adam<1>, Sign<0>, Sign<1>, Lion,
+             NormalizedSgd, Clip21<0>, Clip21<1>, EfSgd<0, false>, EfSgd<1, false>, EfSgd<0, true>,
+             EfSgd<1, true>, Ef21<0, Ef21Form::dense>, Ef21<1, Ef21Form::dense>,
+             Ef21<2, Ef21Form::dense>, Ef21<0, Ef21Form::select>, Ef21<1, Ef21Form::select>,
+             Ef21<2, Ef21Form::select>, Ef21<0, Ef21Form::select_normalized>,
+             Ef21<1, Ef21Form::select_normalized>, Ef21<2, Ef21Form::select_normalized>>;
 
 PYSMOOTH_KERNELS_END

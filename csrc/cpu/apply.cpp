@@ -15,6 +15,8 @@ struct Apply {
   using C = compute_t<P>;
   using H = typename Rule::template Hyper<C>;
   static constexpr int kStates = Rule::kStates;
+  static constexpr Streams kUse = Rule::kApply;
+  static constexpr bool kTakesGrad = Rule::kReadsGrad && kUse.reads_grad;
 
   static P* param(const ApplyArgs& a) { return static_cast<P*>(a.param); }
   static const G* grad(const ApplyArgs& a) { return static_cast<const G*>(a.grad); }
@@ -26,11 +28,13 @@ struct Apply {
     Lane<C, kStates> x{};
     P* const p = param(a) + at[0] + i * stride[0];
     x.param = load1<C>(p);
-    if constexpr (Rule::kReadsGrad) x.grad = take(load1<C>(grad(a) + at[1] + i * stride[1]));
-    for (int k = 0; k < kStates; ++k) x.state[k] = state(a, k)[at[2 + k] + i * stride[2 + k]];
+    if constexpr (kTakesGrad) x.grad = take(load1<C>(grad(a) + at[1] + i * stride[1]));
+    for (int k = 0; k < kStates; ++k)
+      if (kUse.reads_state >> k & 1u) x.state[k] = state(a, k)[at[2 + k] + i * stride[2 + k]];
     Rule::update(x, h);
     store1(p, x.param);
-    for (int k = 0; k < kStates; ++k) state(a, k)[at[2 + k] + i * stride[2 + k]] = x.state[k];
+    for (int k = 0; k < kStates; ++k)
+      if (kUse.writes_state >> k & 1u) state(a, k)[at[2 + k] + i * stride[2 + k]] = x.state[k];
   }
 
   PYSMOOTH_HD static void contiguous(const ApplyArgs& a, const H& h, const GradientIn<C>& take,
@@ -38,16 +42,18 @@ struct Apply {
     using io = vector_io<C>;
     constexpr int W = lanes_of<C>;
     P* const p = param(a) + at[0];
-    const G* const g = grad(a) + (Rule::kReadsGrad ? at[1] : 0);
+    [[maybe_unused]] const G* const g = kTakesGrad ? grad(a) + at[1] : nullptr;
     int64_t i = 0;
     for (; i + W <= count; i += W) {
       Lane<vec<C>, kStates> x{};
       x.param = io::load(p + i);
-      if constexpr (Rule::kReadsGrad) x.grad = take(io::load(g + i));
-      for (int k = 0; k < kStates; ++k) x.state[k] = io::load(state(a, k) + at[2 + k] + i);
+      if constexpr (kTakesGrad) x.grad = take(io::load(g + i));
+      for (int k = 0; k < kStates; ++k)
+        if (kUse.reads_state >> k & 1u) x.state[k] = io::load(state(a, k) + at[2 + k] + i);
       Rule::update(x, h);
       io::store(p + i, x.param);
-      for (int k = 0; k < kStates; ++k) io::store(state(a, k) + at[2 + k] + i, x.state[k]);
+      for (int k = 0; k < kStates; ++k)
+        if (kUse.writes_state >> k & 1u) io::store(state(a, k) + at[2 + k] + i, x.state[k]);
     }
     constexpr int64_t unit[kMaxOperands] = {1, 1, 1, 1, 1, 1};
     for (; i < count; ++i) element(a, h, take, at, unit, i);
@@ -90,6 +96,12 @@ RuleInfo describe() {
   info.counts_steps = Rule::kCountsSteps;
   info.derive = Rule::derive;
   for (const char* name : Rule::kHyper) info.hyper[info.hypers++] = name;
+  info.stages = Rule::kStages;
+  info.selects = Rule::kSelects;
+  info.applies = Rule::kApplies;
+  info.stage_sum = Rule::stage_sum;
+  info.reads_param = Rule::reads_param;
+  info.selects_nothing = Rule::selects_nothing;
   const auto at = [&info](DType p, DType g) -> ApplyFn& {
     return info.apply[static_cast<int>(p)][static_cast<int>(g)];
   };
@@ -97,8 +109,8 @@ RuleInfo describe() {
   at(DType::f64, DType::f64) = Apply<Rule, double, double>::run;
   at(DType::bf16, DType::bf16) = Apply<Rule, bf16, bf16>::run;
   at(DType::f16, DType::f16) = Apply<Rule, f16, f16>::run;
-  if constexpr (Rule::kReadsGrad) {
-    at(DType::f32, DType::bf16) = Apply<Rule, float, bf16>::run;
+  if constexpr (Rule::kReadsGrad) at(DType::f32, DType::bf16) = Apply<Rule, float, bf16>::run;
+  if constexpr (Rule::kReadsGrad && Rule::kStages == 0) {
     at(DType::f32, DType::f16) = Apply<Rule, float, f16>::run;
     at(DType::bf16, DType::f32) = Apply<Rule, bf16, float>::run;
     at(DType::f16, DType::f32) = Apply<Rule, f16, float>::run;

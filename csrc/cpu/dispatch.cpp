@@ -24,16 +24,19 @@ bool supported(const std::string& isa) {
   return false;
 }
 
-KernelTable assemble(const char* isa, KernelTable reduce, KernelTable apply, KernelTable probe) {
+KernelTable assemble(const char* isa, KernelTable reduce, KernelTable apply, KernelTable source,
+                     KernelTable probe) {
   apply.isa = isa;
   apply.reduce = reduce.reduce;
+  apply.sources = source.sources;
   apply.probe = probe.probe;
   return apply;
 }
 
 KernelTable make(const std::string& isa) {
-#define PYSMOOTH_LEVEL(name) \
-  assemble(#name, name::reduce_table(), name::apply_table(), name::probe_table())
+#define PYSMOOTH_LEVEL(name)                                                       \
+  assemble(#name, name::reduce_table(), name::apply_table(), name::source_table(), \
+           name::probe_table())
 #if PYSMOOTH_ISA_LEVELS > 1
   if (isa == "avx512") return PYSMOOTH_LEVEL(avx512);
   if (isa == "avx2") return PYSMOOTH_LEVEL(avx2);

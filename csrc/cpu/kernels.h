@@ -41,6 +41,38 @@ struct ApplyArgs {
 };
 using ApplyFn = void (*)(const ApplyArgs&);
 
+// ---- source: a pass before apply ---------------------------------------------------------------
+
+// A coordinate of a chunk that was, or may be, selected.
+struct Candidate {
+  double value;
+  uint32_t index;  // from the chunk's first element
+};
+
+struct SourceTask {
+  Sum sum = Sum::none;
+  bool reads_param = true;
+  double filter = -1.0;      // least magnitude of a candidate; negative: none are wanted
+  Candidate* out = nullptr;  // room for as many as the chunk has elements
+};
+
+struct SourceResult {
+  double sum = 0.0;
+  int64_t candidates = 0;
+};
+
+using SourceFn = SourceResult (*)(const ApplyArgs&, const SourceTask&);
+// The values of pass 0, widened; nothing is changed. `again`: that pass has changed states already.
+using ValuesFn = void (*)(const ApplyArgs&, bool again, double* values);
+// Takes in n selected coordinates. Where `fetch` is set their values are read, and scaled, here.
+struct SelectedTask {
+  const Candidate* chosen;
+  int64_t count;
+  bool fetch;
+  double scale;
+};
+using SelectedFn = void (*)(const ApplyArgs&, const SelectedTask&);
+
 constexpr int kMaxHyper = 16;
 
 struct RuleInfo {
@@ -48,10 +80,23 @@ struct RuleInfo {
   int states;
   bool reads_grad;
   bool counts_steps;
+  int stages;    // passes before apply
+  bool selects;  // from the values of pass 0
+  bool applies;
+  Sum (*stage_sum)(const double* hyper, int stage);
+  bool (*reads_param)(const double* hyper, int stage);
+  bool (*selects_nothing)(const double* hyper);
   void (*derive)(const double* hyper, double step, double* derived);
   int hypers;
   const char* hyper[kMaxHyper];
   ApplyFn apply[kDTypes][kDTypes];  // [parameter][gradient]; null where not instantiated
+};
+
+// What a rule does before apply; null where it does nothing.
+struct SourceInfo {
+  SourceFn source[kMaxStages][kDTypes][kDTypes];  // [pass][parameter][gradient]
+  ValuesFn values[kDTypes][kDTypes];
+  SelectedFn selected[kDTypes][kDTypes];
 };
 
 // ---- probe: bandwidth measurement
@@ -68,6 +113,7 @@ struct KernelTable {
   const char* isa;
   const ReduceFn (*reduce)[kDTypes];  // [reduction][dtype]
   const RuleInfo* rules;
+  const SourceInfo* sources;  // in the order of rules
   int rule_count;
   const ProbeFn (*probe)[3];  // [streams read and written][streams read]
 };
@@ -75,16 +121,19 @@ struct KernelTable {
 namespace baseline {
 KernelTable reduce_table();
 KernelTable apply_table();
+KernelTable source_table();
 KernelTable probe_table();
 }  // namespace baseline
 namespace avx2 {
 KernelTable reduce_table();
 KernelTable apply_table();
+KernelTable source_table();
 KernelTable probe_table();
 }  // namespace avx2
 namespace avx512 {
 KernelTable reduce_table();
 KernelTable apply_table();
+KernelTable source_table();
 KernelTable probe_table();
 }  // namespace avx512
 

@@ -4,6 +4,8 @@
 
 #include "cpu/run.h"
 
+#include "cpu/staged.h"
+
 #include <omp.h>
 #include <pthread.h>
 
@@ -16,12 +18,6 @@ namespace pysmooth {
 namespace {
 
 std::atomic<bool> forked{false};
-
-// A share of the chunks per thread keeps small models in each core's cache from reduce to apply.
-// Above this size caches do not matter, and chunks are handed out as threads ask for them, so that
-// a thread which the system slows down holds nobody up.
-constexpr int64_t kStaticElements = int64_t{1} << 22;
-constexpr int64_t kGrab = 4;
 
 Reduction reduction_of(double norm_type) {
   if (norm_type == 2.0) return Reduction::sum_squares;
@@ -55,32 +51,11 @@ void reduce_chunk(Pipeline* p, ReduceFn const (*table)[kDTypes], Reduction kind,
 }
 
 void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
-  const Chunk& chunk = p->chunks[i];
-  const auto t = static_cast<size_t>(chunk.tensor);
-  const Slot& slot = p->slots[t];
-  if (!slot.active) return;
-  ApplyArgs args;
-  const Group& group = p->groups[static_cast<size_t>(slot.group)];
+  const Slot& slot = p->slots[static_cast<size_t>(p->chunks[i].tensor)];
   const RuleInfo& rule = rules[slot.rule];
-  const double coef = p->reduced ? p->coefs[t] : 1.0;
-  if (p->skip_unit_coef && coef == 1.0) return;
-  args.scalars.grad_coef = group.maximize ? -coef : coef;
-  args.scalars.clip_value = group.clip_value;
-  args.scalars.first = slot.first;
-  if (rule.counts_steps) {
-    const double step = static_cast<double>(*slot.steps) + 1.0;
-    if (step == group.step)
-      std::copy_n(group.derived, kMaxDerived, args.scalars.derived);
-    else  // a tensor that sat out some steps
-      rule.derive(group.hyper, step, args.scalars.derived);
-  }
-  args.param = slot.param;
-  args.grad = slot.grad;
-  for (int k = 0; k < kMaxStates; ++k) args.state[k] = slot.state[k];
-  args.layout = slot.layout;
-  args.begin = chunk.begin;
-  args.length = chunk.length;
-  args.hyper = group.hyper;
+  if (!slot.active || !rule.applies) return;
+  const ApplyArgs args = args_of(*p, rule, p->chunks[i]);
+  if (p->skip_unit_coef && args.scalars.grad_coef == 1.0) return;
   rule.apply[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](args);
 }
 
@@ -142,41 +117,41 @@ void derive_groups(Pipeline* p, const RuleInfo* rules) {
 }
 
 bool needs_reduce(const Pipeline& p) {
-  if (p.always_norm || p.policy != NonFinite::propagate) return true;
+  if (p.always_norm || asks_first(p.policy)) return true;
   return std::any_of(p.groups.begin(), p.groups.end(),
                      [](const Group& g) { return g.clip.needs_norm(); });
 }
 
-// Who does which chunks: equal shares, or first come first served.
-class Schedule {
- public:
-  Schedule(const ChunkTable& chunks, int threads)
-      : count_(chunks.size()), shared_(chunks.total() < kStaticElements) {
-    if (shared_) bounds_ = chunks.split(threads);
-  }
-  template <class Body>
-  void run(int thread, int stage, Body body) {
-    if (shared_) {
-      for (int64_t i = bounds_[static_cast<size_t>(thread)];
-           i < bounds_[static_cast<size_t>(thread) + 1]; ++i)
-        body(i);
-      return;
-    }
-    for (;;) {
-      const int64_t begin = next_[stage].fetch_add(kGrab, std::memory_order_relaxed);
-      if (begin >= count_) return;
-      for (int64_t i = begin; i < std::min(begin + kGrab, count_); ++i) body(i);
-    }
-  }
-
- private:
-  int64_t count_;
-  bool shared_;
-  std::vector<int64_t> bounds_;
-  std::atomic<int64_t> next_[2] = {{0}, {0}};
-};
-
 }  // namespace
+
+ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
+  const auto t = static_cast<size_t>(chunk.tensor);
+  const Slot& slot = p.slots[t];
+  const Group& group = p.groups[static_cast<size_t>(slot.group)];
+  ApplyArgs args;
+  const double coef = p.reduced ? p.coefs[t] : 1.0;
+  args.scalars.grad_coef = group.maximize ? -coef : coef;
+  args.scalars.clip_value = group.clip_value;
+  args.scalars.first = slot.first;
+  args.scalars.zero_nonfinite = p.policy == NonFinite::zero;
+  for (int stage = 0; stage < rule.stages; ++stage)
+    args.scalars.stage[stage] = p.staged.values[stage][t];
+  if (rule.counts_steps) {
+    const double step = static_cast<double>(*slot.steps) + 1.0;
+    if (step == group.step)
+      std::copy_n(group.derived, kMaxDerived, args.scalars.derived);
+    else  // a tensor that sat out some steps
+      rule.derive(group.hyper, step, args.scalars.derived);
+  }
+  args.param = slot.param;
+  args.grad = slot.grad;
+  for (int k = 0; k < kMaxStates; ++k) args.state[k] = slot.state[k];
+  args.layout = slot.layout;
+  args.begin = chunk.begin;
+  args.length = chunk.length;
+  args.hyper = group.hyper;
+  return args;
+}
 
 bool in_forked_child() {
   static const int registered =
@@ -198,9 +173,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
   if (in_forked_child() || (!gather && p->chunks.total() < kSerialElements)) threads = 1;
   threads = std::max(1, threads);
 
-  const auto refused = [p] {
-    return p->reduced && p->nonfinite && p->policy != NonFinite::propagate;
-  };
+  const auto refused = [p] { return p->reduced && p->nonfinite && asks_first(p->policy); };
   bool gathered = true;
   if (threads == 1) {
     if (gather && !gather()) return Outcome::stale;
@@ -208,6 +181,11 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
     if (p->reduced) {
       for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table.reduce, kind, i);
       finalize(p, kind);
+    }
+    prepare_stages(p, table);
+    if (!refused() && p->staged.stages > 0) {
+      Schedule schedule(p->chunks, 1);
+      run_stages(p, table, &schedule, 1);
     }
     if (!refused())
       for (int64_t i = 0; i < p->chunks.size(); ++i) apply_chunk(p, table.rules, i);
@@ -223,6 +201,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
         gathered = !gather || gather();
         if (gathered) {
           derive_groups(p, table.rules);
+          prepare_stages(p, table);
           schedule.emplace(p->chunks, threads);
         }
       }
@@ -230,14 +209,16 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
       if (gathered) {
         if (p->reduced) {
           for (int share = omp_get_thread_num(); share < threads; share += team)
-            schedule->run(share, 0, [&](int64_t i) { reduce_chunk(p, table.reduce, kind, i); });
+            schedule->run(share, kReducePass,
+                          [&](int64_t i) { reduce_chunk(p, table.reduce, kind, i); });
 #pragma omp barrier
 #pragma omp single
           finalize(p, kind);
         }
+        if (!refused() && p->staged.stages > 0) run_stages(p, table, &*schedule, threads);
         if (!refused())
           for (int share = omp_get_thread_num(); share < threads; share += team)
-            schedule->run(share, 1, [&](int64_t i) { apply_chunk(p, table.rules, i); });
+            schedule->run(share, kApplyPass, [&](int64_t i) { apply_chunk(p, table.rules, i); });
       }
     }
   }

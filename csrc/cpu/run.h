@@ -1,13 +1,16 @@
 // One step of a method on CPU: reduce, finalize, apply over a list of slots.
 #pragma once
 
+#include <atomic>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "core/chunks.h"
 #include "core/math/clip.h"
 #include "cpu/kernels.h"
+#include "cpu/select.h"
 
 namespace pysmooth {
 
@@ -23,7 +26,12 @@ bool in_forked_child();
 enum class Scope : int { global = 0, group = 1, tensor = 2 };
 
 // What to do about a gradient that holds an infinity or a NaN.
-enum class NonFinite : int { propagate = 0, skip = 1, raise = 2 };
+enum class NonFinite : int { propagate = 0, skip = 1, raise = 2, zero = 3 };
+
+// Whether a step has to know first if all gradients are finite.
+inline bool asks_first(NonFinite policy) {
+  return policy == NonFinite::skip || policy == NonFinite::raise;
+}
 
 // One parameter with its gradient and its states. A slot without gradient sits out the step.
 struct Slot {
@@ -55,6 +63,23 @@ struct Group {
 
 enum class Outcome : int { applied = 0, skipped = 1, nonfinite = 2, stale = 3 };
 
+// What the passes before apply need, and what they leave behind.
+struct Staged {
+  int stages = 0;  // the most that any active slot's rule has
+  bool selects = false;
+  std::vector<double> values[kMaxStages];  // per slot: what Scalars::stage is to hold
+  std::vector<SourceResult> results;       // per chunk, of the pass that ran last
+  std::vector<SelectUnit> units;
+  std::vector<int> unit_of;                   // per slot; -1: none
+  std::vector<std::vector<Candidate>> lists;  // per chunk: candidates, then the chosen
+  std::vector<char> active;                   // per slot: selects in this step
+  std::vector<int64_t> numels;
+  std::unique_ptr<std::atomic<int64_t>[]> kept;  // per unit: candidates kept so far
+  std::vector<int64_t> histogram, ties;          // of a second look
+  // Over the life of the pipeline.
+  int64_t selections = 0, second_looks = 0;
+};
+
 struct Pipeline {
   std::vector<Slot> slots;
   std::vector<Group> groups;
@@ -64,6 +89,8 @@ struct Pipeline {
   double norm_type = 2.0;
   bool always_norm = false;     // take norms even where no clip needs them
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
+  Scope stage_scope[kMaxStages] = {Scope::tensor, Scope::global};  // of the passes before apply
+  SelectSpec select;
 
   // Left behind by a step that took norms.
   std::vector<Partial> partials;  // per chunk
@@ -73,6 +100,9 @@ struct Pipeline {
   bool nonfinite = false;
 
   void cut_chunks();
+
+  // The passes before apply, and selection.
+  Staged staged;
 };
 
 // Called once, by the calling thread, before anything else; false ends the step as stale. It fills

@@ -72,6 +72,32 @@ struct ops<vec<double>> {
   PYSMOOTH_HD static V sqrt(V x) { return sqrt_each<V, double>(x); }
 };
 
+// One bit per lane of a comparison's result.
+template <class Mask>
+PYSMOOTH_HD unsigned mask_bits(Mask mask) {
+  constexpr int kLaneCount = static_cast<int>(sizeof(Mask) / sizeof(mask[0]));
+#if defined(__AVX512F__)
+  if constexpr (kLaneCount == 16)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  else
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  if constexpr (kLaneCount == 8)
+    return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+  else
+    return static_cast<unsigned>(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
+#elif defined(__SSE2__)
+  if constexpr (kLaneCount == 4)
+    return static_cast<unsigned>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+  else
+    return static_cast<unsigned>(_mm_movemask_pd(reinterpret_cast<__m128d>(mask)));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLaneCount; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+
 template <class To, class From>
 PYSMOOTH_HD To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");

@@ -1,0 +1,73 @@
+// Random numbers that depend on nothing but where they are used: Philox4x32-10 (Salmon et al.,
+// SC 2011), and permutations keyed by it. The same on every backend, thread and rank.
+#pragma once
+
+#include <cstdint>
+
+#include "core/config.h"
+
+namespace pysmooth {
+
+struct Words {
+  uint32_t word[4];
+};
+
+PYSMOOTH_HD Words philox(Words counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53u} * counter.word[0];
+    const uint64_t b = uint64_t{0xCD9E8D57u} * counter.word[2];
+    counter = {{static_cast<uint32_t>(b >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(b),
+                static_cast<uint32_t>(a >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(a)}};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+PYSMOOTH_HD uint32_t mix32(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// A permutation of [0, size), drawn by seed, step and tensor: a Feistel network of six rounds over
+// the next power of four, walked until it is back inside.
+class Permutation {
+ public:
+  Permutation(uint64_t size, uint64_t seed, uint32_t step, uint32_t tensor) : size_(size) {
+    int bits = 1;
+    while (bits < 64 && (uint64_t{1} << bits) < size) ++bits;
+    half_ = (bits + 1) / 2;
+    mask_ = half_ == 32 ? ~0u : (1u << half_) - 1u;
+    const auto key0 = static_cast<uint32_t>(seed) ^ 0x9E3779B9u;
+    const auto key1 = static_cast<uint32_t>(seed >> 32);
+    for (uint32_t block = 0; block < 2; ++block) {
+      const Words words = philox({{block, 0, step, tensor}}, key0, key1);
+      for (uint32_t i = 0; i < 4 && 4 * block + i < 6; ++i) key_[4 * block + i] = words.word[i];
+    }
+  }
+
+  uint64_t operator()(uint64_t index) const {
+    do {
+      auto left = static_cast<uint32_t>(index >> half_) & mask_;
+      auto right = static_cast<uint32_t>(index) & mask_;
+      for (const uint32_t key : key_) {
+        const uint32_t next = left ^ (mix32(right ^ key) & mask_);
+        left = right;
+        right = next;
+      }
+      index = uint64_t{left} << half_ | right;
+    } while (index >= size_);
+    return index;
+  }
+
+ private:
+  uint64_t size_;
+  int half_;
+  uint32_t mask_;
+  uint32_t key_[6];
+};
+
+}  // namespace pysmooth

@@ -1,0 +1,95 @@
+// select: which coordinates of a unit (a tensor, all tensors, or a block) are the k largest by
+// magnitude. Exact; of equals the first ones.
+//
+// Finding the k-th of n values takes several passes over them. Instead a sample of the values
+// suggests a filter that a little more than k of them reach; these candidates are collected while
+// the values pass by anyway. At least k candidates hold the k largest, ties included, whatever the
+// sample was: then the rest is a selection among few. Otherwise the values are looked at again, in
+// as many passes as a radix selection needs; it is counted how often.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "core/chunks.h"
+#include "cpu/kernels.h"
+
+namespace pysmooth {
+
+enum class Selector : int { none = 0, top_k = 1, rand_k = 2 };
+enum class SelectScope : int { tensor = 0, global = 1, block = 2 };
+
+struct SelectSpec {
+  Selector kind = Selector::none;
+  SelectScope scope = SelectScope::tensor;
+  double ratio = 0.0;  // of the unit's elements, rounded up; 0: k counts
+  int64_t k = 0;
+  int64_t block = 1024;  // a divisor of kChunk
+  bool scaled = false;   // rand_k: times d / k
+  uint64_t seed = 0;
+
+  int64_t chosen_of(int64_t elements) const;
+};
+
+// Orders finite magnitudes; an infinity comes above them, a NaN above all.
+uint64_t magnitude_key(double value);
+
+// How the selection gets at values: tensor `slot`'s elements [begin, begin + length), widened.
+// `again`: the pass over the values has been made already.
+using ReadValues =
+    std::function<void(size_t slot, int64_t begin, int64_t length, bool again, double* out)>;
+
+// A unit: consecutive slots. Its members are the active ones.
+struct SelectUnit {
+  size_t first_slot = 0, last_slot = 0;  // [first, last)
+  int64_t elements = 0, k = 0;
+  double filter = 0.0;    // least magnitude of a candidate
+  bool complete = false;  // the filter lets every value but zeros pass
+  bool second_look = false;
+};
+
+// The least filter: nothing but zeros is below.
+constexpr double kAnyMagnitude = 4.9406564584124654e-324;
+
+// A filter from a sample of the unit's values, read before the pass over them.
+void sample_filter(SelectUnit* unit, const std::vector<int64_t>& numels,
+                   const std::vector<char>& active, const ReadValues& read,
+                   std::vector<double>* scratch);
+
+// More candidates than this are not kept: the filter was misled.
+int64_t candidate_limit(const SelectUnit& unit);
+
+// Leaves the unit's k largest in the lists of its chunks. False if there are too few, or too many
+// to have been kept: a second look is needed.
+bool choose(SelectUnit* unit, const ChunkTable& chunks, const std::vector<char>& active,
+            const std::vector<int64_t>& counts, std::vector<std::vector<Candidate>>* lists,
+            std::vector<uint64_t>* scratch);
+
+// The k largest of each block of consecutive elements, within one chunk.
+int64_t choose_blocks(const SelectSpec& spec, int64_t length, const Candidate* candidates,
+                      int64_t count, Candidate* out, std::vector<uint64_t>* scratch);
+
+// The second look: radix selection, one digit at a time, then a last look that collects.
+class RadixSelection {
+ public:
+  static constexpr int kDigitBits = 11;
+  static constexpr int kDigits = 1 << kDigitBits;
+
+  explicit RadixSelection(int64_t k) : left_(k) {}
+  bool settled() const { return shift_ == 0; }
+  void count(const double* values, int64_t n, int64_t* histogram) const;
+  void narrow(const int64_t* histogram);  // consumes a digit
+  // Once settled: how many of the values equal the threshold, and who is chosen. `ties` is how
+  // many equals came before; it is advanced.
+  int64_t equals(const double* values, int64_t n) const;
+  void take(const double* values, int64_t n, int64_t ties_before,
+            std::vector<Candidate>* list) const;
+
+ private:
+  uint64_t prefix_ = 0;
+  int shift_ = 63;  // bits not yet looked at
+  int64_t left_;    // how many of those equal to the prefix are among the k
+};
+
+}  // namespace pysmooth
