@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
+from . import compressors
 from ._clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from ._errors import BackendError, NonFiniteGradientError
-from .optim import Adagrad, Adam, AdamW, ClipSGD, Lion, SignSGD, Signum
+from .compressors import (
+    QSGD,
+    HardThreshold,
+    Identity,
+    NaturalCompression,
+    RandK,
+    ScaledSign,
+    TopK,
+)
+from .optim import (
+    EF21,
+    EF21SGD2M,
+    EF21SGDM,
+    EFSGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Clip21,
+    Clip21SGD2M,
+    ClipSGD,
+    EF21Plus,
+    Lion,
+    NormalizedSGD,
+    NormEF21,
+    NormEF21SGDM,
+    SignSGD,
+    Signum,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EF21",
+    "EF21SGD2M",
+    "EF21SGDM",
+    "EFSGD",
+    "QSGD",
     "Adagrad",
     "Adam",
     "AdamW",
     "BackendError",
+    "Clip21",
+    "Clip21SGD2M",
     "ClipSGD",
+    "EF21Plus",
+    "HardThreshold",
+    "Identity",
     "Lion",
+    "NaturalCompression",
     "NonFiniteGradientError",
+    "NormEF21",
+    "NormEF21SGDM",
+    "NormalizedSGD",
+    "RandK",
+    "ScaledSign",
     "SignSGD",
     "Signum",
+    "TopK",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "compressors",
     "get_total_norm",
 ]

@@ -29,7 +29,10 @@ class Plan:
         scope: int,
         policy: int,
         norm_type: float,
+        stage_scopes: list[int],
+        select: tuple[int, int, float, int, int, bool, int] | None,
     ) -> None: ...
+    def selections(self) -> tuple[int, int]: ...
     def step(
         self,
         param_lists: list[list[Tensor]],

@@ -27,6 +27,9 @@ class Engine(Protocol):
     def step(self, optimizer: FusedOptimizer) -> None:
         """One step over all groups; raises with everything as it was."""
 
+    def selections(self) -> tuple[int, int]:
+        """How many selections there were so far, and how many needed a second look."""
+
     def norms(self) -> list[float] | torch.Tensor | None:
         """The norms that the last step took, or None."""
 
@@ -58,12 +61,13 @@ def available_backends() -> tuple[str, ...]:
     return ("eager",) if isinstance(_load_native(), str) else ("cpu", "eager")
 
 
-def resolve(backend: str, params: Iterable[torch.Tensor]) -> str:
+def resolve(backend: str, params: Iterable[torch.Tensor], rules: Iterable[str] = ()) -> str:
     """The backend that takes these parameters: `backend` itself, or for "auto" the fastest present.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
-        BackendError: the backend asked for is not built, or not for the parameters' device.
+        BackendError: the backend asked for is not built, or not for the parameters' device, or has
+            no kernel for one of the `rules`.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -75,8 +79,22 @@ def resolve(backend: str, params: Iterable[torch.Tensor]) -> str:
                 f"backend 'cpu' takes CPU parameters only; these are on {sorted(devices)}"
             )
     if backend == "auto":
-        return "cpu" if devices <= {"cpu"} and "cpu" in available_backends() else "eager"
+        backend = "cpu" if devices <= {"cpu"} and "cpu" in available_backends() else "eager"
+    if backend == "cpu":
+        known = native_rules()
+        for rule in rules:
+            if rule not in known:
+                raise BackendError(
+                    f"the cpu backend has no kernel for {rule!r}, which these arguments ask for; "
+                    "backend='eager' computes it in plain torch"
+                )
     return backend
+
+
+@cache
+def native_rules() -> frozenset[str]:
+    """Names of the update rules that the native CPU module has."""
+    return frozenset(rule["name"] for rule in native_module().rules())
 
 
 def make_engine(name: str) -> Engine:

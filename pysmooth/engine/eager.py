@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._errors import NonFiniteGradientError
+from ..reference import Member, Passes
 from .checks import check_gradient, check_memory, check_state
 from .recipe import STEP, ClipMode, Policy, Recipe, Scope
-from .state import new_states
+from .state import fill_state, new_states
 
 if TYPE_CHECKING:
     from ..optim._base import FusedOptimizer
@@ -40,12 +41,21 @@ class EagerEngine:
 
         coefs: list[Tensor | None] = [None] * len(live)
         self._norms = self._coefs = None
-        wanted = optimizer.policy != Policy.PROPAGATE or any(r.clip.mode for r in recipes)
+        wanted = optimizer.policy.asks_first or any(r.clip.mode for r in recipes)
         if wanted and not self._reduce(optimizer, recipes, slots, live, coefs):
             optimizer.count_skipped()
             return
+        number = {id(p): i for i, (_, p, _) in enumerate(slots)}
+        staged: dict[Any, list[tuple[Member, Tensor, Tensor | None]]] = {}
         for (g, p, _), coef in zip(live, coefs, strict=True):
-            _apply(optimizer, recipes[g], p, coef)
+            rule, fresh = _rule(recipes[g]), _allocate(optimizer, recipes[g], p)
+            if rule.staged is None:
+                _apply(optimizer, recipes[g], p, coef, first=fresh)
+            elif p.numel() > 0:
+                member = _member(optimizer, recipes[g], p, coef, (number[id(p)], g, fresh))
+                staged.setdefault(rule.staged, []).append(member)
+        for step, members in staged.items():
+            _apply_staged(optimizer, step, members)
 
     def _check(
         self, optimizer: FusedOptimizer, recipes: list[Recipe], slots: list[tuple[int, Tensor, str]]
@@ -97,7 +107,7 @@ class EagerEngine:
         if norms:
             self._norms = torch.stack([n.to(device, torch.float64) for n in norms])
             self._coefs = torch.stack([c.to(device) for c in every]) if every else None
-        if optimizer.policy == Policy.PROPAGATE:
+        if not optimizer.policy.asks_first:
             return True
         bad = [name for (_, _, name), g in zip(live, grads, strict=True) if not _finite(g)]
         if bad and optimizer.policy == Policy.RAISE:
@@ -105,6 +115,10 @@ class EagerEngine:
                 "non-finite gradient in " + ", ".join(repr(name) for name in bad)
             )
         return not bad
+
+    def selections(self) -> tuple[int, int]:
+        """Selections are made by sorting here: none is counted."""
+        return (0, 0)
 
     def norms(self) -> Tensor | None:
         """Norms of the last step per scope unit; None if it took none."""
@@ -125,22 +139,80 @@ def _finite(g: Tensor) -> bool:
     return bool(torch.isfinite(g).all())
 
 
-def _apply(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | None) -> None:
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _rule(recipe: Recipe) -> reference.EagerRule:
+    return reference.RULES.get(recipe.rule) or reference.EAGER_RULES[recipe.rule]
+
+
+def _allocate(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor) -> bool:
+    """Gives the parameter the states it lacks; whether it lacked any."""
     state = optimizer.state[p] if recipe.keys else {}
     missing = [key for key in recipe.keys if state.get(key) is None]
-    if missing:
-        for key, new in zip(missing, new_states([(p, key) for key in missing]), strict=True):
-            state[key] = new.fill_(recipe.initial(key))
+    for key, new in zip(missing, new_states([(p, key) for key in missing]), strict=True):
+        fill_state(new, recipe.initial(key), p, maximize=recipe.clip.maximize)
+        state[key] = new
+    return bool(missing)
+
+
+def _apply(
+    optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | None, *, first: bool
+) -> None:
+    state = optimizer.state[p] if recipe.keys else {}
     if recipe.counts_steps:
         state[STEP] += 1
-    real = torch.view_as_real if p.is_complex() else lambda tensor: tensor
-    reference.RULES[recipe.rule](
-        real(p),
+    _rule(recipe)(
+        _real(p),
         _grad(p),
-        [real(state[key]) for key in recipe.states],
+        [_real(state[key]) for key in recipe.states],
         recipe.hyper,
         coef=None if coef is None else coef.to(p.device),
         clip=recipe.clip,
-        first=bool(missing),
+        first=first,
         step=float(state[STEP]) if recipe.counts_steps else 0.0,
     )
+
+
+def _member(
+    optimizer: FusedOptimizer,
+    recipe: Recipe,
+    p: Tensor,
+    coef: Tensor | None,
+    place: tuple[int, int, bool],
+) -> tuple[Member, Tensor, Tensor | None]:
+    """The parameter as a staged rule sees it, where the result goes, and the step count."""
+    number, group, first = place
+    state = optimizer.state[p]
+    target = _real(p)
+    dtype = reference.compute_dtype(target)
+    member = Member(
+        target.to(dtype),
+        reference.gradient_in(
+            _grad(p),
+            dtype,
+            None if coef is None else coef.to(p.device),
+            recipe.clip,
+            zero_nonfinite=optimizer.policy == Policy.ZERO,
+        ),
+        [_real(state[key]) for key in recipe.states],
+        dict(zip(_rule(recipe).hyper, recipe.hyper, strict=True)),
+        first,
+        int(state[STEP]) if recipe.counts_steps else 0,
+        number,
+        group,
+    )
+    return member, target, state[STEP] if recipe.counts_steps else None
+
+
+def _apply_staged(
+    optimizer: FusedOptimizer, step: Any, found: list[tuple[Member, Tensor, Tensor | None]]
+) -> None:
+    scopes = [scope.name.lower() for scope in optimizer.stage_scopes]
+    passes = Passes(scopes, getattr(optimizer, "compressor", None))
+    new = step([member for member, _, _ in found], passes)
+    for (_, target, count), value in zip(found, new, strict=True):
+        target.copy_(value)
+        if count is not None:
+            count += 1

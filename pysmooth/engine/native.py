@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._errors import NonFiniteGradientError
 from .recipe import STEP, Recipe
-from .state import new_states, version_roots
+from .state import fill_state, new_states, version_roots
 
 if TYPE_CHECKING:
     from .._cpu import Plan
@@ -32,6 +32,7 @@ class NativeEngine:
         # their state dict held before; None where there was none.
         self._fresh: list[tuple[Tensor, dict[str, Any] | None]] = []
         self._last: tuple[list[float], list[float]] | None = None
+        self._selections = (0, 0)  # of plans that are gone
 
     def step(self, optimizer: FusedOptimizer) -> None:
         """One fused step: reduce where norms are needed, then apply."""
@@ -69,6 +70,8 @@ class NativeEngine:
         self._fresh = []
 
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
+        self._selections = self.selections()
+        self._plan = None
         params: list[Tensor] = []
         state_dicts: list[dict[str, Any]] = []
         groups: list[int] = []
@@ -101,6 +104,8 @@ class NativeEngine:
                 scope=int(optimizer.scope),
                 policy=int(optimizer.policy),
                 norm_type=optimizer.norm_type,
+                stage_scopes=[int(scope) for scope in optimizer.stage_scopes],
+                select=optimizer.select_spec(),
             )
         except BaseException:
             self._discard_fresh(optimizer)
@@ -131,7 +136,7 @@ class NativeEngine:
             self._native.fill_zero(zeroed, torch.get_num_threads())
             for (i, key), state in zip(lacking, states, strict=True):
                 if (value := recipes[i].initial(key)) != 0.0:
-                    state.fill_(value)
+                    fill_state(state, value, params[i], maximize=recipes[i].clip.maximize)
         for (i, key), state in zip(lacking, states, strict=True):
             optimizer.state[params[i]][key] = state
             state_dicts[i] = optimizer.state[params[i]]
@@ -147,12 +152,18 @@ class NativeEngine:
                 state.update(before)
                 optimizer.state[p] = state
         self._last = self._read()
+        self._selections = self.selections()
         self._fresh, self._plan = [], None
 
     def _read(self) -> tuple[list[float], list[float]] | None:
         if self._plan is None:
             return self._last
         return (self._plan.norms(), self._plan.coefs()) if self._plan.reduced else None
+
+    def selections(self) -> tuple[int, int]:
+        """How many selections there were so far, and how many needed a second look."""
+        now = (0, 0) if self._plan is None else self._plan.selections()
+        return (self._selections[0] + now[0], self._selections[1] + now[1])
 
     def norms(self) -> list[float] | None:
         """Norms of the last step per scope unit; None if it took none."""

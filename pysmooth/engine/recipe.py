@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 STEP = "step"
+GRADIENT = "gradient"
 
 
 class Scope(IntEnum):
@@ -22,6 +23,12 @@ class Policy(IntEnum):
     PROPAGATE = 0
     SKIP = 1
     RAISE = 2
+    ZERO = 3
+
+    @property
+    def asks_first(self) -> bool:
+        """Whether a step has to know first if all gradients are finite."""
+        return self in (Policy.SKIP, Policy.RAISE)
 
 
 class ClipMode(IntEnum):
@@ -59,7 +66,9 @@ class Recipe(NamedTuple):
         clip: what becomes of the gradient before the rule.
         counts_steps: whether `optimizer.state[p]["step"]` counts the steps, in a float32 tensor of
             shape () as torch keeps it.
-        init: what the states are filled with when they are allocated; zero where it is too short.
+        init: what the states are filled with when they are allocated: a number or, for `GRADIENT`,
+            the gradient; zero where it is too short.
+        selects: whether coordinates are selected, by the optimizer's compressor.
     """
 
     rule: str
@@ -67,14 +76,15 @@ class Recipe(NamedTuple):
     states: tuple[str, ...] = ()
     clip: ClipSpec = ClipSpec()
     counts_steps: bool = False
-    init: tuple[float, ...] = ()
+    init: tuple[float | str, ...] = ()
+    selects: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys in `optimizer.state[p]`: the step count comes last."""
         return (*self.states, STEP) if self.counts_steps else self.states
 
-    def initial(self, key: str) -> float:
+    def initial(self, key: str) -> float | str:
         """What a new state is filled with."""
         index = self.keys.index(key)
         return self.init[index] if index < len(self.init) else 0.0

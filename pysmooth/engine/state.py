@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .recipe import STEP
+from .recipe import GRADIENT, STEP
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -63,3 +63,11 @@ def new_states(owners: Sequence[tuple[Tensor, str]]) -> list[Tensor]:
     counts = iter(step_counts([0.0 for _, key in owners if key == STEP]))
     states = iter(empty_states([p for p, key in owners if key != STEP]))
     return [next(counts) if key == STEP else next(states) for _, key in owners]
+
+
+def fill_state(state: Tensor, value: float | str, param: Tensor, *, maximize: bool) -> None:
+    """Fills a new state with a number or, for `GRADIENT`, with what will be descended along."""
+    if value != GRADIENT:
+        state.fill_(float(value))
+    elif param.grad is not None:
+        state.copy_(-param.grad if maximize else param.grad)

@@ -20,7 +20,17 @@ from ..engine.state import new_states
 from ._validate import check_choice, check_number
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
-_POLICIES = {"propagate": Policy.PROPAGATE, "skip": Policy.SKIP, "raise": Policy.RAISE}
+_POLICIES = {
+    "propagate": Policy.PROPAGATE,
+    "skip": Policy.SKIP,
+    "raise": Policy.RAISE,
+    "zero": Policy.ZERO,
+}
+
+
+def check_scope(scope: str) -> Scope:
+    """The scope of that name."""
+    return _SCOPES[check_choice("scope", scope, _SCOPES)]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -33,6 +43,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     scope: Scope
     policy: Policy
     norm_type: float
+    # Over what the passes before apply sum up; see csrc/core/rule.h.
+    stage_scopes: tuple[Scope, ...] = ()
+    policies: tuple[str, ...] = ("propagate", "skip", "raise")
 
     def __init__(
         self,
@@ -44,8 +57,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         norm_type: float,
         backend: str,
     ) -> None:
-        self.scope = _SCOPES[check_choice("scope", scope, _SCOPES)]
-        self.policy = _POLICIES[check_choice("nonfinite", nonfinite, _POLICIES)]
+        self.scope = check_scope(scope)
+        self.policy = _POLICIES[check_choice("nonfinite", nonfinite, self.policies)]
         self.norm_type = check_number("norm_type", norm_type, strict=True)
         self._backend = backend
         self._engine: Engine | None = None
@@ -63,6 +76,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raises ValueError or TypeError, naming the argument, for a group that makes no sense."""
         raise NotImplementedError
 
+    def select_spec(self) -> tuple[int, int, float, int, int, bool, int] | None:
+        """How coordinates are selected, for rules that do: numbers as in csrc/cpu/select.h."""
+        return None
+
     # ---- torch.optim.Optimizer -----------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -76,7 +93,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = len(self.param_groups)
         super().add_param_group(group)
         try:
-            resolve(self._backend, self._params())
+            rules = [self.recipe(self.param_groups[-1]).rule]
+            resolve(self._backend, self._params(), rules)
         except Exception:
             del self.param_groups[count:]
             raise
@@ -187,6 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Plans hold addresses: a copy makes its own.
         state: dict[str, Any] = dict(super().__getstate__())
         fused = (self.scope, self.policy, self.norm_type, self._backend, self._skipped)
+        state["_passes"] = (self.stage_scopes, getattr(self, "compressor", None))
         state["_fused"] = fused
         return state
 
@@ -196,6 +215,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_fused" in state:
             fused = state.pop("_fused")
             self.scope, self.policy, self.norm_type, self._backend, self._skipped = fused
+            self.stage_scopes, compressor = state.pop("_passes")
+            if compressor is not None:
+                self.compressor = compressor
         self._reset()
         super().__setstate__(state)
 

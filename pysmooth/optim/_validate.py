@@ -38,3 +38,9 @@ def check_flag(name: str, value: object) -> None:
     """Refuses anything but True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Refuses anything but an integer of 64 bits, without sign."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"{name} must be an integer from 0 to 2^64 - 1; got {value!r}")

@@ -6,6 +6,18 @@ This is the oracle that the kernels are tested against, and what `backend="eager
 from __future__ import annotations
 
 from .clip import clip_coefficient, scale_, total_norm
-from .rules import RULES, EagerRule
+from .rules import EAGER_RULES, RULES, EagerRule, compute_dtype, gradient_in
+from .staged import Member, Passes
 
-__all__ = ["RULES", "EagerRule", "clip_coefficient", "scale_", "total_norm"]
+__all__ = [
+    "EAGER_RULES",
+    "RULES",
+    "EagerRule",
+    "Member",
+    "Passes",
+    "clip_coefficient",
+    "compute_dtype",
+    "gradient_in",
+    "scale_",
+    "total_norm",
+]

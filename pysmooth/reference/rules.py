@@ -4,17 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import adagrad, adam, scale, sgd, sign
+from . import adagrad, adam, clip21, ef21, ef_sgd, normalized_sgd, scale, sgd, sign
+from .staged import Staged
 
 if TYPE_CHECKING:
     from ..engine.recipe import ClipSpec
 
 Update = Callable[..., Tensor]
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def gradient_in(
+    grad: Tensor,
+    dtype: torch.dtype,
+    coef: Tensor | None,
+    clip: ClipSpec,
+    *,
+    zero_nonfinite: bool = False,
+) -> Tensor:
+    """What becomes of a gradient before a rule sees it."""
+    g = grad.to(dtype)
+    if zero_nonfinite:
+        g = torch.where(g.isfinite(), g, 0.0)
+    if coef is not None:
+        g = g * coef.to(dtype)
+    if clip.maximize:
+        g = -g
+    return g.clamp(-clip.value, clip.value) if clip.value >= 0 else g
 
 
 @dataclass(frozen=True)
@@ -25,17 +50,19 @@ class EagerRule:
         name: the same in every backend.
         hyper: names of its hyper-parameters.
         states: number of state tensors.
-        update: the function of the new parameter; changes states in place.
+        update: the function of the new parameter; changes states in place. None for staged rules.
         counts_steps: whether it takes the number of the step, `step`, from 1.
         takes_first: whether it takes `first`, true where the states hold nothing yet.
+        staged: for rules that look at all parameters first, the function of all new ones.
     """
 
     name: str
     hyper: tuple[str, ...]
     states: int
-    update: Update
+    update: Update | None
     counts_steps: bool = False
     takes_first: bool = False
+    staged: Staged | None = None
 
     def __call__(
         self,
@@ -50,15 +77,9 @@ class EagerRule:
         step: float,
     ) -> None:
         """Updates `param` and `states` in place, computing in float32, or float64 for float64."""
-        compute = torch.float64 if param.dtype == torch.float64 else torch.float32
-        p = param.to(compute)
-        g = grad.to(compute)
-        if coef is not None:
-            g = g * coef.to(compute)
-        if clip.maximize:
-            g = -g
-        if clip.value >= 0:
-            g = g.clamp(-clip.value, clip.value)
+        assert self.update is not None
+        p = param.to(compute_dtype(param))
+        g = gradient_in(grad, p.dtype, coef, clip)
         named: dict[str, float] = dict(zip(self.hyper, hyper, strict=True))
         if self.counts_steps:
             named["step"] = step
@@ -66,6 +87,30 @@ class EagerRule:
             named["first"] = first
         new = self.update(p, g, states, **named)
         param.copy_(new)
+
+
+def _staged(
+    name: str, module: Any, states: int, *, counts_steps: bool = False, staged: Staged | None = None
+) -> EagerRule:
+    step = module.step if staged is None else staged
+    hyper = module.NOISY_HYPER if name.endswith("noise") else module.HYPER
+    return EagerRule(name, hyper, states, None, counts_steps=counts_steps, staged=step)
+
+
+def _ef_sgd() -> list[EagerRule]:
+    return [
+        _staged(f"ef_sgd_{form}{suffix}", ef_sgd, states, counts_steps=True)
+        for form in ("dense", "select")
+        for states, suffix in ((1, ""), (2, "_momentum"))
+    ]
+
+
+def _ef21() -> list[EagerRule]:
+    return [
+        _staged(f"ef21_{form}{suffix}", ef21, states, counts_steps=True)
+        for form in ("dense", "select", "select_normalized")
+        for states, suffix in ((1, ""), (2, "_m"), (3, "_2m"))
+    ]
 
 
 RULES: dict[str, EagerRule] = {
@@ -80,5 +125,25 @@ RULES: dict[str, EagerRule] = {
         EagerRule("sign_sgd", sign.HYPER, 0, sign.update),
         EagerRule("signum", sign.HYPER, 1, sign.update),
         EagerRule("lion", sign.LION_HYPER, 1, sign.lion),
+        _staged("normalized_sgd", normalized_sgd, 1),
+        _staged("clip21", clip21, 1),
+        _staged("clip21_sgd2m", clip21, 2),
+        *_ef_sgd(),
+        *_ef21(),
+    )
+}
+
+# Rules that no kernel implements: backend "eager" only.
+EAGER_RULES: dict[str, EagerRule] = {
+    rule.name: rule
+    for rule in (
+        _staged("ef_sgd_eager", ef_sgd, 1, counts_steps=True),
+        _staged("ef_sgd_eager_momentum", ef_sgd, 2, counts_steps=True),
+        _staged("ef21_eager", ef21, 1, counts_steps=True),
+        _staged("ef21_eager_m", ef21, 2, counts_steps=True),
+        _staged("ef21_eager_2m", ef21, 3, counts_steps=True),
+        _staged("clip21_sgd2m_noise", clip21, 3, counts_steps=True, staged=clip21.noisy),
+        _staged("ef21_plus", ef21, 1, counts_steps=True, staged=ef21.plus),
+        _staged("ef21_plus_m", ef21, 2, counts_steps=True, staged=ef21.plus),
     )
 }

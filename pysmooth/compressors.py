@@ -1,0 +1,424 @@
+"""Compressors: what error feedback and the EF21 family send in place of a vector.
+
+A compressor is a small immutable object. `compress(xs)` gives C(x) of a list of tensors, dense, in
+eager torch; optimizers run the same C fused, where their backend has it. Computation is in float32,
+or float64 for float64 tensors. The parts of complex tensors are taken by themselves. Values that
+are not finite pass through where a coordinate is looked at by itself; optimizers keep them away.
+
+Elements are numbered in the order of a tensor's memory (row-major for contiguous ones): this
+decides between equals in `TopK`, and which random number an element gets. Random numbers depend on
+`seed`, `step`, the tensor's place in the list and the element's number alone (Philox4x32-10).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .reference import compress as codec
+
+SelectScope = Literal["tensor", "global", "block"]
+SignScope = Literal["tensor", "global"]
+_SCOPES: dict[str, int] = {"tensor": 0, "global": 1, "block": 2}
+Select = tuple[int, int, float, int, int, bool, int]
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """The base class: C(x) of one tensor or of a list of them."""
+
+    def __call__(self, x: Tensor, *, step: int = 0, tensor_id: int = 0) -> Tensor:
+        """C(x): a new tensor of x's shape, dtype and layout."""
+        return self.numbered([x], [step], [tensor_id])[0]
+
+    def compress(self, xs: Sequence[Tensor], *, step: int = 0) -> list[Tensor]:
+        """C of each tensor; the scope "global" looks at all of them together."""
+        return self.numbered(xs, [step] * len(xs), range(len(xs)))
+
+    def numbered(
+        self, xs: Sequence[Tensor], steps: Sequence[int], ids: Sequence[int]
+    ) -> list[Tensor]:
+        """C of tensors with a step and a place in the list each."""
+        out = [flatten(x) for x in xs]
+        held = [i for i, flat in enumerate(out) if len(flat) > 0]
+        for unit in [held] if self._joint else [[i] for i in held]:
+            if unit:
+                sent = self._flat(torch.cat([out[i] for i in unit]), steps[unit[0]], ids[unit[0]])
+                pieces = torch.split(sent, [len(out[i]) for i in unit])
+                for i, piece in zip(unit, pieces, strict=True):
+                    out[i] = piece
+        return [unflatten(x, flat) for x, flat in zip(xs, out, strict=True)]
+
+    def alpha(self, d: int) -> float | None:
+        """E||C(x) - x||^2 <= (1 - alpha) ||x||^2 for x of d elements; None: not so."""
+        return None
+
+    def omega(self, d: int) -> float | None:
+        """Unbiased, with variance at most omega ||x||^2 in d dimensions; None: biased."""
+        return None
+
+    def bits(self, d: int) -> int:
+        """What d coordinates of one tensor take to send, in bits."""
+        raise NotImplementedError
+
+    @property
+    def select(self) -> Select | None:
+        """For compressors that select coordinates, how: the numbers of csrc/cpu/select.h."""
+        return None
+
+    @property
+    def dense(self) -> tuple[float, float] | None:
+        """For the others, kind and parameter, as csrc/core/codec.h has them. None: eager only."""
+        return None
+
+    @property
+    def scale_scope(self) -> str:
+        """Over what a scale is taken: "tensor" or "global"."""
+        return "global" if self._joint else "tensor"
+
+    @property
+    def _joint(self) -> bool:
+        return getattr(self, "scope", "tensor") == "global"
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Identity(Compressor):
+    """C(x) = x."""
+
+    def alpha(self, d: int) -> float:
+        """1."""
+        return 1.0
+
+    def omega(self, d: int) -> float:
+        """0."""
+        return 0.0
+
+    def bits(self, d: int) -> int:
+        """32 per coordinate."""
+        return 32 * d
+
+    @property
+    def dense(self) -> tuple[float, float]:
+        """Kind 0."""
+        return (0.0, 0.0)
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        return x.clone()
+
+
+@dataclass(frozen=True)
+class TopK(Compressor):
+    """Keeps the k largest magnitudes and zeroes the rest; of equals it keeps the first ones.
+
+    Exact. Contractive: alpha = k / d. Zeros are never sent.
+
+    Args:
+        ratio: k is this part of the unit's elements, rounded up; in (0, 1].
+        k: how many to keep, at least 1; all, where the unit has fewer. Either `ratio` or `k`.
+        scope: the unit: "tensor", "global" (all tensors together), or "block".
+        block_size: for scope "block": so many consecutive elements; a tensor's last block may be
+            shorter. The cpu backend takes powers of two up to 32768.
+
+    Source: arXiv:1809.07599.
+    """
+
+    _: KW_ONLY
+    ratio: float | None = None
+    k: int | None = None
+    scope: SelectScope = "tensor"
+    block_size: int = 1024
+
+    def __post_init__(self) -> None:
+        _check_count(self.ratio, self.k)
+        _check_scope(self.scope, _SCOPES)
+        _check_integer("block_size", self.block_size, 1)
+
+    def chosen_of(self, elements: int) -> int:
+        """How many of a unit's elements are kept."""
+        return _chosen(self.ratio, self.k, elements)
+
+    def alpha(self, d: int) -> float:
+        """K / d."""
+        if self.scope == "block":
+            sizes = [min(self.block_size, d)] + (
+                [d % self.block_size] if d % self.block_size else []
+            )
+            return min(self.chosen_of(size) / size for size in sizes)
+        return self.chosen_of(d) / d
+
+    def bits(self, d: int) -> int:
+        """A float and an index per coordinate kept, or a bitmap and the floats if that is less."""
+        if self.scope == "block":
+            whole, rest = divmod(d, self.block_size)
+            return whole * self._unit_bits(self.block_size) + (self._unit_bits(rest) if rest else 0)
+        return self._unit_bits(d)
+
+    def _unit_bits(self, d: int) -> int:
+        k = self.chosen_of(d)
+        return min(k * (32 + (d - 1).bit_length()), d + 32 * k)
+
+    @property
+    def select(self) -> Select:
+        """Kind 1."""
+        return (1, _SCOPES[self.scope], self.ratio or 0.0, self.k or 0, self.block_size, False, 0)
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        if self.scope != "block":
+            return codec.top_k(x, self.chosen_of(len(x)))
+        return torch.cat(
+            [codec.top_k(b, self.chosen_of(len(b))) for b in torch.split(x, self.block_size)]
+        )
+
+
+@dataclass(frozen=True)
+class RandK(Compressor):
+    """Keeps k coordinates of each tensor, drawn without replacement.
+
+    The draw depends on `seed`, the step and the tensor's place alone: ranks that share a seed
+    choose the same coordinates and need not send them.
+
+    Args:
+        ratio: k is this part of the tensor's elements, rounded up; in (0, 1].
+        k: how many to keep. Either `ratio` or `k`.
+        scaled: multiply by d / k: unbiased, omega = d / k - 1. Otherwise contractive in
+            expectation, alpha = k / d.
+        seed: of the draw, from 0 to 2^64 - 1.
+
+    Source: arXiv:1809.07599.
+    """
+
+    _: KW_ONLY
+    ratio: float | None = None
+    k: int | None = None
+    scaled: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count(self.ratio, self.k)
+        _check_seed(self.seed)
+        if not isinstance(self.scaled, bool):
+            raise TypeError(f"scaled must be True or False; got {self.scaled!r}")
+
+    def chosen_of(self, elements: int) -> int:
+        """How many of a tensor's elements are kept."""
+        return _chosen(self.ratio, self.k, elements)
+
+    def alpha(self, d: int) -> float | None:
+        """K / d, in expectation, where nothing is scaled."""
+        return None if self.scaled else self.chosen_of(d) / d
+
+    def omega(self, d: int) -> float | None:
+        """D / k - 1 where it is scaled."""
+        return d / self.chosen_of(d) - 1 if self.scaled else None
+
+    def bits(self, d: int) -> int:
+        """32 per coordinate kept; indices follow from the seed."""
+        return 32 * self.chosen_of(d)
+
+    @property
+    def select(self) -> Select:
+        """Kind 2."""
+        return (2, 0, self.ratio or 0.0, self.k or 0, 1024, self.scaled, self.seed)
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        k = self.chosen_of(len(x))
+        return codec.rand_k(
+            x, k, scaled=self.scaled, seed=self.seed, step=step, tensor_id=tensor_id
+        )
+
+
+@dataclass(frozen=True)
+class ScaledSign(Compressor):
+    """C(x) = (||x||_1 / d) * sign(x), with sign(0) = +1: one bit per coordinate.
+
+    Contractive: alpha = ||x||_1^2 / (d ||x||_2^2), at least 1 / d.
+
+    Args:
+        scope: over what the mean of |x| is taken: "tensor" or "global".
+
+    Source: arXiv:1901.09847.
+    """
+
+    _: KW_ONLY
+    scope: SignScope = "tensor"
+
+    def __post_init__(self) -> None:
+        _check_scope(self.scope, ("tensor", "global"))
+
+    def alpha(self, d: int) -> float:
+        """1 / d, the worst case."""
+        return 1.0 / d
+
+    def bits(self, d: int) -> int:
+        """One per coordinate, and a float."""
+        return d + 32
+
+    @property
+    def dense(self) -> tuple[float, float]:
+        """Kind 1."""
+        return (1.0, 0.0)
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        return codec.scaled_sign(x, x.double().abs().sum() / len(x))
+
+
+@dataclass(frozen=True)
+class HardThreshold(Compressor):
+    """Keeps coordinates of at least `threshold` in magnitude. ||C(x) - x||^2 <= d threshold^2.
+
+    Args:
+        threshold: greater than 0.
+
+    Source: arXiv:2108.00951.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        value: object = self.threshold
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not self.threshold > 0 or math.isinf(self.threshold):
+            raise ValueError(f"threshold must be greater than 0 and finite; got {self.threshold!r}")
+
+    def bits(self, d: int) -> int:
+        """At most those of the whole vector and a bitmap: what is sent depends on x."""
+        return 33 * d
+
+    @property
+    def dense(self) -> tuple[float, float]:
+        """Kind 2."""
+        return (2.0, float(self.threshold))
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        return torch.where(x.abs() >= self.threshold, x, 0.0)
+
+
+@dataclass(frozen=True)
+class QSGD(Compressor):
+    """||x||_2 sign(x) n / levels, with n one of the integers next to levels |x| / ||x||_2.
+
+    Which one is drawn. Unbiased: omega = min(d / levels^2, sqrt(d) / levels). Per tensor.
+
+    Args:
+        levels: at least 1.
+        seed: of the rounding, from 0 to 2^64 - 1.
+
+    Source: arXiv:1610.02132.
+    """
+
+    levels: int
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_integer("levels", self.levels, 1)
+        _check_seed(self.seed)
+
+    def omega(self, d: int) -> float:
+        """min(d / levels^2, sqrt(d) / levels)."""
+        return min(d / self.levels**2, math.sqrt(d) / self.levels)
+
+    def bits(self, d: int) -> int:
+        """A float, and a sign and a level per coordinate."""
+        return 32 + d * (1 + self.levels.bit_length())
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        return codec.qsgd(x, self.levels, seed=self.seed, step=step, tensor_id=tensor_id)
+
+
+@dataclass(frozen=True)
+class NaturalCompression(Compressor):
+    """Rounds |x| to one of the next two powers of two, at random. Unbiased: omega = 1 / 8.
+
+    Args:
+        seed: of the rounding, from 0 to 2^64 - 1.
+
+    Source: arXiv:1905.10988.
+    """
+
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+    def omega(self, d: int) -> float:
+        """1 / 8."""
+        return 0.125
+
+    def bits(self, d: int) -> int:
+        """Sign and exponent."""
+        return 9 * d
+
+    def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
+        return codec.natural(x, seed=self.seed, step=step, tensor_id=tensor_id)
+
+
+# ---- the order of elements -----------------------------------------------------------------------
+
+
+def flatten(x: Tensor) -> Tensor:
+    """The elements in the order of memory, real, in the dtype that is computed in."""
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return wide.permute(_order(x)).reshape(-1)
+
+
+def unflatten(like: Tensor, flat: Tensor) -> Tensor:
+    """A new tensor with `like`'s shape, dtype and layout, whose elements in order are `flat`."""
+    out = torch.empty_like(like, memory_format=torch.preserve_format)
+    real = torch.view_as_real(out) if like.is_complex() else out
+    base = torch.view_as_real(like) if like.is_complex() else like
+    order = _order(base)
+    inverse = [order.index(d) for d in range(base.dim())]
+    real.copy_(flat.reshape([base.shape[d] for d in order]).permute(inverse))
+    return out
+
+
+def _order(x: Tensor) -> list[int]:
+    """Dimensions, outermost in memory first."""
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda d: -strides[d])
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _chosen(ratio: float | None, k: int | None, elements: int) -> int:
+    if elements == 0:
+        return 0
+    count = math.ceil(ratio * elements) if ratio is not None else int(k or 0)
+    return min(elements, max(1, count))
+
+
+def _check_count(ratio: object, k: object) -> None:
+    if (ratio is None) == (k is None):
+        raise ValueError(f"give either ratio or k; got ratio={ratio!r}, k={k!r}")
+    if k is not None:
+        _check_integer("k", k, 1)
+    elif isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be in (0, 1]; got {ratio!r}")
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer from 0 to 2^64 - 1; got {seed!r}")
+
+
+def _check_scope(scope: object, scopes: Iterable[str]) -> None:
+    if scope not in tuple(scopes):
+        raise ValueError(f"scope must be one of {', '.join(scopes)}; got {scope!r}")

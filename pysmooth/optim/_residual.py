@@ -1,0 +1,63 @@
+"""What the optimizers with a compressor share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..compressors import Compressor, Select
+from ..engine.recipe import Scope
+from ._base import FusedOptimizer
+from ._validate import check_number
+
+# A residual never takes in what is not finite: there is no "propagate".
+ResidualPolicy = Literal["skip", "raise", "zero"]
+
+
+class CompressedOptimizer(FusedOptimizer):
+    """An optimizer whose rule sends something through a compressor."""
+
+    policies = ("skip", "raise", "zero")
+    compressor: Compressor
+
+    def set_compressor(self, compressor: object, norm_scope: Scope = Scope.GLOBAL) -> None:
+        """Takes the compressor in; `norm_scope` is of the norm that a rule takes after it."""
+        if not isinstance(compressor, Compressor):
+            raise TypeError(f"compressor must be one of pysmooth.compressors; got {compressor!r}")
+        self.compressor = compressor
+        self.stage_scopes = (Scope[compressor.scale_scope.upper()], norm_scope)
+
+    def select_spec(self) -> Select | None:
+        """How coordinates are selected, where they are."""
+        return self.compressor.select
+
+    def codec(self) -> tuple[float, float]:
+        """Kind and parameter of a dense compressor, as csrc/core/codec.h numbers them."""
+        return self.compressor.dense or (0.0, 0.0)
+
+    def form(self) -> str:
+        """How the rule uses the compressor: "dense", "select", or "eager", where no kernel can."""
+        if self.compressor.select is not None:
+            return "select"
+        return "eager" if self.compressor.dense is None else "dense"
+
+    def selections(self) -> tuple[int, int]:
+        """How many top-k selections the steps have made, and how many took a second look.
+
+        A selection looks among the values that a sample lets expect to be large. Rarely these do
+        not hold the k largest, and all values are read again: the result is exact either way.
+        (0, 0) on the eager backend, which sorts.
+        """
+        return (0, 0) if self._engine is None else self._engine.selections()
+
+
+def check_below_one(name: str, value: float | Tensor) -> None:
+    """Refuses what is not in [0, 1)."""
+    if check_number(name, value) >= 1:
+        raise ValueError(f"{name} must be in [0, 1); got {float(value)}")
+
+
+def floats(group: dict[str, Any], *names: str) -> tuple[float, ...]:
+    """The group's values of these names."""
+    return tuple(float(group[name]) for name in names)

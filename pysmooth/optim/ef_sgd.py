@@ -1,0 +1,100 @@
+"""SGD with error feedback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..compressors import Compressor
+from ..engine.recipe import ClipSpec, Recipe
+from ._clip import Backend
+from ._residual import CompressedOptimizer, ResidualPolicy, check_below_one, floats
+from ._validate import check_flag, check_number
+
+
+class EFSGD(CompressedOptimizer):
+    """SGD that moves by a compressed step and remembers what compression lost (EF14, EF-signSGD).
+
+    Equivalent to::
+
+        for p in params:
+            g = p.grad + weight_decay * p
+            if momentum:
+                momentum_buffer = momentum * momentum_buffer + g
+                g = momentum_buffer
+            v = residual + lr * g
+            c = compressor(v)
+            p = p - c
+            residual = v - c
+
+    The residual is in the units of the parameter: it stays right when `lr` changes, and
+    `p - residual` follows plain SGD to rounding. With `lr = 0` nothing is sent and the residual
+    stays.
+
+    State: `residual`, and `momentum_buffer` with momentum, 4 bytes per parameter each (float32 also
+    for 16-bit parameters), 8 for float64; both start from 0. `step`, one number per tensor.
+
+    Args:
+        params: parameters, named parameters, or groups of either; dtypes and layouts as in
+            `pysmooth.ClipSGD`.
+        lr: learning rate, at least 0.
+        compressor: one of `pysmooth.compressors`. `TopK`, `RandK`, `ScaledSign`, `HardThreshold`
+        and
+            `Identity` are fused on the cpu backend; `QSGD` and `NaturalCompression` need
+            `backend="eager"`.
+        momentum: decay rate of the momentum, in [0, 1).
+        weight_decay: coupled: added to the gradient, before momentum and compression; at least 0.
+        maximize: ascend instead of descend.
+        nonfinite: what to do where a gradient is not finite: "skip" the step (it is counted),
+        "raise"
+            `NonFiniteGradientError`, or take such coordinates as "zero". The first two read all
+            gradients once more.
+        backend: "auto", "cpu" or "eager".
+
+    Raises:
+        ValueError: an argument is out of range, parameters share memory or overlap themselves.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend is not available for these parameters or this compressor.
+
+    Source: arXiv:1901.09847, arXiv:1809.07599.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        compressor: Compressor,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        nonfinite: ResidualPolicy = "skip",
+        backend: Backend = "auto",
+    ) -> None:
+        self.set_compressor(compressor)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(
+            params, defaults, scope="global", nonfinite=nonfinite, norm_type=2.0, backend=backend
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses values that make no sense, naming the argument."""
+        check_number("lr", group["lr"])
+        check_number("weight_decay", group["weight_decay"])
+        check_below_one("momentum", group["momentum"])
+        check_flag("maximize", group["maximize"])
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        """The numbers of one group's step."""
+        hyper = (*floats(group, "lr", "momentum", "weight_decay"), *self.codec())
+        momentum = hyper[1] != 0
+        states = ("residual", "momentum_buffer") if momentum else ("residual",)
+        rule = f"ef_sgd_{self.form()}" + ("_momentum" if momentum else "")
+        return Recipe(rule, hyper, states, ClipSpec(maximize=group["maximize"]), counts_steps=True)

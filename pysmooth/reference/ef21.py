@@ -1,0 +1,70 @@
+"""EF21 on one worker, with any number of momenta. Twin of csrc/core/math/ef21.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .staged import Member, Passes
+
+HYPER = ("lr", "eta", "weight_decay", "normalize", "codec", "level")
+
+
+def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+    """Returns the new parameters; updates the estimate and the momenta."""
+    targets = smoothed(members)
+    sent = passes.compress(
+        members, [w - m.states[0] for m, w in zip(members, targets, strict=True)]
+    )
+    out = []
+    for m, c in zip(members, sent, strict=True):
+        lr = m.hyper["lr"]
+        # In two steps, as the fused pass takes them: along the old estimate, then along what came.
+        out.append(m.p * (1 - lr * m.hyper["weight_decay"]) - lr * m.states[0] - lr * c)
+        m.states[0].add_(c)
+    return _step(members, passes, out)
+
+
+def plus(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+    """EF21+: per unit, C(w) where that is closer to w than the estimate h + C(w - h) is."""
+    targets = smoothed(members)
+    estimates = [m.states[0] for m in members]
+    through = passes.compress(members, [w - h for w, h in zip(targets, estimates, strict=True)])
+    moved = [h + c for h, c in zip(estimates, through, strict=True)]
+    direct = passes.compress(members, targets)
+    # Pass 0 has the compressor's scope: the unit that chooses.
+    error = passes.norms(0, members, [w - h for w, h in zip(targets, moved, strict=True)])
+    other = passes.norms(0, members, [w - c for w, c in zip(targets, direct, strict=True)])
+    for m, a, b, h, c in zip(members, error, other, moved, direct, strict=True):
+        m.states[0].copy_(torch.where(b < a, c, h))
+    out = [
+        m.p * (1 - m.hyper["lr"] * m.hyper["weight_decay"]) - m.hyper["lr"] * m.states[0]
+        for m in members
+    ]
+    return _step(members, passes, out)
+
+
+def smoothed(members: Sequence[Member]) -> list[Tensor]:
+    """Updates the momenta; returns what the estimates follow: the last one, or the gradient."""
+    out = []
+    for m in members:
+        w = m.g
+        for buffer in m.states[1:]:
+            eta = m.hyper["eta"]
+            w = buffer.copy_((1 - eta) * buffer + eta * w)
+        out.append(w)
+    return out
+
+
+def _step(members: Sequence[Member], passes: Passes, plain: list[Tensor]) -> list[Tensor]:
+    """The new parameters: `plain`, or for members that normalise a step of length lr."""
+    norms = passes.norms(1, members, [m.states[0] for m in members])
+    out = []
+    for m, norm, p in zip(members, norms, plain, strict=True):
+        lr = m.hyper["lr"]
+        size = torch.where(norm == 0, 0.0, lr / norm)
+        step = m.p * (1 - lr * m.hyper["weight_decay"]) - size * m.states[0]
+        out.append(step if m.hyper["normalize"] else p)
+    return out
