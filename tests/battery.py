@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pysmooth
+from pysmooth.compressors import HardThreshold, Identity, RandK, ScaledSign, TopK
 
 BACKENDS = ("cpu", "eager")
 
@@ -36,6 +37,8 @@ class Entry:
         twin: the torch class that it equals with `twin_kwargs`, or None.
         twin_kwargs: arguments that both classes take.
         dtypes: parameter dtypes.
+        clips: whether it clips the gradient, and so knows `max_norm` and the policy "propagate".
+        counts: whether `step` counts its steps.
         ulp: bound of the error of one step against the float64 oracle, in `units`.
     """
 
@@ -52,6 +55,8 @@ class Entry:
         torch.float16,
         torch.complex64,
     )
+    clips: bool = True
+    counts: bool = False
     ulp: float = 2.0
 
     @property
@@ -172,6 +177,98 @@ REGISTRY: tuple[Entry, ...] = (
             "plain": {"lr": 0.01, "betas": (0.95, 0.98)},
         },
         lambda _: ("exp_avg",),
+    ),
+    Entry(
+        "normalized_sgd",
+        pysmooth.NormalizedSGD,
+        {
+            "main": {"lr": 0.1, "max_norm": 1.0, "weight_decay": 0.1},
+            "plain": {"lr": 0.1, "momentum": 0.0},
+            "tensor": {"lr": 0.1, "scope": "tensor", "eps": 1e-3, "momentum": 0.5},
+            "group": {"lr": 0.1, "scope": "group", "clip": "value", "max_norm": 0.5},
+        },
+        lambda _: ("momentum_buffer",),
+        ulp=4.0,
+    ),
+    Entry(
+        "clip21",
+        pysmooth.Clip21,
+        {"main": {"lr": 0.1, "tau": 2.0, "weight_decay": 0.1}, "tensor": {"scope": "tensor"}},
+        lambda _: ("grad_estimate",),
+        ulp=4.0,
+        clips=False,
+    ),
+    Entry(
+        "clip21_sgd2m",
+        pysmooth.Clip21SGD2M,
+        {
+            "main": {"lr": 0.1, "tau": 2.0, "beta_hat": 0.5, "weight_decay": 0.1},
+            "zero": {"lr": 0.1, "tau": 0.5, "scope": "group", "nonfinite": "zero"},
+        },
+        lambda _: ("grad_estimate", "momentum_buffer"),
+        ulp=4.0,
+        clips=False,
+    ),
+    Entry(
+        "ef_sgd",
+        pysmooth.EFSGD,
+        {
+            "main": {
+                "lr": 0.1,
+                "compressor": TopK(ratio=0.05),
+                "momentum": 0.9,
+                "weight_decay": 0.01,
+            },
+            "top_k_global": {"lr": 0.1, "compressor": TopK(k=40, scope="global")},
+            "top_k_block": {"lr": 0.1, "compressor": TopK(ratio=0.1, scope="block", block_size=64)},
+            "rand_k": {"lr": 0.1, "compressor": RandK(ratio=0.1, seed=3)},
+            "sign": {"lr": 0.1, "compressor": ScaledSign(), "maximize": True},
+            "sign_momentum": {
+                "lr": 0.1,
+                "compressor": ScaledSign(scope="global"),
+                "momentum": 0.5,
+                "nonfinite": "zero",
+            },
+            "threshold": {"lr": 0.1, "compressor": HardThreshold(0.05)},
+        },
+        lambda kwargs: ("residual", *_momentum_buffer(kwargs)),
+        ulp=4.0,
+        clips=False,
+        counts=True,
+    ),
+    Entry(
+        "ef21",
+        pysmooth.EF21,
+        {
+            "main": {
+                "lr": 0.1,
+                "compressor": TopK(ratio=0.05),
+                "eta": 0.3,
+                "normalize": True,
+                "weight_decay": 0.1,
+            },
+            "one_pass": {"lr": 0.1, "compressor": TopK(ratio=0.05), "init": "full"},
+            "one_pass_momentum": {"lr": 0.1, "compressor": TopK(ratio=0.05), "eta": 0.3},
+            "rand_k": {"lr": 0.1, "compressor": RandK(k=5, scaled=False), "init": "zero"},
+            "sign": {"lr": 0.1, "compressor": ScaledSign(), "normalize": True, "scope": "tensor"},
+            "identity": {"lr": 0.1, "compressor": Identity(), "eta": 0.5, "init": "full"},
+        },
+        lambda kwargs: (
+            "grad_estimate",
+            *(("momentum_buffer",) if kwargs.get("eta") is not None else ()),
+        ),
+        ulp=4.0,
+        clips=False,
+        counts=True,
+    ),
+    Entry(
+        "ef21_sgd2m",
+        pysmooth.EF21SGD2M,
+        {"main": {"lr": 0.1, "compressor": TopK(ratio=0.05), "eta": 0.3}},
+        lambda _: ("grad_estimate", "momentum_buffer", "second_momentum_buffer"),
+        ulp=4.0,
+        clips=False,
+        counts=True,
     ),
 )
 

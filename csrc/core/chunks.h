@@ -5,6 +5,7 @@
 // order, which makes every result independent of the number of threads and of who did what.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kLine = 16;      // elements of a sampled line
 constexpr int64_t kDirect = 4096;  // a unit of so few elements is selected from as a whole
-constexpr int64_t kMostLines = 4096;
+constexpr int64_t kMostLines = 512;
 
 double value_of(uint64_t key) {
   double out;
@@ -19,27 +19,50 @@ double value_of(uint64_t key) {
   return out;
 }
 
-// The k-th largest of the keys, 1 <= k <= size; the order of the keys is lost.
-uint64_t kth_largest(std::vector<uint64_t>* keys, int64_t k) {
-  // Magnitudes of candidates share few exponents: one pass over their leading bits leaves little.
-  constexpr int kShift = 48, kBuckets = 1 << (63 - kShift);
-  if (keys->size() > 4096) {
-    static thread_local std::vector<int64_t> histogram;
-    histogram.assign(kBuckets, 0);
-    for (const uint64_t key : *keys) ++histogram[key >> kShift];
-    int64_t above = 0;
-    int bucket = kBuckets - 1;
-    while (above + histogram[static_cast<size_t>(bucket)] < k)
-      above += histogram[static_cast<size_t>(bucket--)];
-    k -= above;
-    const auto wanted = static_cast<uint64_t>(bucket);
-    keys->erase(std::remove_if(keys->begin(), keys->end(),
-                               [&](uint64_t key) { return key >> kShift != wanted; }),
-                keys->end());
-  }
+// The k-th largest of many keys, and how many of its equals belong to the k largest.
+struct Kth {
+  uint64_t key;
+  int64_t ties;
+};
+
+// Of the keys, whose order is lost; 1 <= k <= size.
+Kth kth_of_few(std::vector<uint64_t>* keys, int64_t k) {
   const auto at = keys->begin() + (k - 1);
   std::nth_element(keys->begin(), at, keys->end(), std::greater<>());
-  return *at;
+  const uint64_t key = *at;
+  return {key, k - std::count_if(keys->begin(), at, [key](uint64_t x) { return x > key; })};
+}
+
+// Of keys that each(body) hands to body, none of them below `least`. They lie close together, and
+// the k-th among the least of them: buckets that start there, 1/64 of an octave wide, leave few.
+template <class Each>
+Kth kth_largest(Each each, uint64_t least, int64_t k, std::vector<uint64_t>* scratch) {
+  constexpr int kShift = 46, kBuckets = 1024;
+  const auto bucket_of = [least](uint64_t key) {
+    return std::min<uint64_t>((key - least) >> kShift, kBuckets - 1);
+  };
+  int64_t histogram[kBuckets] = {};
+  each([&](uint64_t key) { ++histogram[bucket_of(key)]; });
+  int bucket = kBuckets - 1;
+  while (histogram[bucket] < k) k -= histogram[bucket--];
+  const auto wanted = static_cast<uint64_t>(bucket);
+  scratch->clear();
+  each([&](uint64_t key) {
+    if (bucket_of(key) == wanted) scratch->push_back(key);
+  });
+  return kth_of_few(scratch, k);
+}
+
+// Of the candidates [first, last) those above the threshold, and the first `ties` equal to it.
+Candidate* keep(const Candidate* first, const Candidate* last, uint64_t threshold, int64_t* ties,
+                Candidate* out) {
+  for (; first != last; ++first) {
+    const uint64_t key = magnitude_key(first->value);
+    *out = *first;  // without a branch: one in four does not stay, and nobody could predict which
+    out += key > threshold ? 1 : 0;
+    if (key == threshold && (*ties)-- > 0) ++out;
+  }
+  return out;
 }
 
 }  // namespace
@@ -57,17 +80,15 @@ int64_t SelectSpec::chosen_of(int64_t elements) const {
   return std::min(elements, std::max<int64_t>(1, count));
 }
 
-void sample_filter(SelectUnit* unit, const std::vector<int64_t>& numels,
-                   const std::vector<char>& active, const ReadValues& read,
-                   std::vector<double>* scratch) {
+void plan_sample(SelectUnit* unit, const std::vector<int64_t>& numels,
+                 const std::vector<char>& active, std::vector<Stretch>* sample) {
   unit->filter = kAnyMagnitude;
   unit->complete = true;
   unit->second_look = false;
+  sample->clear();
   const int64_t d = unit->elements;
   if (d <= kDirect || unit->k == 0) return;
   const int64_t lines = std::clamp<int64_t>(d / 128, 64, kMostLines);
-  scratch->resize(static_cast<size_t>(lines * kLine));
-  double* out = scratch->data();
   size_t slot = unit->first_slot;
   int64_t before = 0;  // elements of the active slots before this one
   for (int64_t line = 0; line < lines; ++line) {
@@ -79,19 +100,16 @@ void sample_filter(SelectUnit* unit, const std::vector<int64_t>& numels,
       if (active[slot]) before += numels[slot];
       ++slot;
     }
-    const int64_t length = std::min(kLine, before + numels[slot] - at);
-    read(slot, at - before, length, false, out);
-    out += length;
+    sample->push_back({slot, at - before, std::min(kLine, before + numels[slot] - at)});
   }
-  scratch->resize(static_cast<size_t>(out - scratch->data()));
-  const auto size = static_cast<int64_t>(scratch->size());
-  const double expected =
-      static_cast<double>(unit->k) / static_cast<double>(d) * static_cast<double>(size);
-  const auto rank = static_cast<int64_t>(expected + 5.0 * std::sqrt(expected) + 8.0);
+}
+
+void set_filter(SelectUnit* unit, std::vector<uint64_t>* keys) {
+  const auto size = static_cast<double>(keys->size());
+  const double expected = static_cast<double>(unit->k) / static_cast<double>(unit->elements) * size;
+  const double rank = std::floor(expected + 5.0 * std::sqrt(expected) + 8.0);
   if (rank >= size) return;
-  std::vector<uint64_t> keys(scratch->size());
-  std::transform(scratch->begin(), scratch->end(), keys.begin(), magnitude_key);
-  const uint64_t key = kth_largest(&keys, rank + 1);
+  const uint64_t key = kth_of_few(keys, static_cast<int64_t>(rank) + 1).key;
   if (key == 0) return;
   unit->filter = value_of(key);
   unit->complete = false;
@@ -120,23 +138,22 @@ bool choose(SelectUnit* unit, const ChunkTable& chunks, const std::vector<char>&
   }
   if (found > candidate_limit(*unit) || (found < unit->k && !unit->complete)) return false;
   if (found <= unit->k) return true;
-  scratch->clear();
-  each_chunk([&](size_t i) {
-    for (const Candidate& c : (*lists)[i]) scratch->push_back(magnitude_key(c.value));
-  });
-  const uint64_t threshold = kth_largest(scratch, unit->k);
-  int64_t ties = unit->k;
-  each_chunk([&](size_t i) {
-    for (const Candidate& c : (*lists)[i]) ties -= magnitude_key(c.value) > threshold ? 1 : 0;
-  });
+  const auto each_key = [&](auto body) {
+    each_chunk([&](size_t i) {
+      for (const Candidate& c : (*lists)[i]) body(magnitude_key(c.value));
+    });
+  };
+  uint64_t least = magnitude_key(unit->filter);
+  if (unit->complete) {
+    least = ~uint64_t{0};
+    each_key([&](uint64_t key) { least = std::min(least, key); });
+  }
+  Kth kth = kth_largest(each_key, least, unit->k, scratch);
   each_chunk([&](size_t i) {
     std::vector<Candidate>& list = (*lists)[i];
-    size_t kept = 0;
-    for (const Candidate& c : list) {
-      const uint64_t key = magnitude_key(c.value);
-      if (key > threshold || (key == threshold && ties-- > 0)) list[kept++] = c;
-    }
-    list.resize(kept);
+    Candidate* const begin = list.data();
+    list.resize(
+        static_cast<size_t>(keep(begin, begin + list.size(), kth.key, &kth.ties, begin) - begin));
   });
   return true;
 }
@@ -155,14 +172,8 @@ int64_t choose_blocks(const SelectSpec& spec, int64_t length, const Candidate* c
     }
     scratch->clear();
     for (int64_t i = first; i < next; ++i) scratch->push_back(magnitude_key(candidates[i].value));
-    const uint64_t threshold = kth_largest(scratch, k);
-    int64_t ties = k;
-    for (int64_t i = first; i < next; ++i)
-      ties -= magnitude_key(candidates[i].value) > threshold ? 1 : 0;
-    for (int64_t i = first; i < next; ++i) {
-      const uint64_t key = magnitude_key(candidates[i].value);
-      if (key > threshold || (key == threshold && ties-- > 0)) out[kept++] = candidates[i];
-    }
+    Kth kth = kth_of_few(scratch, k);
+    kept = keep(candidates + first, candidates + next, kth.key, &kth.ties, out + kept) - out;
   }
   return kept;
 }

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 #include "core/chunks.h"
@@ -35,10 +34,11 @@ struct SelectSpec {
 // Orders finite magnitudes; an infinity comes above them, a NaN above all.
 uint64_t magnitude_key(double value);
 
-// How the selection gets at values: tensor `slot`'s elements [begin, begin + length), widened.
-// `again`: the pass over the values has been made already.
-using ReadValues =
-    std::function<void(size_t slot, int64_t begin, int64_t length, bool again, double* out)>;
+// A few consecutive elements of a slot.
+struct Stretch {
+  size_t slot;
+  int64_t begin, length;
+};
 
 // A unit: consecutive slots. Its members are the active ones.
 struct SelectUnit {
@@ -52,10 +52,13 @@ struct SelectUnit {
 // The least filter: nothing but zeros is below.
 constexpr double kAnyMagnitude = 4.9406564584124654e-324;
 
-// A filter from a sample of the unit's values, read before the pass over them.
-void sample_filter(SelectUnit* unit, const std::vector<int64_t>& numels,
-                   const std::vector<char>& active, const ReadValues& read,
-                   std::vector<double>* scratch);
+// Which elements to sample, before the pass over them; none where the unit is selected from as a
+// whole. The filter is reset to let everything pass.
+void plan_sample(SelectUnit* unit, const std::vector<int64_t>& numels,
+                 const std::vector<char>& active, std::vector<Stretch>* sample);
+
+// The filter that a sample suggests; `keys` are its magnitudes, whose order is lost.
+void set_filter(SelectUnit* unit, std::vector<uint64_t>* keys);
 
 // More candidates than this are not kept: the filter was misled.
 int64_t candidate_limit(const SelectUnit& unit);

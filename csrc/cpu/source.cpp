@@ -5,6 +5,8 @@
 // Values go through a block in L1, which is then folded and filtered. Coordinates that were
 // selected come back one by one.
 
+#include <type_traits>
+
 #include "core/rules.h"
 #include "cpu/fold.h"
 #include "cpu/kernels.h"
@@ -144,11 +146,20 @@ PYSMOOTH_HD void each_block(const ApplyArgs& a, Element element, Block block) {
   if (filled > 0) block(values, filled);
 }
 
+// A filter as the values' type has it: never 0, so that zeros are no candidates.
+template <class C>
+PYSMOOTH_HD C least_of(double filter) {
+  constexpr C kTiny = sizeof(C) == 4 ? static_cast<C>(1.40129846432481707e-45)
+                                     : static_cast<C>(4.9406564584124654e-324);
+  const C least = static_cast<C>(filter);
+  return least < kTiny ? kTiny : least;
+}
+
 // Appends to `out` those of n values that reach the filter; `first` is the index of the first one.
 template <class C>
 PYSMOOTH_HD int collect(const C* values, int n, double filter, int64_t first, Candidate* out) {
   constexpr int W = lanes_of<C>;
-  const C least = static_cast<C>(filter);
+  const C least = least_of<C>(filter);
   int found = 0;
   const auto keep = [&](int i) {
     out[found++] = {static_cast<double>(values[i]), static_cast<uint32_t>(first + i)};
@@ -176,9 +187,51 @@ __attribute__((noinline)) void digest(const C* values, int count, const SourceTa
     result->candidates += collect(values, count, task.filter, first, task.out + result->candidates);
 }
 
+// A pass that only collects: candidates come straight from registers.
+template <class Rule, class P, class G, bool kParam>
+SourceResult filtering_pass(const ApplyArgs& a, const SourceTask& task) {
+  using C = compute_t<P>;
+  using Use = UsePass<Rule, 0, kParam>;
+  constexpr int W = lanes_of<C>;
+  const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
+  const Port<Rule, P, G> port(a);
+  const C least = least_of<C>(task.filter);
+  Candidate* out = task.out;
+  int64_t at[kMaxOperands];
+  for (int64_t& offset : at) offset = a.begin;
+  int64_t i = 0;
+  for (; i + W <= a.length; i += W) {
+    auto x = port.template load<Use>(at, i);
+    const vec<C> value = Rule::template source<0>(x, h);
+    port.template store<Use>(x, at, i);
+    unsigned bits = mask_bits(magnitude<C>(value) >= vec<C>{} + least);
+    if (__builtin_expect(bits != 0, 0)) {
+      alignas(64) C values[W];
+      vector_io<C>::store(values, value);
+      for (; bits != 0; bits &= bits - 1) {
+        const int j = __builtin_ctz(bits);
+        *out++ = {static_cast<double>(values[j]), static_cast<uint32_t>(i + j)};
+      }
+    }
+  }
+  for (; i < a.length; ++i) {
+    int64_t one[kMaxOperands];
+    for (int64_t& offset : one) offset = a.begin + i;
+    auto x = port.template load1_at<Use>(one);
+    const C value = Rule::template source<0>(x, h);
+    port.template store1_at<Use>(x, one);
+    if (value >= least || value <= -least)
+      *out++ = {static_cast<double>(value), static_cast<uint32_t>(i)};
+  }
+  return {0.0, out - task.out};
+}
+
 template <class Rule, int kStage, class P, class G, bool kParam>
 SourceResult pass(const ApplyArgs& a, const SourceTask& task) {
   using C = compute_t<P>;
+  if constexpr (Rule::kSelects && kStage == 0)
+    if (a.layout == nullptr && task.filter >= 0.0)
+      return filtering_pass<Rule, P, G, kParam>(a, task);
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
   SourceResult result;
   int64_t done = 0;
@@ -198,13 +251,25 @@ SourceResult source(const ApplyArgs& a, const SourceTask& task) {
   return pass<Rule, kStage, P, G, true>(a, task);
 }
 
-// For samples and second looks: one element at a time.
+// For samples, which are the hurry, and for second looks.
 template <class Rule, class P, class G>
 void values(const ApplyArgs& a, bool again, double* out) {
   using C = compute_t<P>;
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
   const Port<Rule, P, G> port(a);
-  for (int64_t i = 0; i < a.length; ++i) {
+  int64_t i = 0;
+  if (a.layout == nullptr && !again && std::is_same_v<C, float>) {
+    constexpr int W = lanes_of<C>;
+    int64_t at[kMaxOperands];
+    for (int64_t& offset : at) offset = a.begin;
+    for (; i + W <= a.length; i += W) {
+      auto x = port.template load<UsePass<Rule, 0, true>>(at, i);
+      alignas(64) C values[W];
+      vector_io<C>::store(values, Rule::template source<0>(x, h));
+      for (int j = 0; j < W; ++j) out[i + j] = static_cast<double>(values[j]);
+    }
+  }
+  for (; i < a.length; ++i) {
     int64_t at[kMaxOperands];
     locate(a, a.begin + i, at);
     auto x = port.template load1_at<UsePass<Rule, 0, true>>(at);
@@ -220,6 +285,13 @@ void selected(const ApplyArgs& a, const SelectedTask& task) {
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
   const Port<Rule, P, G> port(a);
   for (int64_t j = 0; j < task.count; ++j) {
+    // Coordinates are far apart, and nothing but us knows which is next.
+    constexpr int64_t kAhead = 16;
+    if (a.layout == nullptr && j + kAhead < task.count) {
+      const int64_t next = a.begin + task.chosen[j + kAhead].index;
+      if constexpr (Use::kStreams.writes_param) __builtin_prefetch(port.param(next), 1);
+      __builtin_prefetch(port.state(0, next), 1);
+    }
     int64_t at[kMaxOperands];
     locate(a, a.begin + task.chosen[j].index, at);
     auto x = port.template load1_at<Use>(at);

@@ -149,12 +149,34 @@ class Stages {
   void sample() {
     if (p_->select.kind != Selector::top_k || blocks()) return;
     each_unit([&](size_t u) {
-      std::vector<double> scratch;
-      const ReadValues reader = [this](size_t t, int64_t begin, int64_t length, bool again,
-                                       double* out) { read(t, begin, length, again, out); };
-      sample_filter(&s_.units[u], s_.numels, s_.active, reader, &scratch);
+      static thread_local std::vector<Stretch> places;
+      static thread_local std::vector<uint64_t> keys;
+      plan_sample(&s_.units[u], s_.numels, s_.active, &places);
+      keys.clear();
+      double values[64];
+      // Each place costs a miss per stream: have several under way.
+      constexpr size_t kAhead = 12;
+      for (size_t j = 0; j < std::min(kAhead, places.size()); ++j) touch(places[j]);
+      for (size_t j = 0; j < places.size(); ++j) {
+        if (j + kAhead < places.size()) touch(places[j + kAhead]);
+        const Stretch& x = places[j];
+        read(x.slot, x.begin, x.length, false, values);
+        for (int64_t i = 0; i < x.length; ++i) keys.push_back(magnitude_key(values[i]));
+      }
+      if (!keys.empty()) set_filter(&s_.units[u], &keys);
       s_.kept[u].store(0, std::memory_order_relaxed);
     });
+  }
+
+  void touch(const Stretch& place) const {
+    const Slot& slot = p_->slots[place.slot];
+    if (slot.layout != nullptr) return;
+    const auto fetch = [&](const void* base, DType dtype) {
+      __builtin_prefetch(static_cast<const char*>(base) + place.begin * itemsize(dtype));
+    };
+    fetch(slot.grad, slot.grad_dtype);
+    for (const void* state : slot.state)
+      if (state != nullptr) fetch(state, slot.param_dtype == DType::f64 ? DType::f64 : DType::f32);
   }
 
   void select() {
