@@ -308,6 +308,8 @@ def plan(**changes: Any) -> _cpu.Plan:
         "scope": 0,
         "policy": 0,
         "norm_type": 2.0,
+        "stage_scopes": [],
+        "select": None,
     }
     return _cpu.Plan(**{**arguments, **changes})
 

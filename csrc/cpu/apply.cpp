@@ -109,9 +109,11 @@ RuleInfo describe() {
   at(DType::f64, DType::f64) = Apply<Rule, double, double>::run;
   at(DType::bf16, DType::bf16) = Apply<Rule, bf16, bf16>::run;
   at(DType::f16, DType::f16) = Apply<Rule, f16, f16>::run;
-  if constexpr (Rule::kReadsGrad) at(DType::f32, DType::bf16) = Apply<Rule, float, bf16>::run;
-  if constexpr (Rule::kReadsGrad && Rule::kStages == 0) {
+  if constexpr (Rule::kReadsGrad) {
+    at(DType::f32, DType::bf16) = Apply<Rule, float, bf16>::run;
     at(DType::f32, DType::f16) = Apply<Rule, float, f16>::run;
+  }
+  if constexpr (Rule::kReadsGrad && Rule::kStages == 0) {
     at(DType::bf16, DType::f32) = Apply<Rule, bf16, float>::run;
     at(DType::f16, DType::f32) = Apply<Rule, f16, float>::run;
     at(DType::f64, DType::f32) = Apply<Rule, double, float>::run;

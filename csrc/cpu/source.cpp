@@ -323,6 +323,7 @@ SourceInfo describe_source() {
     fill<Rule, bf16, bf16>(&info);
     fill<Rule, f16, f16>(&info);
     fill<Rule, float, bf16>(&info);
+    fill<Rule, float, f16>(&info);
   }
   return info;
 }

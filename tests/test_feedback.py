@@ -1,0 +1,468 @@
+"""Error feedback, EF21, Clip21 and normalised momentum: what must hold exactly, or to rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from battery import (
+    BACKENDS,
+    advance,
+    assert_same_bits,
+    assert_unchanged,
+    make_params,
+    record_grads,
+    set_grads,
+    snapshot,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+import pysmooth
+from pysmooth import (
+    EF21,
+    EF21SGD2M,
+    EFSGD,
+    QSGD,
+    Clip21,
+    Clip21SGD2M,
+    EF21Plus,
+    HardThreshold,
+    Identity,
+    NaturalCompression,
+    NormalizedSGD,
+    RandK,
+    ScaledSign,
+    TopK,
+)
+from pysmooth.compressors import Compressor
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+COMPRESSORS: tuple[Compressor, ...] = (
+    TopK(ratio=0.02),
+    TopK(k=9),
+    TopK(ratio=0.05, scope="global"),
+    TopK(ratio=0.1, scope="block", block_size=32),
+    RandK(ratio=0.05, seed=2**40 + 1),
+    RandK(k=3, scaled=False),
+    ScaledSign(),
+    HardThreshold(0.07),
+    Identity(),
+)
+every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+# Some tensors are sampled, some selected from as a whole.
+SHAPES = ((130, 70), (33,), (), (0, 2), (257,), (20000,))
+
+Make = Callable[..., pysmooth.optim._base.FusedOptimizer]
+
+
+def train(
+    make: Make, backend: str, steps: int = 4, *, rows: Sequence[Sequence[Tensor]] | None = None
+) -> tuple[list[Parameter], Any]:
+    params = make_params(SHAPES)
+    optimizer = make(params, backend=backend)
+    advance(optimizer, params, rows or record_grads(params, steps))
+    return params, optimizer
+
+
+def states(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+    return [value for p in params for value in optimizer.state[p].values() if p.numel()]
+
+
+@every_compressor
+@pytest.mark.parametrize(
+    ("cls", "kwargs"),
+    [
+        (EFSGD, {}),
+        (EFSGD, {"momentum": 0.9, "weight_decay": 0.01}),
+        (EF21, {}),
+        (EF21, {"eta": 0.3, "init": "full"}),
+        (EF21, {"normalize": True, "init": "zero", "weight_decay": 0.1}),
+        (EF21, {"normalize": True, "eta": 0.3}),
+        (EF21SGD2M, {"eta": 0.3}),
+    ],
+)
+def test_fused_equals_eager(cls: Any, kwargs: dict[str, Any], compressor: Compressor) -> None:
+    """To the bit in what is selected; a mean over numbers is summed in another order."""
+
+    def make(params: Any, backend: str) -> Any:
+        return cls(params, 0.1, compressor, backend=backend, **kwargs)
+
+    fused, a = train(make, "cpu")
+    eager, b = train(make, "eager")
+    for x, y in zip(fused + states(a, fused), eager + states(b, eager), strict=True):
+        torch.testing.assert_close(x.detach(), y.detach(), rtol=2e-6, atol=2e-6)
+    if compressor.select is not None and not kwargs.get("normalize"):
+        assert_same_bits(states(a, fused), states(b, eager))
+
+
+# ---- error feedback ------------------------------------------------------------------------------
+
+
+@every_backend
+@every_compressor
+def test_parameter_minus_residual_follows_sgd(compressor: Compressor, backend: str) -> None:
+    """Also when the learning rate changes: the residual is in the parameter's units."""
+    if isinstance(compressor, RandK) and compressor.scaled:
+        compressor = RandK(ratio=0.05, scaled=False)  # else no contraction: the residual explodes
+    params, plain = make_params(SHAPES, torch.float64), make_params(SHAPES, torch.float64)
+    optimizer = EFSGD(params, 0.1, compressor, backend=backend)
+    sgd = torch.optim.SGD(plain, 0.1)
+    for i, row in enumerate(record_grads(params, 6)):
+        for group in (*optimizer.param_groups, *sgd.param_groups):
+            group["lr"] = 0.1 / (i + 1)
+        advance(optimizer, params, [row])
+        advance(sgd, plain, [row])
+    for p, q in zip(params, plain, strict=True):
+        shadow = p.detach() - optimizer.state[p]["residual"]
+        torch.testing.assert_close(shadow, q.detach(), rtol=1e-12, atol=1e-12)
+
+
+@every_backend
+@every_compressor
+def test_lr_zero_sends_nothing(compressor: Compressor, backend: str) -> None:
+    params = make_params(SHAPES)
+    optimizer = EFSGD(params, 0.1, compressor, backend=backend)
+    rows = record_grads(params, 3)
+    advance(optimizer, params, rows[:2])
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in params]
+    kept = [optimizer.state[p]["residual"].clone() for p in params]
+    advance(optimizer, params, rows[2:])
+    assert_same_bits(params, before)
+    assert_same_bits([optimizer.state[p]["residual"] for p in params], kept)
+
+
+@every_backend
+@pytest.mark.parametrize("lr_of_other", [0.0, 0.3])
+def test_groups_share_one_global_selection(backend: str, lr_of_other: float) -> None:
+    a, b = Parameter(torch.zeros(4)), Parameter(torch.zeros(2))
+    optimizer = EFSGD(
+        [{"params": [a]}, {"params": [b], "lr": lr_of_other}],
+        0.1,
+        TopK(k=2, scope="global"),
+        backend=backend,
+    )
+    set_grads([a, b], [torch.tensor([1.0, 5.0, 3.0, 0.0]), torch.tensor([4.0, 0.5])])
+    optimizer.step()
+    if lr_of_other:
+        assert torch.count_nonzero(a) == 1
+        assert b.tolist() == pytest.approx([-1.2, 0])
+    else:
+        assert a.tolist() == pytest.approx([0, -0.5, -0.3, 0])
+        assert b.tolist() == [0, 0]
+
+
+@every_backend
+@pytest.mark.parametrize("make", [EFSGD, EF21, Clip21, Clip21SGD2M])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_never_reaches_a_residual(make: Any, value: float, backend: str) -> None:
+    extra = () if make in (Clip21, Clip21SGD2M) else (TopK(k=2),)
+    params = make_params([(40,), (7,)])
+    rows = record_grads(params, 2)
+    optimizer = make(params, 0.1, *extra, backend=backend)
+    zeroing = make(
+        copy := make_params([(40,), (7,)]), 0.1, *extra, nonfinite="zero", backend=backend
+    )
+    advance(optimizer, params, rows[:1])
+    advance(zeroing, copy, rows[:1])
+    before = snapshot(optimizer)
+    rows[1][0][3] = value
+    advance(optimizer, params, rows[1:])
+    assert_unchanged(optimizer, before)
+    assert optimizer.skipped_steps() == 1
+
+    advance(zeroing, copy, rows[1:])
+    rows[1][0][3] = 0.0
+    advance(optimizer, params, rows[1:])
+    assert_same_bits(params, copy)
+    assert_same_bits(states(optimizer, params), states(zeroing, copy))
+    with pytest.raises(ValueError, match="nonfinite must be one of skip, raise, zero"):
+        make(params, 0.1, *extra, nonfinite="propagate", backend=backend)
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+
+def adversarial(kind: str, n: int) -> Tensor:
+    """Gradients on which a sample misleads, or everything is equal."""
+    gen = torch.Generator().manual_seed(1)
+    if kind == "all equal":
+        return torch.ones(n) * (torch.rand(n, generator=gen) > 0.5).float().mul(2).sub(1)
+    if kind == "few":
+        return torch.where(torch.arange(n) < 100, torch.arange(n).float(), 0.0)
+    if kind == "in one place":
+        g = torch.randn(n, generator=gen) * 1e-4
+        g[1000 : 1000 + n // 50] += 1
+        return g
+    if kind == "two values":
+        return torch.where(torch.rand(n, generator=gen) < 0.02, 1.0, 0.5)
+    return torch.exp(4 * torch.randn(n, generator=gen))  # heavy tails
+
+
+@pytest.mark.parametrize("kind", ["all equal", "few", "in one place", "two values", "heavy"])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cls", [EFSGD, EF21])
+def test_selection_is_exact(cls: Any, kind: str, scope: Any, dtype: torch.dtype) -> None:
+    results = []
+    for backend, threads in (("cpu", 1), ("cpu", 3), ("eager", 2)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        params = [Parameter(torch.zeros(n, dtype=dtype)) for n in (100_000, 40_001, 70)]
+        optimizer = cls(params, 0.1, TopK(ratio=0.01, scope=scope), backend=backend)
+        for _ in range(2):
+            set_grads(params, [adversarial(kind, p.numel()) for p in params])
+            optimizer.step()
+        torch.set_num_threads(before)
+        results.append([p.detach() for p in params] + states(optimizer, params))
+        if backend == "cpu":
+            made, again = optimizer.selections()
+            assert made == (2 if scope == "global" else 6)
+            assert again > 0 if kind == "all equal" else again <= made
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+def test_ordinary_gradients_need_no_second_look() -> None:
+    params = [Parameter(torch.zeros(60_000)), Parameter(torch.zeros(300, 300))]
+    optimizer = EFSGD(params, 0.1, TopK(ratio=0.01))
+    gen = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=gen)
+        optimizer.step()
+    assert optimizer.selections() == (40, 0)
+
+
+def test_zeros_are_never_selected() -> None:
+    p = Parameter(torch.full((9000,), -0.0))
+    p.grad = torch.zeros(9000)
+    p.grad[5] = 1.0
+    optimizer = EFSGD([p], 0.1, TopK(k=3))
+    optimizer.step()
+    assert torch.count_nonzero(p) == 1
+    assert bool(torch.signbit(p.detach()[:5]).all())
+
+
+# ---- EF21 ----------------------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("eta", [None, 0.25])
+def test_ef21_with_identity_is_sgd(eta: float | None, backend: str) -> None:
+    params, plain = make_params(SHAPES, torch.float64), make_params(SHAPES, torch.float64)
+    optimizer = EF21(params, 0.1, Identity(), eta=eta, init="zero", backend=backend)
+    momentum = {} if eta is None else {"momentum": 1 - eta, "dampening": 1 - eta}
+    sgd = torch.optim.SGD(plain, 0.1, **momentum)
+    rows = record_grads(params, 5)
+    if eta is not None:  # torch starts its buffer from the first gradient
+        for p in plain:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    advance(optimizer, params, rows)
+    advance(sgd, plain, rows)
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-13)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "compressor", [TopK(k=5), ScaledSign(), RandK(k=7, scaled=False)], ids=repr
+)
+def test_normalised_steps_have_length_lr(compressor: Compressor, backend: str) -> None:
+    params = make_params(SHAPES, torch.float64)
+    optimizer = EF21(params, 0.3, compressor, normalize=True, backend=backend)
+    for row in record_grads(params, 4):
+        before = [p.detach().clone() for p in params]
+        advance(optimizer, params, [row])
+        moved = torch.stack(
+            [(p.detach() - b).norm() for p, b in zip(params, before, strict=True)]
+        ).norm()
+        assert float(moved) == pytest.approx(0.3, rel=1e-9)
+
+
+@every_backend
+def test_norm_zero_moves_nothing(backend: str) -> None:
+    for make in (
+        lambda p: EF21(p, 0.3, TopK(k=1), normalize=True, backend=backend),
+        lambda p: NormalizedSGD(p, 0.3, backend=backend),
+    ):
+        params = make_params([(5,), (3,)])
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        make(params).step()
+        assert_same_bits(params, before)
+
+
+@every_backend
+@pytest.mark.parametrize("init", ["compressed", "full", "zero"])
+def test_ef21_init(init: Any, backend: str) -> None:
+    p = Parameter(torch.zeros(4))
+    p.grad = torch.tensor([4.0, -3.0, 2.0, 1.0])
+    optimizer = EF21([p], 1.0, TopK(k=1), eta=0.5, init=init, backend=backend)
+    optimizer.step()
+    estimate = optimizer.state[p]["grad_estimate"].tolist()
+    momentum = optimizer.state[p]["momentum_buffer"].tolist()
+    assert momentum == ([2, -1.5, 1, 0.5] if init == "zero" else [4, -3, 2, 1])
+    expected = {"compressed": [4, 0, 0, 0], "full": [4, -3, 2, 1], "zero": [2, 0, 0, 0]}
+    assert estimate == expected[init]
+    assert p.tolist() == [-x for x in estimate]
+
+
+def test_ef21_plus_takes_the_better_message() -> None:
+    p = Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = EF21Plus([p], 1.0, TopK(k=1), backend="eager")
+    for grad, expected in (
+        ([4.0, 3.0], [4.0, 0.0]),  # equal at first: EF21's
+        ([4.0, 3.0], [4.0, 3.0]),  # the estimate completes itself
+        ([0.0, 9.0], [0.0, 9.0]),  # top-k of the gradient itself is exact here
+    ):
+        p.grad = torch.tensor(grad, dtype=torch.float64)
+        optimizer.step()
+        assert optimizer.state[p]["grad_estimate"].tolist() == expected
+
+
+def quadratic(cls: Any, lr: float, steps: int, **kwargs: Any) -> list[float]:
+    """The divergence example for top-1 without feedback: three clients' sum, on one worker."""
+    rows = torch.tensor([[-3.0, 2, 2], [2, -3, 2], [2, 2, -3]], dtype=torch.float64)
+    p = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = cls([p], lr, TopK(k=1), **kwargs)
+    norms = []
+    for _ in range(steps):
+        loss = ((rows @ p) ** 2).sum() / 3 + p.square().sum() / 4
+        optimizer.zero_grad()
+        loss.backward()
+        assert p.grad is not None
+        norms.append(float(p.grad.norm()))
+        optimizer.step()
+    return norms
+
+
+@every_backend
+def test_feedback_converges(backend: str) -> None:
+    assert quadratic(EF21, 0.01, 3000, backend=backend)[-1] < 1e-9
+    assert quadratic(EFSGD, 0.01, 3000, backend=backend)[-1] < 1e-9
+
+
+# ---- Clip21 --------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_clip21_without_a_clip_is_sgd(backend: str) -> None:
+    params, plain = make_params(SHAPES), make_params(SHAPES)
+    rows = record_grads(params, 4)
+    advance(Clip21SGD2M(params, 0.1, math.inf, 1.0, 1.0, backend=backend), params, rows)
+    advance(torch.optim.SGD(plain, 0.1), plain, rows)
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6)
+
+
+@every_backend
+def test_clip21_stops_clipping(backend: str) -> None:
+    """Each step brings the estimate closer by tau; then it is the gradient."""
+    p = Parameter(torch.zeros(2, dtype=torch.float64))
+    grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    optimizer = Clip21([p], 0.1, 2.0, backend=backend)
+    for expected in (2.0, 4.0, 5.0, 5.0):
+        p.grad = grad.clone()
+        optimizer.step()
+        estimate = optimizer.state[p]["grad_estimate"]
+        assert float(estimate.norm()) == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(optimizer.state[p]["grad_estimate"], grad)
+
+
+def test_clip21_noise_stays_with_the_server() -> None:
+    """server - worker is beta_hat times the sum of the noise; without noise they are equal."""
+    params, quiet = make_params(SHAPES, torch.float64), make_params(SHAPES, torch.float64)
+    kwargs: dict[str, Any] = {"tau": 0.5, "beta": 0.3, "beta_hat": 0.2, "backend": "eager"}
+    optimizer = Clip21SGD2M(params, 0.0, noise_std=2.0, seed=7, **kwargs)
+    plain = Clip21SGD2M(quiet, 0.0, **kwargs)
+    rows = record_grads(params, 30)
+    advance(optimizer, params, rows)
+    advance(plain, quiet, rows)
+    noise = []
+    for p, q in zip(params, quiet, strict=True):
+        state = optimizer.state[p]
+        torch.testing.assert_close(state["grad_estimate"], plain.state[q]["grad_estimate"])
+        noise.append((state["server_estimate"] - state["grad_estimate"]).flatten())
+    drawn = torch.cat(noise) / (0.2 * 2.0 * math.sqrt(30))
+    assert abs(float(drawn.std()) - 1) < 5 / math.sqrt(2 * len(drawn))
+    assert abs(float(drawn.mean())) < 5 / math.sqrt(len(drawn))
+
+
+# ---- normalised momentum -------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
+def test_normalized_sgd(scope: Any, backend: str) -> None:
+    params = make_params([(30,), (4, 5), (6,)], torch.float64)
+    plain = [p.detach().clone() for p in params]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = NormalizedSGD(groups, 0.1, momentum=0.7, scope=scope, backend=backend)
+    units = {"global": [[0, 1, 2]], "group": [[0, 1], [2]], "tensor": [[0], [1], [2]]}[scope]
+    momentum: list[Tensor] = []
+    for row in record_grads(params, 4):
+        advance(optimizer, params, [row])
+        momentum = [0.7 * m + 0.3 * g for m, g in zip(momentum or row, row, strict=True)]
+        for unit in units:
+            norm = torch.stack([momentum[i].norm() for i in unit]).norm()
+            for i in unit:
+                plain[i] -= 0.1 * momentum[i] / norm
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-13)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda p: EFSGD(p, 0.1, "top_k"), TypeError, "compressor must be one of"),
+        (lambda p: EFSGD(p, -1.0, Identity()), ValueError, "lr must be at least 0"),
+        (lambda p: EFSGD(p, 0.1, Identity(), momentum=1.0), ValueError, "momentum must be in"),
+        (lambda p: EF21(p, 0.1, Identity(), eta=0.0), ValueError, "eta must be greater than 0"),
+        (lambda p: EF21(p, 0.1, Identity(), eta=1.5), ValueError, "eta must be in"),
+        (lambda p: EF21(p, 0.1, Identity(), init="none"), ValueError, "init must be one of"),
+        (lambda p: EF21(p, 0.1, Identity(), normalize=1), TypeError, "normalize must be True"),
+        (lambda p: Clip21(p, 0.1, 0.0), ValueError, "tau must be greater than 0"),
+        (lambda p: Clip21SGD2M(p, 0.1, 1.0, 1.5), ValueError, "beta must be in"),
+        (lambda p: Clip21SGD2M(p, 0.1, 1.0, 0.5, 0.0), ValueError, "beta_hat must be greater"),
+        (lambda p: Clip21SGD2M(p, noise_std=-1.0), ValueError, "noise_std must be at least 0"),
+        (lambda p: Clip21SGD2M(p, seed=-1), ValueError, "seed must be"),
+        (lambda p: NormalizedSGD(p, momentum=1.0), ValueError, "momentum must be less than 1"),
+        (lambda p: EFSGD(p, 0.1, QSGD(4)), pysmooth.BackendError, "no kernel for 'ef_sgd_eager'"),
+        (lambda p: EF21Plus(p, 0.1, TopK(k=1)), pysmooth.BackendError, "no kernel for 'ef21_plus'"),
+        (lambda p: Clip21SGD2M(p, noise_std=1.0), pysmooth.BackendError, "backend='eager'"),
+    ],
+)
+def test_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(make_params([(3,)]))
+
+
+def test_block_that_divides_no_chunk() -> None:
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = EFSGD([p], 0.1, TopK(k=1, scope="block", block_size=1000))
+    with pytest.raises(TypeError, match="block_size 1000 does not divide"):
+        optimizer.step()
+    assert p.tolist() == [1, 1, 1]
+    assert len(optimizer.state) == 0
+
+
+@pytest.mark.parametrize("compressor", [QSGD(8, seed=3), NaturalCompression()], ids=repr)
+def test_random_rounding_on_the_eager_backend(compressor: Compressor) -> None:
+    params = make_params([(500,)], torch.float64)
+    plain = make_params([(500,)], torch.float64)
+    rows = record_grads(params, 5)
+    optimizer = EFSGD(params, 0.01, compressor, backend="eager")
+    advance(optimizer, params, rows)
+    advance(torch.optim.SGD(plain, 0.01), plain, rows)
+    shadow = params[0].detach() - optimizer.state[params[0]]["residual"]
+    torch.testing.assert_close(shadow, plain[0].detach(), rtol=1e-12, atol=1e-13)
