@@ -57,16 +57,18 @@ def run(
     set_threads(threads)
     if dtype not in DTYPES:
         raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}", param_hint="--dtype")
-    known_rivals = [*rivals.RIVALS, rivals.COMPILED]
+    known_rivals = list(rivals.NAMES)
     options = Options(dtype=dtype, device=device, rounds=rounds)
     if full:
         options.models = GPU_MODELS if device.startswith("cuda") else CPU_MODELS
         options.compile_models = options.models
-        options.seconds, options.compile_reserve = 5400.0, 0.0
+        options.seconds, options.compile_reserve, options.every_method = 7200.0, 0.0, True
     if quick:
         options.models, options.compile_models = ["resnet20", "many-tiny"], []
         options.end_to_end_seconds, options.rounds = 6.0, 5
     options.methods = _pick("--methods", methods, list(METHODS), options.methods)
+    if methods is not None:  # asked for by name
+        options.every_method, options.seconds, options.compile_reserve = True, 7200.0, 0.0
     options.models = _pick("--models", models, list(MODELS), options.models)
     options.rivals = _pick("--rivals", rivals_, known_rivals, options.rivals)
     if not end_to_end or device != "cpu":

@@ -15,9 +15,11 @@ from torch.nn.utils import clip_grad_norm_ as torch_clip
 
 import pysmooth
 from pysmooth.engine import available_backends
+from pysmooth.optim._base import FusedOptimizer
 
-from . import rivals
+from . import rivals, written
 from .rivals import Problem, Step
+from .written import Written
 
 Pass = tuple[int, int]
 
@@ -32,7 +34,9 @@ class Method:
     rivals: dict[str, Callable[[Problem], Step]]
     momentum: float = 0.0
     clips: bool = False  # whether the norm exceeds max_norm
-    compiles: bool = False  # whether the compiled hand-written step does the same work
+    compiled: Callable[[Problem], tuple[Step, float]] | None = None  # with seconds to compile
+    states: int = 0
+    models: tuple[str, ...] | None = None  # in a default run; None: all
 
     @property
     def streams(self) -> int:
@@ -45,6 +49,16 @@ def _clip_sgd(problem: Problem) -> tuple[Step, str]:
         problem.params, problem.lr, momentum=problem.momentum, max_norm=problem.max_norm
     )
     return optimizer.step, optimizer.resolved_backend
+
+
+def _optimizer(
+    make: Callable[[Problem], FusedOptimizer],
+) -> Callable[[Problem], tuple[Step, str]]:
+    def ours(problem: Problem) -> tuple[Step, str]:
+        optimizer = make(problem)
+        return optimizer.step, optimizer.resolved_backend
+
+    return ours
 
 
 def _clip(problem: Problem) -> tuple[Step, str]:
@@ -68,15 +82,117 @@ METHODS = {
     for m in (
         Method("clip_grad_norm (nothing clipped)", ((0, 1),), _clip, _CLIP_RIVALS),
         Method("clip_grad_norm (clipped)", ((0, 1), (1, 0)), _clip, _CLIP_RIVALS, clips=True),
-        Method("clip_sgd", ((0, 1), (1, 1)), _clip_sgd, rivals.RIVALS, compiles=True, clips=True),
+        Method(
+            "clip_sgd",
+            ((0, 1), (1, 1)),
+            _clip_sgd,
+            rivals.RIVALS,
+            compiled=rivals.compiled,
+            clips=True,
+        ),
         Method(
             "clip_sgd_momentum",
             ((0, 1), (2, 1)),
             _clip_sgd,
             rivals.RIVALS,
             momentum=0.9,
-            compiles=True,
+            compiled=rivals.compiled,
             clips=True,
+            states=1,
+        ),
+        Method(
+            "clip_adagrad",
+            ((0, 1), (2, 1)),
+            _optimizer(lambda p: pysmooth.Adagrad(p.params, p.lr, eps=1e-10, max_norm=p.max_norm)),
+            {
+                "torch for-loop": rivals.torch_adagrad(foreach=False, fused=False),
+                "torch foreach": rivals.torch_adagrad(foreach=True),
+                "torch fused": rivals.torch_adagrad(fused=True),
+            },
+            compiled=Written(written.adagrad, 1).compiled,
+            clips=True,
+            states=1,
+            models=("gpt2-124m",),
+        ),
+        Method(
+            "clip_adamw",
+            ((0, 1), (3, 1)),
+            _optimizer(
+                lambda p: pysmooth.AdamW(p.params, p.lr, weight_decay=0.01, max_norm=p.max_norm)
+            ),
+            {
+                "torch for-loop": rivals.torch_adamw(foreach=False, fused=False),
+                "torch foreach": rivals.torch_adamw(foreach=True),
+                "torch fused": rivals.torch_adamw(fused=True),
+            },
+            compiled=Written(written.adamw, 2).compiled,
+            clips=True,
+            states=2,
+            models=("gpt2-124m",),
+        ),
+        Method(
+            "signum",
+            ((2, 1),),
+            _optimizer(lambda p: pysmooth.Signum(p.params, p.lr)),
+            {
+                rivals.EAGER: Written(written.signum_loop, 1).eager,
+                "torch foreach": Written(written.signum, 1).eager,
+            },
+            compiled=Written(written.signum, 1).compiled,
+            states=1,
+            models=("gpt2-124m",),
+        ),
+        # The rivals of what follows do not look for non-finite numbers: "zero" is the policy that
+        # costs no pass of its own.
+        Method(
+            "ef_sgd-scaled-sign",
+            ((1, 1), (2, 0)),
+            _optimizer(
+                lambda p: pysmooth.EFSGD(p.params, p.lr, pysmooth.ScaledSign(), nonfinite="zero")
+            ),
+            {rivals.EAGER: Written(written.ef_sign, 1).eager},
+            compiled=Written(written.ef_sign, 1).compiled,
+            states=1,
+            models=(),
+        ),
+        Method(
+            "ef_sgd-top-k",
+            ((1, 1),),
+            _optimizer(
+                lambda p: pysmooth.EFSGD(
+                    p.params, p.lr, pysmooth.TopK(ratio=written.RATIO), nonfinite="zero"
+                )
+            ),
+            {
+                rivals.EAGER: Written(written.ef_top_k, 1).eager,
+                rivals.IN_PLACE: Written(written.ef_top_k_in_place, 1).eager,
+            },
+            states=1,
+            models=(),
+        ),
+        Method(
+            "ef21-top-k",
+            ((1, 2),),
+            _optimizer(
+                lambda p: pysmooth.EF21(
+                    p.params, p.lr, pysmooth.TopK(ratio=written.RATIO), nonfinite="zero"
+                )
+            ),
+            {rivals.EAGER: Written(written.ef21_top_k, 1).eager},
+            states=1,
+            models=(),
+        ),
+        Method(
+            "clip21_sgd2m",
+            ((1, 2), (2, 1)),
+            _optimizer(
+                lambda p: pysmooth.Clip21SGD2M(p.params, p.lr, p.max_norm, nonfinite="zero")
+            ),
+            {rivals.EAGER: Written(written.clip21_sgd2m, 2).eager},
+            compiled=Written(written.clip21_sgd2m, 2).compiled,
+            clips=True,
+            states=2,
+            models=(),
         ),
     )
 }

@@ -19,6 +19,8 @@ COLORS = {
     "torch foreach": "#8fa3c0",
     "torch fused": "#4a6fa5",
     "torch.compile": "#c8713b",
+    "eager": "#d9d2c5",
+    "eager, in place": "#b5a68d",
 }
 OURS = "#2a9d6f"
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,9 +109,30 @@ def deepspeed_left_out() -> str:
     return "DeepSpeed: its CPU optimizers are Adam, Adagrad and Lion; it has no SGD to compare with"
 
 
+def _torch_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Step:
+    def step() -> None:
+        clip_grad_norm_(problem.params, problem.max_norm)
+        optimizer.step()
+
+    return step
+
+
+def torch_adagrad(**kind: Any) -> Callable[[Problem], Step]:
+    """torch.optim.Adagrad after clip_grad_norm_."""
+    return lambda p: _torch_step(p, torch.optim.Adagrad(p.params, lr=p.lr, **kind))
+
+
+def torch_adamw(**kind: Any) -> Callable[[Problem], Step]:
+    """torch.optim.AdamW after clip_grad_norm_."""
+    return lambda p: _torch_step(p, torch.optim.AdamW(p.params, lr=p.lr, weight_decay=0.01, **kind))
+
+
 RIVALS: dict[str, Callable[[Problem], Step]] = {
     "torch for-loop": torch_loop,
     "torch foreach": torch_foreach,
     "torch fused": torch_fused,
 }
 COMPILED = "torch.compile"
+EAGER = "eager"
+IN_PLACE = "eager, in place"
+NAMES = [*RIVALS, EAGER, IN_PLACE, COMPILED]

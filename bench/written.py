@@ -1,0 +1,172 @@
+"""Steps written by hand in plain torch: where torch has no optimizer, and for torch.compile.
+
+Each is a function of lists: parameters, gradients, and one list per state. Dense ones use foreach
+ops, in the form that was seen to compile to fast code.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._inductor import config as inductor_config
+
+from .rivals import Problem, Step
+
+Lists = Sequence[list[Tensor]]
+Function = Callable[[list[Tensor], list[Tensor], Lists, float, float], None]
+
+RATIO = 0.01  # of top-k
+
+
+@dataclass(frozen=True)
+class Written:
+    """A step: step(params, grads, states, lr, max_norm), and how many state lists it keeps."""
+
+    step: Function
+    states: int
+
+    def eager(self, problem: Problem) -> Step:
+        """The step as it is."""
+        return self._bound(problem, self.step)
+
+    def compiled(self, problem: Problem) -> tuple[Step, float]:
+        """Under torch.compile(fullgraph=True), with the seconds it took to compile."""
+        torch._dynamo.reset()
+        # What it takes on a machine that has not compiled this before.
+        inductor_config.force_disable_caches = True
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+        function = torch.compile(self.step, fullgraph=True, dynamic=False)
+        step = self._bound(problem, function)
+        start = time.perf_counter()
+        step()
+        return step, time.perf_counter() - start
+
+    def _bound(self, problem: Problem, function: Function) -> Step:
+        params = [p.detach() for p in problem.params]
+        states = [[torch.zeros_like(p) for p in params] for _ in range(self.states)]
+
+        def step() -> None:
+            grads = [p.grad for p in problem.params if p.grad is not None]
+            with torch.no_grad():
+                function(params, grads, states, problem.lr, problem.max_norm)
+
+        return step
+
+
+def _clipped(grads: list[Tensor], max_norm: float) -> list[Tensor]:
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return list(torch._foreach_mul(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0)))
+
+
+def adagrad(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Clip and AdaGrad."""
+    (sums,) = states
+    g = _clipped(grads, max_norm)
+    torch._foreach_addcmul_(sums, g, g)
+    roots = torch._foreach_add(torch._foreach_sqrt(sums), 1e-10)
+    torch._foreach_addcdiv_(params, g, roots, value=-lr)
+
+
+def adamw(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Clip and AdamW; the bias corrections of a late step, which are 1."""
+    first, second = states
+    g = _clipped(grads, max_norm)
+    torch._foreach_mul_(params, 1 - lr * 0.01)
+    torch._foreach_lerp_(first, g, 0.1)
+    torch._foreach_mul_(second, 0.999)
+    torch._foreach_addcmul_(second, g, g, 0.001)
+    roots = torch._foreach_add(torch._foreach_sqrt(second), 1e-8)
+    torch._foreach_addcdiv_(params, first, roots, value=-lr)
+
+
+def signum(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Signum."""
+    (momentum,) = states
+    torch._foreach_mul_(momentum, 0.9)
+    torch._foreach_add_(momentum, grads, alpha=0.1)
+    torch._foreach_add_(params, torch._foreach_sign(momentum), alpha=-lr)
+
+
+def signum_loop(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Signum, one tensor at a time."""
+    for p, g, m in zip(params, grads, states[0], strict=True):
+        m.mul_(0.9).add_(g, alpha=0.1)
+        p.sub_(lr * torch.sign(m))
+
+
+def ef_sign(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Error feedback with the scaled sign, one tensor at a time."""
+    for p, g, e in zip(params, grads, states[0], strict=True):
+        v = e + lr * g
+        c = v.abs().mean() * torch.where(v >= 0, 1.0, -1.0)
+        p.sub_(c)
+        e.copy_(v - c)
+
+
+def ef_top_k(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Error feedback with top-k, as one writes it down."""
+    for p, g, e in zip(params, grads, states[0], strict=True):
+        v = (e + lr * g).flatten()
+        chosen = torch.topk(v.abs(), math.ceil(RATIO * v.numel())).indices
+        c = torch.zeros_like(v)
+        c[chosen] = v[chosen]
+        p.sub_(c.view_as(p))
+        e.copy_((v - c).view_as(e))
+
+
+def ef_top_k_in_place(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """The same with the fewest passes that torch ops allow: only chosen coordinates are written."""
+    for p, g, e in zip(params, grads, states[0], strict=True):
+        v = e.add_(g, alpha=lr).view(-1)
+        k = math.ceil(RATIO * v.numel())
+        chosen = torch.topk(v.abs(), k, sorted=False).indices
+        p.view(-1).index_add_(0, chosen, v[chosen], alpha=-1)
+        v.index_fill_(0, chosen, 0.0)
+
+
+def ef21_top_k(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """EF21 with top-k, one tensor at a time."""
+    for p, g, h in zip(params, grads, states[0], strict=True):
+        d = (g - h).view(-1)
+        k = math.ceil(RATIO * d.numel())
+        chosen = torch.topk(d.abs(), k, sorted=False).indices
+        h.view(-1).index_add_(0, chosen, d[chosen])
+        p.sub_(h, alpha=lr)
+
+
+def clip21_sgd2m(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Clip21-SGD2M, one tensor at a time around one norm."""
+    momentum, estimates = states
+    distances = []
+    for g, v, h in zip(grads, momentum, estimates, strict=True):
+        v.mul_(0.9).add_(0.1 * g)
+        distances.append(v - h)
+    norm = torch.sqrt(torch.stack([(d * d).sum() for d in distances]).sum())
+    coef = torch.clamp(max_norm / norm, max=1.0)
+    for p, h, d in zip(params, estimates, distances, strict=True):
+        h.add_(coef * d)
+        p.sub_(lr * h)
