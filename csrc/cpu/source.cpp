@@ -187,7 +187,20 @@ __attribute__((noinline)) void digest(const C* values, int count, const SourceTa
     result->candidates += collect(values, count, task.filter, first, task.out + result->candidates);
 }
 
-// A pass that only collects: candidates come straight from registers.
+// Appends the values whose bits are set in `words`, 64 to a word.
+template <class C>
+__attribute__((noinline)) Candidate* extract(const C* values, const uint64_t* words, int count,
+                                             int64_t first, Candidate* out) {
+  for (int w = 0; w < count; ++w)
+    for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1) {
+      const int i = 64 * w + __builtin_ctzll(bits);
+      *out++ = {static_cast<double>(values[i]), static_cast<uint32_t>(first + i)};
+    }
+  return out;
+}
+
+// A pass that only collects. Nobody can predict where the candidates are: the streams run without a
+// branch on them, leave bits behind, and these are looked through block by block.
 template <class Rule, class P, class G, bool kParam>
 SourceResult filtering_pass(const ApplyArgs& a, const SourceTask& task) {
   using C = compute_t<P>;
@@ -197,22 +210,28 @@ SourceResult filtering_pass(const ApplyArgs& a, const SourceTask& task) {
   const Port<Rule, P, G> port(a);
   const C least = least_of<C>(task.filter);
   Candidate* out = task.out;
+  alignas(64) C values[kSourceBlock];
+  uint64_t words[kSourceBlock / 64];
   int64_t at[kMaxOperands];
   for (int64_t& offset : at) offset = a.begin;
   int64_t i = 0;
-  for (; i + W <= a.length; i += W) {
-    auto x = port.template load<Use>(at, i);
-    const vec<C> value = Rule::template source<0>(x, h);
-    port.template store<Use>(x, at, i);
-    unsigned bits = mask_bits(magnitude<C>(value) >= vec<C>{} + least);
-    if (__builtin_expect(bits != 0, 0)) {
-      alignas(64) C values[W];
-      vector_io<C>::store(values, value);
-      for (; bits != 0; bits &= bits - 1) {
-        const int j = __builtin_ctz(bits);
-        *out++ = {static_cast<double>(values[j]), static_cast<uint32_t>(i + j)};
+  while (i + 64 <= a.length) {
+    const int64_t first = i;
+    int count = 0;
+    for (; i + 64 <= a.length && count < kSourceBlock / 64; ++count) {
+      uint64_t word = 0;
+#pragma GCC unroll 16
+      for (int j = 0; j < 64; j += W) {
+        auto x = port.template load<Use>(at, i + j);
+        const vec<C> value = Rule::template source<0>(x, h);
+        port.template store<Use>(x, at, i + j);
+        vector_io<C>::store(values + (i - first) + j, value);
+        word |= uint64_t{mask_bits(magnitude<C>(value) >= vec<C>{} + least)} << j;
       }
+      words[count] = word;
+      i += 64;
     }
+    out = extract(values, words, count, first, out);
   }
   for (; i < a.length; ++i) {
     int64_t one[kMaxOperands];

@@ -1,0 +1,116 @@
+"""Draws the pictures of the pages here: `python docs/methods/plots.py [folder]`.
+
+Logistic regression on drawn data, gradients of single batches with heavy-tailed noise added
+(Student's t, 1.5 degrees of freedom). Each curve is the median of 5 seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+import pysmooth
+from pysmooth import RandK, ScaledSign, TopK
+
+DIM, ROWS, STEPS, SEEDS = 100, 2000, 400, 5
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+FAMILIES: dict[str, dict[str, Make]] = {
+    "clip-sgd": {
+        "torch.optim.SGD": lambda p: torch.optim.SGD(p, 1.0, momentum=0.9, dampening=0.9),
+        "ClipSGD, hard": lambda p: pysmooth.ClipSGD(
+            p, 1.0, momentum=0.9, dampening=0.9, max_norm=1.0
+        ),
+        "ClipSGD, smooth": lambda p: pysmooth.ClipSGD(
+            p, 1.0, momentum=0.9, dampening=0.9, max_norm=1.0, clip="smooth"
+        ),
+        "NormalizedSGD": lambda p: pysmooth.NormalizedSGD(p, 0.1, max_norm=1.0),
+    },
+    "sign": {
+        "SignSGD": lambda p: pysmooth.SignSGD(p, 0.01),
+        "Signum": lambda p: pysmooth.Signum(p, 0.01),
+        "Lion": lambda p: pysmooth.Lion(p, 0.01),
+    },
+    "adaptive": {
+        "torch.optim.Adagrad": lambda p: torch.optim.Adagrad(p, 0.2),
+        "Adagrad, max_norm=1": lambda p: pysmooth.Adagrad(p, 0.2, max_norm=1.0),
+        "torch.optim.Adam": lambda p: torch.optim.Adam(p, 0.02),
+        "Adam, max_norm=1": lambda p: pysmooth.Adam(p, 0.02, max_norm=1.0),
+    },
+    "error-feedback": {
+        "SGD": lambda p: torch.optim.SGD(p, 0.3),
+        "EFSGD, TopK 2 %": lambda p: pysmooth.EFSGD(p, 0.3, TopK(ratio=0.02)),
+        "EFSGD, ScaledSign": lambda p: pysmooth.EFSGD(p, 0.3, ScaledSign()),
+        "EFSGD, RandK 2 %": lambda p: pysmooth.EFSGD(p, 0.3, RandK(ratio=0.02, scaled=False)),
+    },
+    "ef21": {
+        "EF21": lambda p: pysmooth.EF21(p, 0.3, TopK(ratio=0.1)),
+        "EF21SGDM": lambda p: pysmooth.EF21SGDM(p, 0.3, TopK(ratio=0.1)),
+        "NormEF21": lambda p: pysmooth.NormEF21(p, 0.05, TopK(ratio=0.1)),
+        "NormEF21SGDM": lambda p: pysmooth.NormEF21SGDM(p, 0.05, TopK(ratio=0.1)),
+    },
+    "clip21": {
+        "ClipSGD, max_norm=0.3": lambda p: pysmooth.ClipSGD(p, 0.3, max_norm=0.3),
+        "Clip21, tau=0.3": lambda p: pysmooth.Clip21(p, 0.3, tau=0.3),
+        "Clip21SGD2M, tau=0.3": lambda p: pysmooth.Clip21SGD2M(p, 0.3, tau=0.3),
+        "Clip21SGD2M, tau=3": lambda p: pysmooth.Clip21SGD2M(p, 0.3, tau=3.0),
+    },
+}
+# Heavy tails make a compressor's picture unreadable: there the noise is that of the batches.
+HEAVY = {"clip-sgd", "sign", "adaptive"}
+
+
+def run(make: Make, seed: int, *, heavy: bool) -> list[float]:
+    """The loss over all rows, step by step."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(0, -1, DIM)
+    x = torch.randn(ROWS, DIM, generator=generator) * scales
+    truth = torch.randn(DIM, generator=generator)
+    y = torch.sign(x @ truth + 0.3 * torch.randn(ROWS, generator=generator))
+    weight = torch.nn.Parameter(torch.zeros(DIM))
+    optimizer = make([weight])
+    noise = torch.distributions.StudentT(1.5)
+    torch.manual_seed(seed)
+    losses = []
+    for _ in range(STEPS):
+        with torch.no_grad():
+            losses.append(float(torch.nn.functional.softplus(-y * (x @ weight)).mean()))
+        at = torch.randint(ROWS, (50,), generator=generator)
+        optimizer.zero_grad()
+        torch.nn.functional.softplus(-y[at] * (x[at] @ weight)).mean().backward()
+        assert weight.grad is not None
+        if heavy:
+            weight.grad += 0.05 * noise.sample((DIM,))
+        optimizer.step()
+    return losses
+
+
+def main(folder: Path) -> None:
+    """Writes one picture per family."""
+    torch.set_num_threads(1)
+    for name, makes in FAMILIES.items():
+        figure, axis = plt.subplots(figsize=(6, 3.2))
+        for label, make in makes.items():
+            runs = torch.tensor([run(make, seed, heavy=name in HEAVY) for seed in range(SEEDS)])
+            axis.plot(runs.median(dim=0).values, label=label, linewidth=1.3)
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss over all data")
+        axis.set_yscale("log")
+        axis.legend(fontsize=8, frameon=False)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=90)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
