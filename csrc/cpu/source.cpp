@@ -270,7 +270,7 @@ SourceResult source(const ApplyArgs& a, const SourceTask& task) {
   return pass<Rule, kStage, P, G, true>(a, task);
 }
 
-// For samples, which are the hurry, and for second looks.
+// For samples, where time counts, and for second looks.
 template <class Rule, class P, class G>
 void values(const ApplyArgs& a, bool again, double* out) {
   using C = compute_t<P>;

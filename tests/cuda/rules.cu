@@ -11,6 +11,9 @@ __device__ void one(float* param, const float* grad, float* state, const double*
   x.param = *param;
   x.grad = GradientIn<float>(Scalars{})(*grad);
   for (int k = 0; k < Rule::kStates; ++k) x.state[k] = state[k];
+  if constexpr (Rule::kStages > 0) x.grad += Rule::template source<0>(x, h);
+  if constexpr (Rule::kStages > 1) x.grad += Rule::template source<1>(x, h);
+  if constexpr (Rule::kSelects) Rule::selected(x, Rule::template again<0>(x, h), h);
   Rule::update(x, h);
   *param = x.param;
   for (int k = 0; k < Rule::kStates; ++k) state[k] = x.state[k];

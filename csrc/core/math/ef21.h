@@ -69,7 +69,6 @@ struct Ef21 : RuleDefaults {
   PYSMOOTH_HD static V source(Lane<V, kStates>& x, const Hyper<T>& h) {
     if constexpr (kStage == 0) {
       V w = x.grad;
-#pragma GCC unroll 2
       for (int k = 1; k <= kMomenta; ++k) w = x.state[k] = x.state[k] * h.keep + w * h.admit;
       if constexpr (kOnePass) x.param = x.param * h.shrink - x.state[0] * h.lr;
       return distance(x);
