@@ -14,7 +14,7 @@ py::list rules() {
     for (int k = 0; k < info.hypers; ++k) hypers.append(info.hyper[k]);
     for (int p = 0; p < kDTypes; ++p)
       for (int g = 0; g < kDTypes; ++g)
-        if (info.apply[p][g] != nullptr)
+        if (info.takes(static_cast<DType>(p), static_cast<DType>(g)))
           pairs.append(
               py::make_tuple(dtype_name(static_cast<DType>(p)), dtype_name(static_cast<DType>(g))));
     py::dict rule;

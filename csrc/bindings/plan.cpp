@@ -176,7 +176,7 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
     throw py::value_error(name + " does not have the parameter's shape");
   slot.grad_dtype = view.dtype;
   const RuleInfo& rule = kernels().rules[slot.rule];
-  if (rule.apply[static_cast<int>(slot.param_dtype)][static_cast<int>(view.dtype)] == nullptr)
+  if (!rule.takes(slot.param_dtype, view.dtype))
     throw Unsupported(name + " has dtype " + dtype_name(view.dtype) + " and its parameter " +
                       dtype_name(slot.param_dtype) + ", a pair that the cpu backend does not take");
   std::vector<const int64_t*> strides{s.view.strides.data(), view.strides.data()};

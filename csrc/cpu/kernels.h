@@ -34,12 +34,18 @@ struct ApplyArgs {
   void* param;
   const void* grad;
   void* state[kMaxStates];
-  const Layout* layout;  // null: linear
+  DType dtype[kMaxOperands];  // what they are stored as: parameter, gradient, states
+  const Layout* layout;       // null: linear
   int64_t begin, length;
   const double* hyper;
   Scalars scalars;
 };
 using ApplyFn = void (*)(const ApplyArgs&);
+
+// The type that a rule computes in: double for double parameters, else float.
+enum Compute : int { kFloat = 0, kDouble = 1 };
+constexpr int kComputes = 2;
+constexpr Compute compute_of(DType param) { return param == DType::f64 ? kDouble : kFloat; }
 
 // ---- source: a pass before apply ---------------------------------------------------------------
 
@@ -89,14 +95,22 @@ struct RuleInfo {
   void (*derive)(const double* hyper, double step, double* derived);
   int hypers;
   const char* hyper[kMaxHyper];
-  ApplyFn apply[kDTypes][kDTypes];  // [parameter][gradient]; null where not instantiated
+  ApplyFn apply[kComputes];
+
+  // The pairs of dtypes that people train with: gradients like the parameter, or float32, or
+  // 16-bit ones (`grad_dtype`) beside float32 parameters.
+  bool takes(DType param, DType grad) const {
+    if (param == grad) return true;
+    if (!reads_grad) return false;
+    return grad == DType::f32 || (param == DType::f32 && grad != DType::f64);
+  }
 };
 
 // What a rule does before apply; null where it does nothing.
 struct SourceInfo {
-  SourceFn source[kMaxStages][kDTypes][kDTypes];  // [pass][parameter][gradient]
-  ValuesFn values[kDTypes][kDTypes];
-  SelectedFn selected[kDTypes][kDTypes];
+  SourceFn source[kMaxStages][kComputes];
+  ValuesFn values[kComputes];
+  SelectedFn selected[kComputes];
 };
 
 // ---- probe: bandwidth measurement

@@ -56,7 +56,7 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   if (!slot.active || !rule.applies) return;
   const ApplyArgs args = args_of(*p, rule, p->chunks[i]);
   if (p->skip_unit_coef && args.scalars.grad_coef == 1.0) return;
-  rule.apply[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](args);
+  rule.apply[compute_of(slot.param_dtype)](args);
 }
 
 // Turns the partials into norms and clip coefficients. One thread, fixed order.
@@ -145,7 +145,12 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
   }
   args.param = slot.param;
   args.grad = slot.grad;
-  for (int k = 0; k < kMaxStates; ++k) args.state[k] = slot.state[k];
+  args.dtype[0] = slot.param_dtype;
+  args.dtype[1] = slot.grad_dtype;
+  for (int k = 0; k < kMaxStates; ++k) {
+    args.state[k] = slot.state[k];
+    args.dtype[2 + k] = slot.param_dtype == DType::f64 ? DType::f64 : DType::f32;
+  }
   args.layout = slot.layout;
   args.begin = chunk.begin;
   args.length = chunk.length;

@@ -75,9 +75,7 @@ class Stages {
       task.filter = blocks() ? kAnyMagnitude : unit(i).filter;
       task.out = room.data();
     }
-    const SourceFn run =
-        table_.sources[slot.rule]
-            .source[stage][static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)];
+    const SourceFn run = table_.sources[slot.rule].source[stage][compute_of(slot.param_dtype)];
     s_.results[i] = run(a, task);
     if (!filters) return;
     std::vector<Candidate>& list = s_.lists[i];
@@ -142,8 +140,7 @@ class Stages {
     const Slot& slot = p_->slots[t];
     const Chunk piece{static_cast<int32_t>(t), static_cast<int32_t>(length), begin};
     const ApplyArgs a = args_of(*p_, rule_of(slot), piece);
-    table_.sources[slot.rule].values[static_cast<int>(slot.param_dtype)]
-                                    [static_cast<int>(slot.grad_dtype)](a, again, out);
+    table_.sources[slot.rule].values[compute_of(slot.param_dtype)](a, again, out);
   }
 
   void sample() {
@@ -206,10 +203,8 @@ class Stages {
       if (random && p_->select.scaled)
         scale =
             static_cast<double>(slot.numel) / static_cast<double>(p_->select.chosen_of(slot.numel));
-      table_.sources[slot.rule]
-          .selected[static_cast<int>(slot.param_dtype)][static_cast<int>(slot.grad_dtype)](
-              args(i),
-              {s_.lists[i].data(), static_cast<int64_t>(s_.lists[i].size()), random, scale});
+      table_.sources[slot.rule].selected[compute_of(slot.param_dtype)](
+          args(i), {s_.lists[i].data(), static_cast<int64_t>(s_.lists[i].size()), random, scale});
     });
     barrier();
   }

@@ -1,0 +1,54 @@
+// Loads and stores the streams that a rule's kernel touches, a vector at a time.
+#pragma once
+
+#include "cpu/staging.h"
+
+PYSMOOTH_KERNELS_BEGIN
+
+template <class Rule, class C>
+struct Port {
+  using Vector = Lane<vec<C>, Rule::kStates>;
+  using io = vector_io<C>;
+
+  // A copy: a compiler that sees the buffers escape would load these pointers again and again.
+  C* at[2 + Rule::kStates];
+  const GradientIn<C> take;
+
+  PYSMOOTH_HD Port(C* const* operand, const Scalars& scalars) : take(scalars) {
+    for (int k = 0; k < 2 + Rule::kStates; ++k) at[k] = operand[k];
+  }
+
+  template <class Use>
+  PYSMOOTH_HD Vector load(int64_t i, bool reads_param = true) const {
+    constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
+    Vector x{};
+    if constexpr ((kUse.reads & 1u) != 0)
+      if (reads_param) x.param = io::load(at[0] + i);
+    if constexpr ((kUse.reads & 2u) != 0) x.grad = take(io::load(at[1] + i));
+    for (int k = 0; k < Rule::kStates; ++k)
+      if (kUse.reads >> (2 + k) & 1u) x.state[k] = io::load(at[2 + k] + i);
+    return x;
+  }
+  template <class Use>
+  PYSMOOTH_HD void store(const Vector& x, int64_t i) const {
+    constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
+    if constexpr ((kUse.writes & 1u) != 0) io::store(at[0] + i, x.param);
+    for (int k = 0; k < Rule::kStates; ++k)
+      if (kUse.writes >> (2 + k) & 1u) io::store(at[2 + k] + i, x.state[k]);
+  }
+};
+
+template <class Rule>
+struct UseApply {
+  static constexpr Streams kStreams = Rule::kApply;
+};
+template <class Rule, int kStage>
+struct UsePass {
+  static constexpr Streams kStreams = Rule::kPass[kStage];
+};
+template <class Rule>
+struct UseSelected {
+  static constexpr Streams kStreams = Rule::kSelected;
+};
+
+PYSMOOTH_KERNELS_END

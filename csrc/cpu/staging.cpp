@@ -1,0 +1,202 @@
+#include "cpu/staging.h"
+
+#include "cpu/walk.h"
+
+PYSMOOTH_KERNELS_BEGIN
+
+// ---- runs in memory and in a buffer, element by element or in vectors ---------------------------
+
+template <class C, class T>
+constexpr bool kInVectors = sizeof(C) == 4 ? sizeof(T) <= 4 : sizeof(T) >= 4;
+
+template <class C, class T>
+void load_run(C* out, const T* in, int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if constexpr (kInVectors<C, T>)
+    if (stride == 1)
+      for (; i + lanes_of<C> <= n; i += lanes_of<C>)
+        vector_io<C>::store(out + i, vector_io<C>::load(in + i));
+  for (; i < n; ++i) out[i] = load1<C>(in + i * stride);
+}
+
+template <class C, class T>
+void store_run(T* out, const C* in, int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + lanes_of<C> <= n; i += lanes_of<C>)
+      vector_io<C>::store(out + i, vector_io<C>::load(in + i));
+  for (; i < n; ++i) store1(out + i * stride, in[i]);
+}
+
+template <class C, class T>
+void gather_run(C* out, const T* in, const int64_t* at, int n) {
+  for (int i = 0; i < n; ++i) out[i] = load1<C>(in + at[i]);
+}
+
+template <class C, class T>
+void scatter_run(T* out, const C* in, const int64_t* at, int n) {
+  for (int i = 0; i < n; ++i) store1(out + at[i], in[i]);
+}
+
+// ---- operands -----------------------------------------------------------------------------------
+
+constexpr bool has(unsigned set, int k) { return (set >> k & 1u) != 0; }
+
+inline void* base_of(const ApplyArgs& a, int k) {
+  return k == 0 ? a.param : k == 1 ? const_cast<void*>(a.grad) : a.state[k - 2];
+}
+
+// Calls body with a pointer of the type that the operand is stored as.
+template <class Body>
+void with_type(void* base, DType dtype, Body body) {
+  if (dtype == DType::f32) return body(static_cast<float*>(base));
+  if (dtype == DType::f64) return body(static_cast<double*>(base));
+  if (dtype == DType::bf16) return body(static_cast<bf16*>(base));
+  return body(static_cast<f16*>(base));
+}
+
+// The same for an operand that is written: never wider than C.
+template <class C, class Body>
+void with_stored_type(void* base, DType dtype, Body body) {
+  if constexpr (sizeof(C) == 8) {
+    body(static_cast<double*>(base));
+  } else {
+    if (dtype == DType::f32) return body(static_cast<float*>(base));
+    if (dtype == DType::bf16) return body(static_cast<bf16*>(base));
+    return body(static_cast<f16*>(base));
+  }
+}
+
+template <class C>
+Staging<C>::Staging(const ApplyArgs& args, Touch touch, Cut cut)
+    : args_(args), touch_(touch), cut_(cut) {
+  constexpr DType kNative = sizeof(C) == 8 ? DType::f64 : DType::f32;
+  for (int k = 0; k < kMaxOperands; ++k)
+    if (has(touch.reads | touch.writes, k) && args.dtype[k] != kNative) foreign_ |= 1u << k;
+}
+
+template <class C>
+bool Staging<C>::next() {
+  constexpr int W = lanes_of<C>;
+  done_ += count;
+  const int64_t left = args_.length - done_;
+  if (left == 0) return false;
+  const unsigned touched = touch_.reads | touch_.writes;
+  const bool linear = args_.layout == nullptr;
+  count = left;
+  if (left > kBlockElements && !(linear && foreign_ == 0 && cut_ == Cut::anywhere))
+    count = kBlockElements;
+  if (linear && cut_ == Cut::anywhere && count > W) count -= count % W;
+  staged_ = linear && count % W == 0 ? foreign_ : touched;
+  for (int k = 0; k < kMaxOperands; ++k)
+    if (has(touched, k))
+      operand[k] =
+          has(staged_, k) ? room_[k] : static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
+  if ((staged_ & touch_.reads) != 0) read();
+  return true;
+}
+
+template <class C>
+void Staging<C>::read() {
+  const int64_t whole = (count + lanes_of<C> - 1) / lanes_of<C> * lanes_of<C>;
+  const unsigned set = staged_ & touch_.reads;
+  const auto each = [&](auto body) {
+    for (int k = 0; k < kMaxOperands; ++k)
+      if (has(set, k)) body(k);
+  };
+  each([&](int k) {
+    for (int64_t i = count; i < whole; ++i) room_[k][i] = C(0);
+  });
+  if (args_.layout == nullptr) {
+    return each([&](int k) {
+      with_type(base_of(args_, k), args_.dtype[k],
+                [&](auto* p) { load_run<C>(room_[k], p + args_.begin + done_, 1, count); });
+    });
+  }
+  const Layout& layout = *args_.layout;
+  int64_t filled = 0;
+  walk(layout, args_.begin + done_, count, [&](const int64_t* offset, int64_t n) {
+    each([&](int k) {
+      with_type(base_of(args_, k), args_.dtype[k], [&](auto* p) {
+        load_run<C>(room_[k] + filled, p + offset[k], layout.stride[k][layout.ndim - 1], n);
+      });
+    });
+    filled += n;
+  });
+}
+
+template <class C>
+void Staging<C>::write_back() {
+  const unsigned set = staged_ & touch_.writes;
+  const auto each = [&](auto body) {
+    for (int k = 0; k < kMaxOperands; ++k)
+      if (has(set, k)) body(k);
+  };
+  if (args_.layout == nullptr) {
+    return each([&](int k) {
+      with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
+        store_run<C>(p + args_.begin + done_, room_[k], 1, count);
+      });
+    });
+  }
+  const Layout& layout = *args_.layout;
+  int64_t filled = 0;
+  walk(layout, args_.begin + done_, count, [&](const int64_t* offset, int64_t n) {
+    each([&](int k) {
+      with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
+        store_run<C>(p + offset[k], room_[k] + filled, layout.stride[k][layout.ndim - 1], n);
+      });
+    });
+    filled += n;
+  });
+}
+
+// ---- single elements ----------------------------------------------------------------------------
+
+template <class C>
+Gathering<C>::Gathering(const ApplyArgs& args, Touch touch) : args_(args), touch_(touch) {
+  for (int k = 0; k < kMaxOperands; ++k) operand[k] = room_[k];
+}
+
+template <class C>
+void Gathering<C>::read(const Candidate* chosen, int count) {
+  const bool linear = args_.layout == nullptr;
+  for (int i = 0; i < count; ++i) {
+    int64_t index = args_.begin + chosen[i].index;
+    if (linear) {
+      at_[0][i] = index;
+      continue;
+    }
+    const Layout& layout = *args_.layout;
+    const int operands = layout.operands;
+    for (int k = 0; k < operands; ++k) at_[k][i] = 0;
+    for (int d = layout.ndim - 1; d >= 0; --d) {
+      const int64_t step = index % layout.size[d];
+      index /= layout.size[d];
+      for (int k = 0; k < operands; ++k) at_[k][i] += step * layout.stride[k][d];
+    }
+  }
+  for (int k = 0; k < kMaxOperands; ++k) {
+    if (!has(touch_.reads, k)) continue;
+    with_type(base_of(args_, k), args_.dtype[k],
+              [&](auto* p) { gather_run<C>(room_[k], p, at_[linear ? 0 : k], count); });
+    for (int i = count; i % lanes_of<C> != 0; ++i) room_[k][i] = C(0);
+  }
+}
+
+template <class C>
+void Gathering<C>::write_back(int count) {
+  const bool linear = args_.layout == nullptr;
+  for (int k = 0; k < kMaxOperands; ++k)
+    if (has(touch_.writes, k))
+      with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
+        scatter_run<C>(p, room_[k], at_[linear ? 0 : k], count);
+      });
+}
+
+template class Staging<float>;
+template class Staging<double>;
+template class Gathering<float>;
+template class Gathering<double>;
+
+PYSMOOTH_KERNELS_END
