@@ -9,7 +9,7 @@ template <class Rule, class C>
 void apply(const ApplyArgs& a) {
   using Use = UseApply<Rule>;
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
-  Staging<C> run(a, touch_of<Rule>(Use::kStreams), Cut::anywhere);
+  Staging<C> run(a, touch_of<Rule>(Use::kStreams), Staging<C>::kNoLimit);
   while (run.next()) {
     const Port<Rule, C> port(run.operand, a.scalars);
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {

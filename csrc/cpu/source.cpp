@@ -26,14 +26,20 @@ PYSMOOTH_HD Candidate* collect(const C* values, int n, double filter, int64_t fi
   constexpr int W = lanes_of<C>;
   const vec<C> least = vec<C>{} + least_of<C>(filter);
   uint64_t words[kBlockElements / 64];
-  for (int i = 0; i < n; i += 64) {
+  const auto bits_at = [&](int i) {
+    return uint64_t{mask_bits(magnitude<C>(vector_io<C>::load(values + i)) >= least)};
+  };
+  int i = 0;
+  for (; i + 64 <= n; i += 64) {
     uint64_t word = 0;
-    for (int j = 0; j < 64 && i + j < n; j += W)
-      word |= uint64_t{mask_bits(magnitude<C>(vector_io<C>::load(values + i + j)) >= least)} << j;
+#pragma GCC unroll 32
+    for (int j = 0; j < 64; j += W) word |= bits_at(i + j) << j;
     words[i / 64] = word;
   }
+  if (i < n) words[i / 64] = 0;
+  for (int j = 0; i + j < n; j += W) words[i / 64] |= bits_at(i + j) << j;
   if (n % 64 != 0) words[n / 64] &= (uint64_t{1} << n % 64) - 1u;
-  for (int i = 0; i < n; i += 64)
+  for (i = 0; i < n; i += 64)
     for (uint64_t bits = words[i / 64]; bits != 0; bits &= bits - 1) {
       const int at = i + __builtin_ctzll(bits);
       *out++ = {static_cast<double>(values[at]), static_cast<uint32_t>(first + at)};
@@ -61,20 +67,25 @@ SourceResult source(const ApplyArgs& a, const SourceTask& task) {
   constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   // Some rules need the parameter for weight decay only.
   const bool reads_param = task.reads_param || (kUse.writes & 1u) != 0;
-  Staging<C> run(a, {reads_param ? kUse.reads : kUse.reads & ~1u, kUse.writes}, Cut::blocks);
+  Staging<C> run(a, {reads_param ? kUse.reads : kUse.reads & ~1u, kUse.writes}, kBlockElements);
   alignas(64) C values[kBlockElements];
   SourceResult result;
   int64_t done = 0;
+  int filled = 0;
   while (run.next()) {
     const Port<Rule, C> port(run.operand, a.scalars);
+    C* const out = values + filled;
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i, reads_param);
-      vector_io<C>::store(values + i, Rule::template source<kStage>(x, h));
+      vector_io<C>::store(out + i, Rule::template source<kStage>(x, h));
       port.template store<Use>(x, i);
     }
     run.commit();
-    digest(values, static_cast<int>(run.count), task, done, &result);
-    done += run.count;
+    filled += static_cast<int>(run.count);
+    if (filled < kBlockElements && done + filled < a.length) continue;
+    digest(values, filled, task, done, &result);
+    done += filled;
+    filled = 0;
   }
   return result;
 }
@@ -84,7 +95,7 @@ template <class Rule, class C>
 void values(const ApplyArgs& a, bool again, double* out) {
   using Use = UsePass<Rule, 0>;
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
-  Staging<C> run(a, {touch_of<Rule>(Use::kStreams).reads, 0u}, Cut::blocks);
+  Staging<C> run(a, {touch_of<Rule>(Use::kStreams).reads, 0u}, kBlockElements);
   while (run.next()) {
     const Port<Rule, C> port(run.operand, a.scalars);
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {

@@ -1,5 +1,7 @@
 #include "cpu/staging.h"
 
+#include <type_traits>
+
 #include "cpu/walk.h"
 
 PYSMOOTH_KERNELS_BEGIN
@@ -16,6 +18,11 @@ void load_run(C* out, const T* in, int64_t stride, int64_t n) {
     if (stride == 1)
       for (; i + lanes_of<C> <= n; i += lanes_of<C>)
         vector_io<C>::store(out + i, vector_io<C>::load(in + i));
+  if constexpr (std::is_same_v<C, T>)
+    if (stride == 1) {
+      if (i < n) vector_io<C>::store(out + i, load_some(in + i, static_cast<int>(n - i)));
+      return;
+    }
   for (; i < n; ++i) out[i] = load1<C>(in + i * stride);
 }
 
@@ -25,6 +32,9 @@ void store_run(T* out, const C* in, int64_t stride, int64_t n) {
   if (stride == 1)
     for (; i + lanes_of<C> <= n; i += lanes_of<C>)
       vector_io<C>::store(out + i, vector_io<C>::load(in + i));
+  if constexpr (std::is_same_v<C, T>)
+    if (stride == 1)
+      return store_some(out + i, vector_io<C>::load(in + i), static_cast<int>(n - i));
   for (; i < n; ++i) store1(out + i * stride, in[i]);
 }
 
@@ -39,12 +49,6 @@ void scatter_run(T* out, const C* in, const int64_t* at, int n) {
 }
 
 // ---- operands -----------------------------------------------------------------------------------
-
-constexpr bool has(unsigned set, int k) { return (set >> k & 1u) != 0; }
-
-inline void* base_of(const ApplyArgs& a, int k) {
-  return k == 0 ? a.param : k == 1 ? const_cast<void*>(a.grad) : a.state[k - 2];
-}
 
 // Calls body with a pointer of the type that the operand is stored as.
 template <class Body>
@@ -68,47 +72,16 @@ void with_stored_type(void* base, DType dtype, Body body) {
 }
 
 template <class C>
-Staging<C>::Staging(const ApplyArgs& args, Touch touch, Cut cut)
-    : args_(args), touch_(touch), cut_(cut) {
-  constexpr DType kNative = sizeof(C) == 8 ? DType::f64 : DType::f32;
-  for (int k = 0; k < kMaxOperands; ++k)
-    if (has(touch.reads | touch.writes, k) && args.dtype[k] != kNative) foreign_ |= 1u << k;
-}
-
-template <class C>
-bool Staging<C>::next() {
-  constexpr int W = lanes_of<C>;
-  done_ += count;
-  const int64_t left = args_.length - done_;
-  if (left == 0) return false;
-  const unsigned touched = touch_.reads | touch_.writes;
-  const bool linear = args_.layout == nullptr;
-  count = left;
-  if (left > kBlockElements && !(linear && foreign_ == 0 && cut_ == Cut::anywhere))
-    count = kBlockElements;
-  if (linear && cut_ == Cut::anywhere && count > W) count -= count % W;
-  staged_ = linear && count % W == 0 ? foreign_ : touched;
-  for (int k = 0; k < kMaxOperands; ++k)
-    if (has(touched, k))
-      operand[k] =
-          has(staged_, k) ? room_[k] : static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
-  if ((staged_ & touch_.reads) != 0) read();
-  return true;
-}
-
-template <class C>
 void Staging<C>::read() {
-  const int64_t whole = (count + lanes_of<C> - 1) / lanes_of<C> * lanes_of<C>;
   const unsigned set = staged_ & touch_.reads;
-  const auto each = [&](auto body) {
-    for (int k = 0; k < kMaxOperands; ++k)
-      if (has(set, k)) body(k);
-  };
-  each([&](int k) {
-    for (int64_t i = count; i < whole; ++i) room_[k][i] = C(0);
-  });
+  if (is_short_tail()) {  // what tiny tensors are made of
+    return each_of(set, [&](int k) {
+      const C* const p = static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
+      vector_io<C>::store(room_[k], load_some(p, static_cast<int>(count)));
+    });
+  }
   if (args_.layout == nullptr) {
-    return each([&](int k) {
+    return each_of(set, [&](int k) {
       with_type(base_of(args_, k), args_.dtype[k],
                 [&](auto* p) { load_run<C>(room_[k], p + args_.begin + done_, 1, count); });
     });
@@ -116,7 +89,7 @@ void Staging<C>::read() {
   const Layout& layout = *args_.layout;
   int64_t filled = 0;
   walk(layout, args_.begin + done_, count, [&](const int64_t* offset, int64_t n) {
-    each([&](int k) {
+    each_of(set, [&](int k) {
       with_type(base_of(args_, k), args_.dtype[k], [&](auto* p) {
         load_run<C>(room_[k] + filled, p + offset[k], layout.stride[k][layout.ndim - 1], n);
       });
@@ -128,12 +101,14 @@ void Staging<C>::read() {
 template <class C>
 void Staging<C>::write_back() {
   const unsigned set = staged_ & touch_.writes;
-  const auto each = [&](auto body) {
-    for (int k = 0; k < kMaxOperands; ++k)
-      if (has(set, k)) body(k);
-  };
+  if (is_short_tail()) {
+    return each_of(set, [&](int k) {
+      C* const p = static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
+      store_some(p, vector_io<C>::load(room_[k]), static_cast<int>(count));
+    });
+  }
   if (args_.layout == nullptr) {
-    return each([&](int k) {
+    return each_of(set, [&](int k) {
       with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
         store_run<C>(p + args_.begin + done_, room_[k], 1, count);
       });
@@ -142,7 +117,7 @@ void Staging<C>::write_back() {
   const Layout& layout = *args_.layout;
   int64_t filled = 0;
   walk(layout, args_.begin + done_, count, [&](const int64_t* offset, int64_t n) {
-    each([&](int k) {
+    each_of(set, [&](int k) {
       with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
         store_run<C>(p + offset[k], room_[k] + filled, layout.stride[k][layout.ndim - 1], n);
       });

@@ -12,7 +12,19 @@
 
 PYSMOOTH_KERNELS_BEGIN
 
-constexpr int kBlockElements = 2048;
+constexpr int kBlockElements = 2048;  // what a pass evaluates before it sums up and filters
+constexpr int kStagedElements = 512;  // a run in buffers, small enough to stay in L1
+
+constexpr bool has(unsigned set, int k) { return (set >> k & 1u) != 0; }
+
+template <class Body>
+PYSMOOTH_HD void each_of(unsigned set, Body body) {
+  for (; set != 0; set &= set - 1u) body(__builtin_ctz(set));
+}
+
+inline void* base_of(const ApplyArgs& a, int k) {
+  return k == 0 ? a.param : k == 1 ? const_cast<void*>(a.grad) : a.state[k - 2];
+}
 
 // What a kernel reads and writes, as bits: parameter, gradient, states.
 struct Touch {
@@ -26,18 +38,42 @@ constexpr Touch touch_of(Streams s) {
           (s.writes_param ? 1u : 0u) | (s.writes_state & kHeld) << 2};
 }
 
-// Where a run ends: after any whole number of vectors, or only where a block of the chunk does.
-enum class Cut { anywhere, blocks };
-
 // Runs of consecutive elements of a chunk, in order:
 //   while (staging.next()) { kernel on staging.operand, 0 <= i < staging.count; staging.commit(); }
-// The kernel may round `count` up to a whole vector: a run that ends within one lies in buffers.
+// No run crosses a multiple of `most` elements. The kernel may round `count` up to a whole vector:
+// a run that ends within one lies in buffers.
 template <class C>
 class Staging {
  public:
-  Staging(const ApplyArgs& args, Touch touch, Cut cut);
-  bool next();
-  void commit() {
+  static constexpr int64_t kNoLimit = INT64_MAX;
+
+  PYSMOOTH_HD Staging(const ApplyArgs& args, Touch touch, int64_t most)
+      : args_(args), touch_(touch), most_(most) {
+    constexpr DType kNative = sizeof(C) == 8 ? DType::f64 : DType::f32;
+    for (int k = 0; k < kMaxOperands; ++k)
+      if (has(touch.reads | touch.writes, k) && args.dtype[k] != kNative) foreign_ |= 1u << k;
+  }
+
+  PYSMOOTH_HD bool next() {
+    constexpr int W = lanes_of<C>;
+    done_ += count;
+    const int64_t left = args_.length - done_;
+    if (left == 0) return false;
+    const unsigned touched = touch_.reads | touch_.writes;
+    const bool linear = args_.layout == nullptr;
+    const int64_t most = linear && foreign_ == 0 ? most_ : kStagedElements;
+    count = left < most ? left : most;
+    if (linear && count > W) count -= count % W;
+    staged_ = linear && count % W == 0 ? foreign_ : touched;
+    for (int k = 0; k < kMaxOperands; ++k)
+      if (has(touched, k))
+        operand[k] =
+            has(staged_, k) ? room_[k] : static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
+    if ((staged_ & touch_.reads) != 0) read();
+    return true;
+  }
+
+  PYSMOOTH_HD void commit() {
     if ((staged_ & touch_.writes) != 0) write_back();
   }
 
@@ -45,16 +81,20 @@ class Staging {
   int64_t count = 0;
 
  private:
+  bool is_short_tail() const {
+    return foreign_ == 0 && args_.layout == nullptr && count < lanes_of<C>;
+  }
   void read();
   void write_back();
 
   const ApplyArgs& args_;
   const Touch touch_;
-  const Cut cut_;
+  const int64_t most_;
   unsigned foreign_ = 0;  // operands that are not stored as C
   unsigned staged_ = 0;   // operands of this run that lie in room_
   int64_t done_ = 0;
-  alignas(64) C room_[kMaxOperands][kBlockElements];
+  // Not a power of two apart: a load of one row would wait for a store to another.
+  alignas(64) C room_[kMaxOperands][kStagedElements + 48];
 };
 
 // Single elements of a chunk, wherever they are, gathered and scattered again.

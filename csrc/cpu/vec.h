@@ -248,6 +248,52 @@ struct vector_io<double> {
   }
 };
 
+// The first n < lanes_of<C> elements of a vector, in memory; the other lanes load as 0. Written out
+// where there is an instruction: a loop's narrow stores would hold up the wide load that follows.
+#if defined(__AVX512F__)
+PYSMOOTH_HD vec<float> load_some(const float* p, int n) {
+  return bits_as<vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p));
+}
+PYSMOOTH_HD vec<double> load_some(const double* p, int n) {
+  return bits_as<vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p));
+}
+PYSMOOTH_HD void store_some(float* p, vec<float> x, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), bits_as<__m512>(x));
+}
+PYSMOOTH_HD void store_some(double* p, vec<double> x, int n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1u), bits_as<__m512d>(x));
+}
+#elif defined(__AVX2__)
+template <class I>
+PYSMOOTH_HD __m256i first_lanes(int n) {
+  alignas(64) static constexpr I kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - n));
+}
+PYSMOOTH_HD vec<float> load_some(const float* p, int n) {
+  return bits_as<vec<float>>(_mm256_maskload_ps(p, first_lanes<int32_t>(n)));
+}
+PYSMOOTH_HD vec<double> load_some(const double* p, int n) {
+  return bits_as<vec<double>>(_mm256_maskload_pd(p, first_lanes<int64_t>(n)));
+}
+PYSMOOTH_HD void store_some(float* p, vec<float> x, int n) {
+  _mm256_maskstore_ps(p, first_lanes<int32_t>(n), bits_as<__m256>(x));
+}
+PYSMOOTH_HD void store_some(double* p, vec<double> x, int n) {
+  _mm256_maskstore_pd(p, first_lanes<int64_t>(n), bits_as<__m256d>(x));
+}
+#else
+template <class C>
+PYSMOOTH_HD vec<C> load_some(const C* p, int n) {
+  vec<C> x{};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+template <class C>
+PYSMOOTH_HD void store_some(C* p, vec<C> x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+#endif
+
 // A stream that hardware prefetchers run a page behind on: touch 1 KB ahead into L2.
 PYSMOOTH_HD void prefetch_ahead(const void* p) {
   // As an integer: the address may lie past the end, where a pointer must not point.
