@@ -12,6 +12,7 @@ class RuleInfo(TypedDict):
     hyper: tuple[str, ...]
     states: int
     counts_steps: bool
+    accumulates: bool
     dtypes: tuple[tuple[str, str], ...]
 
 class Plan:

@@ -39,6 +39,7 @@ class Entry:
         dtypes: parameter dtypes.
         clips: whether it clips the gradient, and so knows `max_norm` and the policy "propagate".
         tensors: arguments that make every tensor a step of its own.
+        joint: whether one number, made of all clipped gradients, enters every parameter's step.
         ulp: bound of the error of one step against the float64 oracle, in `units`.
     """
 
@@ -57,6 +58,7 @@ class Entry:
     )
     clips: bool = True
     tensors: Kwargs = field(default_factory=lambda: {"scope": "tensor"})
+    joint: bool = False
     ulp: float = 2.0
 
     @property
@@ -188,6 +190,64 @@ REGISTRY: tuple[Entry, ...] = (
             "group": {"lr": 0.1, "scope": "group", "clip": "value", "max_norm": 0.5},
         },
         lambda _: ("momentum_buffer",),
+        joint=True,
+        ulp=4.0,
+    ),
+    Entry(
+        "adagrad_norm",
+        pysmooth.AdagradNorm,
+        {
+            "main": {"lr": 0.1, "b_init": 0.5, "max_norm": 1.0, "weight_decay": 0.1},
+            "delayed": {"lr": 0.1, "b_init": 0.5, "delayed": True, "scope": "tensor"},
+            "coordinates": {"lr": 0.1, "b_init": 0.1, "coordinate_wise": True, "reweight": 0.5},
+        },
+        lambda kwargs: ("exp_avg_sq",) if kwargs.get("coordinate_wise") else (),
+        joint=True,
+        ulp=4.0,
+    ),
+    Entry(
+        "clip_radagradd",
+        pysmooth.ClipRAdaGradD,
+        {"main": {"lr": 0.1, "b_init": 0.5, "max_norm": 1.0, "reweight": 0.3}},
+        lambda _: (),
+        ulp=4.0,
+    ),
+    Entry(
+        "m_adagrad_norm",
+        pysmooth.MAdagradNorm,
+        {
+            "main": {"lr": 0.1, "b_init": 0.5, "max_norm": 1.0, "weight_decay": 0.1},
+            "group": {"lr": 0.1, "b_init": 2.0, "scope": "group", "maximize": True},
+        },
+        lambda _: ("exp_avg",),
+        joint=True,
+        ulp=4.0,
+    ),
+    Entry(
+        "adam_norm",
+        pysmooth.AdamNorm,
+        {
+            "main": {"lr": 0.1, "b_init": 0.5, "max_norm": 1.0, "weight_decay": 0.1},
+            "plain": {"lr": 0.1, "b_init": 0.5, "betas": (0.0, 0.9), "clip": "smooth"},
+        },
+        lambda kwargs: ("exp_avg",) if kwargs.get("betas", (0.9,))[0] else (),
+        joint=True,
+        ulp=4.0,
+    ),
+    Entry(
+        "adamd_norm",
+        pysmooth.AdamDNorm,
+        {
+            "main": {"lr": 0.1, "b_init": 0.5, "max_norm": 1.0, "weight_decay": 0.1},
+            "coordinates": {
+                "lr": 0.1,
+                "b_init": 0.5,
+                "coordinate_wise": True,
+                "clip": "value",
+                "max_norm": 0.5,
+            },
+        },
+        lambda kwargs: ("exp_avg_sq", "exp_avg") if kwargs.get("coordinate_wise") else ("exp_avg",),
         ulp=4.0,
     ),
     Entry(

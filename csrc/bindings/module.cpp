@@ -22,6 +22,7 @@ py::list rules() {
     rule["hyper"] = py::tuple(hypers);
     rule["states"] = info.states;
     rule["counts_steps"] = info.counts_steps;
+    rule["accumulates"] = info.accumulates;
     rule["dtypes"] = py::tuple(pairs);
     out.append(rule);
   }

@@ -98,7 +98,7 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
   Entry& e = entries_[t];
   Slot& slot = pipeline_.slots[t];
   const RuleInfo& rule = kernels().rules[slot.rule];
-  const int expected = rule.states + (rule.counts_steps ? 1 : 0);
+  const int expected = rule.states + (rule.accumulates ? 1 : 0) + (rule.counts_steps ? 1 : 0);
   if (static_cast<int>(keys.size()) != expected)
     throw py::value_error("rule '" + std::string(rule.name) + "' has " + std::to_string(expected) +
                           " states, not " + std::to_string(keys.size()));
@@ -109,6 +109,7 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     PyObject* const state = PyDict_GetItemWithError(e.state_dict, key.ptr());
     if (state == nullptr || state == Py_None) {
       e.states_held = 0;
+      slot.norm_sq = nullptr;
       tracked_.resize(e.tracked + 1);
       return;
     }
@@ -120,10 +121,17 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     tracked_.push_back({state, {}});
     tracked_.back().form.assign(d);
     const RealView view = RealView::of(tracked_.back().form, name());
-    if (e.states_held == rule.states) {  // the step count
-      if (view.dtype != DType::f32 || !view.shape.empty())
-        throw py::value_error(name() + " is not a float32 tensor of shape ()");
-      slot.steps = static_cast<float*>(d.data);
+    if (e.states_held >= rule.states) {  // a number: the accumulated norm, then the step count
+      const bool norm = rule.accumulates && e.states_held == rule.states;
+      if (view.dtype != (norm ? DType::f64 : DType::f32) || !view.shape.empty())
+        throw py::value_error(name() + " is not a " + (norm ? "float64" : "float32") +
+                              " tensor of shape ()");
+      if (norm) {
+        slot.norm_sq = static_cast<double*>(d.data);
+        pipeline_.accumulates = true;
+      } else {
+        slot.steps = static_cast<float*>(d.data);
+      }
       ++e.states_held;
       continue;
     }
@@ -251,7 +259,10 @@ bool Plan::gather() {
     Slot& slot = pipeline_.slots[t];
     slot.active = !grads_[t].is_none() && slot.numel > 0;
     all_active = all_active && slot.active;
-    if (!slot.active) continue;
+    if (!slot.active) {
+      if (slot.norm_sq != nullptr && !unmoved(t)) return false;  // written all the same
+      continue;
+    }
     // First what the plan knows: a gradient is judged against a parameter that is still the same.
     if (!unmoved(t)) return false;
     read_gradient(t);

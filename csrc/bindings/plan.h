@@ -43,7 +43,7 @@ class Plan {
   };
   struct Entry {
     PyObject* state_dict = nullptr;       // owned by state_dicts_
-    PyObject* keys[kMaxStates + 1] = {};  // owned by state_keys_; a step count comes last
+    PyObject* keys[kMaxStates + 2] = {};  // owned by state_keys_; numbers come last
     size_t tracked = 0;                   // into tracked_: the parameter, then its states
     int expected_states = 0, states_held = 0;
     bool grad_known = false;

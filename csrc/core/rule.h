@@ -6,6 +6,8 @@
 //   kStates       number of state tensors
 //   kReadsGrad    false if it rewrites a single stream in place (Scale)
 //   kCountsSteps  true if it depends on how many steps a tensor has seen
+//   kAccumulates  true if it accumulates the squared norm of the clipped gradients of a scope unit,
+//                 as accumulate() says
 //   derive()      what depends on hyper-parameters and step count alone: once for all tensors
 //   Hyper<T>      the constants of one tensor's update, in the compute type
 //   prepare<T>()  makes them from the hyper-parameters and the scalars
@@ -50,6 +52,8 @@ struct Scalars {
   // Of every pass before apply: Sum::abs, divided by the number of elements; the root of
   // Sum::squares.
   double stage[kMaxStages] = {};
+  // The accumulated sum of squares of the tensor's scope unit, without and with this step's.
+  double norm_sq_before = 0.0, norm_sq = 0.0;
   double derived[kMaxDerived] = {};
 };
 
@@ -60,6 +64,7 @@ PYSMOOTH_KERNELS_BEGIN
 struct RuleDefaults {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kCountsSteps = false;
+  static constexpr bool kAccumulates = false;
   static constexpr int kStages = 0;
   static constexpr bool kSelects = false;
   static constexpr bool kApplies = true;
@@ -69,6 +74,9 @@ struct RuleDefaults {
   static bool reads_param(const double* /*hyper*/, int /*stage*/) { return true; }
   static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::none; }
   static bool selects_nothing(const double* /*hyper*/) { return false; }
+  static double accumulate(const double* /*hyper*/, double norm_sq, double /*sum_squares*/) {
+    return norm_sq;
+  }
   static void derive(const double* /*hyper*/, double /*step*/, double* /*derived*/) {}
 };
 

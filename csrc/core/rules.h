@@ -1,6 +1,7 @@
 // The list of update rules. Adding one to the library: write its header, name it here.
 #pragma once
 
+#include "core/math/accumulator.h"
 #include "core/math/adagrad.h"
 #include "core/math/adam.h"
 #include "core/math/clip21.h"
@@ -16,10 +17,11 @@ PYSMOOTH_KERNELS_BEGIN
 
 using Rules =
     RuleList<Scale, Sgd<0>, Sgd<1>, Adagrad, Adam<0>, Adam<1>, Sign<0>, Sign<1>, Lion,
-             NormalizedSgd, Clip21<0>, Clip21<1>, EfSgd<0, false>, EfSgd<1, false>, EfSgd<0, true>,
-             EfSgd<1, true>, Ef21<0, Ef21Form::dense>, Ef21<1, Ef21Form::dense>,
-             Ef21<2, Ef21Form::dense>, Ef21<0, Ef21Form::select>, Ef21<1, Ef21Form::select>,
-             Ef21<2, Ef21Form::select>, Ef21<0, Ef21Form::select_normalized>,
-             Ef21<1, Ef21Form::select_normalized>, Ef21<2, Ef21Form::select_normalized>>;
+             NormalizedSgd, NormAccumulator<0>, NormAccumulator<1>, Accumulator<0>, Accumulator<1>,
+             Clip21<0>, Clip21<1>, EfSgd<0, false>, EfSgd<1, false>, EfSgd<0, true>, EfSgd<1, true>,
+             Ef21<0, Ef21Form::dense>, Ef21<1, Ef21Form::dense>, Ef21<2, Ef21Form::dense>,
+             Ef21<0, Ef21Form::select>, Ef21<1, Ef21Form::select>, Ef21<2, Ef21Form::select>,
+             Ef21<0, Ef21Form::select_normalized>, Ef21<1, Ef21Form::select_normalized>,
+             Ef21<2, Ef21Form::select_normalized>>;
 
 PYSMOOTH_KERNELS_END

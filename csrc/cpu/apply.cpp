@@ -28,6 +28,8 @@ RuleInfo describe() {
   info.states = Rule::kStates;
   info.reads_grad = Rule::kReadsGrad;
   info.counts_steps = Rule::kCountsSteps;
+  info.accumulates = Rule::kAccumulates;
+  info.accumulate = Rule::accumulate;
   info.derive = Rule::derive;
   for (const char* name : Rule::kHyper) info.hyper[info.hypers++] = name;
   info.stages = Rule::kStages;

@@ -86,12 +86,14 @@ struct RuleInfo {
   int states;
   bool reads_grad;
   bool counts_steps;
+  bool accumulates;
   int stages;    // passes before apply
   bool selects;  // from the values of pass 0
   bool applies;
   Sum (*stage_sum)(const double* hyper, int stage);
   bool (*reads_param)(const double* hyper, int stage);
   bool (*selects_nothing)(const double* hyper);
+  double (*accumulate)(const double* hyper, double norm_sq, double sum_squares);
   void (*derive)(const double* hyper, double step, double* derived);
   int hypers;
   const char* hyper[kMaxHyper];

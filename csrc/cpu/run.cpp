@@ -59,8 +59,31 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   rule.apply[compute_of(slot.param_dtype)](args);
 }
 
+// The squared norms that rules accumulate, of the clipped gradients of a scope unit. Every tensor
+// that has a state keeps the number for itself, with or without a gradient, so that all members of
+// a unit (in a group) agree; a tensor that just joined takes it from one that was there.
+void accumulate(Pipeline* p, const RuleInfo* rules, const std::vector<double>& sums) {
+  const size_t tensors = p->slots.size();
+  p->norm_sq_before.assign(tensors, 0.0);
+  p->norm_sq.assign(tensors, 0.0);
+  std::vector<const Slot*> veterans(p->groups.size(), nullptr);
+  if (p->scope != Scope::tensor)
+    for (const Slot& slot : p->slots)
+      if (slot.norm_sq != nullptr && !slot.first) veterans[static_cast<size_t>(slot.group)] = &slot;
+  for (size_t t = 0; t < tensors; ++t) {
+    const Slot& slot = p->slots[t];
+    if (slot.norm_sq == nullptr) continue;
+    const Slot* const veteran = veterans[static_cast<size_t>(slot.group)];
+    p->norm_sq_before[t] = slot.first && veteran != nullptr ? *veteran->norm_sq : *slot.norm_sq;
+    p->norm_sq[t] = p->norm_sq_before[t];
+    if (sums[t] < 0.0) continue;  // nobody in its unit has a gradient
+    p->norm_sq[t] = rules[slot.rule].accumulate(p->groups[static_cast<size_t>(slot.group)].hyper,
+                                                p->norm_sq_before[t], sums[t]);
+  }
+}
+
 // Turns the partials into norms and clip coefficients. One thread, fixed order.
-void finalize(Pipeline* p, Reduction kind) {
+void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
   const auto tensors = p->slots.size();
   const size_t units = p->scope == Scope::global  ? 1
                        : p->scope == Scope::group ? p->groups.size()
@@ -74,6 +97,7 @@ void finalize(Pipeline* p, Reduction kind) {
                                       : t;
   };
   std::vector<char> seen(units, 0);
+  std::vector<double> squares(p->accumulates ? tensors : 0, 0.0);
   for (size_t t = 0; t < tensors; ++t) {
     if (!p->slots[t].active) continue;
     double value = neutral(kind);
@@ -85,6 +109,7 @@ void finalize(Pipeline* p, Reduction kind) {
     }
     // torch's total 0-"norm" is the 0-"norm" of the tensors' norms: how many are not zero.
     if (kind == Reduction::count_nonzero && p->scope != Scope::tensor) value = value != 0.0;
+    if (p->accumulates) squares[t] = value;
     double& norm = p->norms[unit_of(t)];
     norm = combine(kind, norm, value);
     seen[unit_of(t)] = 1;
@@ -103,6 +128,13 @@ void finalize(Pipeline* p, Reduction kind) {
     p->coefs[t] = p->scope == Scope::tensor ? clip_coefficient(p->groups[g].clip, p->norms[t])
                                             : group_coefs[g];
   }
+  if (!p->accumulates) return;
+  std::vector<double> sums(units, 0.0);
+  for (size_t t = 0; t < tensors; ++t)
+    if (p->slots[t].active) sums[unit_of(t)] += p->coefs[t] * p->coefs[t] * squares[t];
+  // A unit without a gradient has no step: its numbers stay.
+  for (size_t t = 0; t < tensors; ++t) squares[t] = seen[unit_of(t)] ? sums[unit_of(t)] : -1.0;
+  accumulate(p, rules, squares);
 }
 
 // Once per group what would otherwise be done for every chunk.
@@ -117,7 +149,7 @@ void derive_groups(Pipeline* p, const RuleInfo* rules) {
 }
 
 bool needs_reduce(const Pipeline& p) {
-  if (p.always_norm || asks_first(p.policy)) return true;
+  if (p.always_norm || p.accumulates || asks_first(p.policy)) return true;
   return std::any_of(p.groups.begin(), p.groups.end(),
                      [](const Group& g) { return g.clip.needs_norm(); });
 }
@@ -136,6 +168,10 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
   args.scalars.zero_nonfinite = p.policy == NonFinite::zero;
   for (int stage = 0; stage < rule.stages; ++stage)
     args.scalars.stage[stage] = p.staged.values[stage][t];
+  if (rule.accumulates) {
+    args.scalars.norm_sq_before = p.norm_sq_before[t];
+    args.scalars.norm_sq = p.norm_sq[t];
+  }
   if (rule.counts_steps) {
     const double step = static_cast<double>(*slot.steps) + 1.0;
     if (step == group.step)
@@ -185,7 +221,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
     derive_groups(p, table.rules);
     if (p->reduced) {
       for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table.reduce, kind, i);
-      finalize(p, kind);
+      finalize(p, table.rules, kind);
     }
     prepare_stages(p, table);
     if (!refused() && p->staged.stages > 0) {
@@ -218,7 +254,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
                           [&](int64_t i) { reduce_chunk(p, table.reduce, kind, i); });
 #pragma omp barrier
 #pragma omp single
-          finalize(p, kind);
+          finalize(p, table.rules, kind);
         }
         if (!refused() && p->staged.stages > 0) run_stages(p, table, &*schedule, threads);
         if (!refused())
@@ -229,7 +265,9 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
   }
   if (!gathered) return Outcome::stale;
   if (refused()) return p->policy == NonFinite::skip ? Outcome::skipped : Outcome::nonfinite;
-  for (Slot& slot : p->slots) {
+  for (size_t t = 0; t < p->slots.size(); ++t) {
+    Slot& slot = p->slots[t];
+    if (slot.norm_sq != nullptr) *slot.norm_sq = p->norm_sq[t];
     if (!slot.active) continue;
     slot.first = false;
     if (slot.steps != nullptr) *slot.steps += 1.0f;

@@ -45,7 +45,8 @@ struct Slot {
   void* param = nullptr;
   const void* grad = nullptr;
   void* state[kMaxStates] = {};
-  float* steps = nullptr;  // how many steps were applied; null where the rule does not count
+  double* norm_sq = nullptr;  // of the scope unit; null where the rule accumulates nothing
+  float* steps = nullptr;     // how many steps were applied; null where the rule does not count
   const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
 };
@@ -87,15 +88,17 @@ struct Pipeline {
   Scope scope = Scope::global;
   NonFinite policy = NonFinite::propagate;
   double norm_type = 2.0;
+  bool accumulates = false;     // some rule accumulates squared norms; norm_type is 2
   bool always_norm = false;     // take norms even where no clip needs them
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
   Scope stage_scope[kMaxStages] = {Scope::tensor, Scope::global};  // of the passes before apply
   SelectSpec select;
 
   // Left behind by a step that took norms.
-  std::vector<Partial> partials;  // per chunk
-  std::vector<double> norms;      // per scope unit
-  std::vector<double> coefs;      // per slot
+  std::vector<Partial> partials;                // per chunk
+  std::vector<double> norms;                    // per scope unit
+  std::vector<double> coefs;                    // per slot
+  std::vector<double> norm_sq_before, norm_sq;  // per slot, where rules accumulate
   bool reduced = false;
   bool nonfinite = false;
 

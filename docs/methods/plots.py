@@ -45,6 +45,14 @@ FAMILIES: dict[str, dict[str, Make]] = {
         "torch.optim.Adam": lambda p: torch.optim.Adam(p, 0.02),
         "Adam, max_norm=1": lambda p: pysmooth.Adam(p, 0.02, max_norm=1.0),
     },
+    "adaptive-norm": {
+        "AdagradNorm": lambda p: pysmooth.AdagradNorm(p, 2.0, b_init=1.0),
+        "AdagradNorm, max_norm=1": lambda p: pysmooth.AdagradNorm(
+            p, 2.0, b_init=1.0, max_norm=1.0
+        ),
+        "AdamNorm, max_norm=1": lambda p: pysmooth.AdamNorm(p, 0.2, b_init=1.0, max_norm=1.0),
+        "AdamDNorm, max_norm=1": lambda p: pysmooth.AdamDNorm(p, 0.2, b_init=1.0, max_norm=1.0),
+    },
     "error-feedback": {
         "SGD": lambda p: torch.optim.SGD(p, 0.3),
         "EFSGD, TopK 2 %": lambda p: pysmooth.EFSGD(p, 0.3, TopK(ratio=0.02)),
@@ -65,7 +73,7 @@ FAMILIES: dict[str, dict[str, Make]] = {
     },
 }
 # Heavy tails make a compressor's picture unreadable: there the noise is that of the batches.
-HEAVY = {"clip-sgd", "sign", "adaptive"}
+HEAVY = {"clip-sgd", "sign", "adaptive", "adaptive-norm"}
 
 
 def run(make: Make, seed: int, *, heavy: bool) -> list[float]:

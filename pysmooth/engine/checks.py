@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recipe import STEP
+from .recipe import SCALARS
 from .state import state_dtype
 
 Labelled = tuple[str, Tensor]
@@ -40,9 +40,10 @@ def check_state(p: Tensor, label: str, key: str, state: Any) -> None:
     name = f"state {key!r} of parameter {label!r}"
     if not isinstance(state, Tensor):
         raise TypeError(f"{name} is not a tensor but {type(state)}")
-    if key == STEP:
-        if state.dtype != torch.float32 or state.shape != ():
-            raise ValueError(f"{name} is not a float32 tensor of shape ()")
+    if key in SCALARS:
+        if state.dtype != SCALARS[key] or state.shape != ():
+            kind = str(SCALARS[key]).removeprefix("torch.")
+            raise ValueError(f"{name} is not a {kind} tensor of shape ()")
         return
     if state.shape != p.shape:
         raise ValueError(f"{name} does not have the parameter's shape")

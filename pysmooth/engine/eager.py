@@ -11,7 +11,7 @@ from .. import reference
 from .._errors import NonFiniteGradientError
 from ..reference import Member, Passes
 from .checks import check_gradient, check_memory, check_state
-from .recipe import STEP, ClipMode, Policy, Recipe, Scope
+from .recipe import NORM_SQ, STEP, ClipMode, Policy, Recipe, Scope
 from .state import fill_state, new_states
 
 if TYPE_CHECKING:
@@ -41,21 +41,25 @@ class EagerEngine:
 
         coefs: list[Tensor | None] = [None] * len(live)
         self._norms = self._coefs = None
-        wanted = optimizer.policy.asks_first or any(r.clip.mode for r in recipes)
+        wanted = optimizer.policy.asks_first or any(r.clip.mode or r.accumulates for r in recipes)
         if wanted and not self._reduce(optimizer, recipes, slots, live, coefs):
             optimizer.count_skipped()
             return
         number = {id(p): i for i, (_, p, _) in enumerate(slots)}
+        fresh = [_allocate(optimizer, recipes[g], p) for g, p, _ in live]
+        norm_sq = _accumulate(optimizer, recipes, slots, live, coefs, fresh)
         staged: dict[Any, list[tuple[Member, Tensor, Tensor | None]]] = {}
-        for (g, p, _), coef in zip(live, coefs, strict=True):
-            rule, fresh = _rule(recipes[g]), _allocate(optimizer, recipes[g], p)
+        for (g, p, _), coef, first in zip(live, coefs, fresh, strict=True):
+            rule = _rule(recipes[g])
             if rule.staged is None:
-                _apply(optimizer, recipes[g], p, coef, first=fresh)
+                _apply(optimizer, recipes[g], p, coef, first=first, norm_sq=norm_sq.get(p))
             elif p.numel() > 0:
-                member = _member(optimizer, recipes[g], p, coef, (number[id(p)], g, fresh))
+                member = _member(optimizer, recipes[g], p, coef, (number[id(p)], g, first))
                 staged.setdefault(rule.staged, []).append(member)
         for step, members in staged.items():
             _apply_staged(optimizer, step, members)
+        for p, (_, after) in norm_sq.items():
+            optimizer.state[p][NORM_SQ].copy_(after)
 
     def _check(
         self, optimizer: FusedOptimizer, recipes: list[Recipe], slots: list[tuple[int, Tensor, str]]
@@ -158,8 +162,16 @@ def _allocate(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor) -> bool:
 
 
 def _apply(
-    optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, coef: Tensor | None, *, first: bool
+    optimizer: FusedOptimizer,
+    recipe: Recipe,
+    p: Tensor,
+    coef: Tensor | None,
+    *,
+    first: bool,
+    norm_sq: tuple[Tensor, Tensor] | None,
 ) -> None:
+    if recipe.accumulates and norm_sq is None:
+        return  # an empty tensor, and nothing else in its unit
     state = optimizer.state[p] if recipe.keys else {}
     if recipe.counts_steps:
         state[STEP] += 1
@@ -172,7 +184,53 @@ def _apply(
         clip=recipe.clip,
         first=first,
         step=float(state[STEP]) if recipe.counts_steps else 0.0,
+        norm_sq=norm_sq,
     )
+
+
+def _accumulate(
+    optimizer: FusedOptimizer,
+    recipes: list[Recipe],
+    slots: list[tuple[int, Tensor, str]],
+    live: list[tuple[int, Tensor, str]],
+    coefs: list[Tensor | None],
+    fresh: list[bool],
+) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """The squared norms that rules accumulate, before and after this step.
+
+    All members of a scope unit that have a state move, with or without a gradient; one that just
+    joined starts from where a member of its group is.
+    """
+    number = {p: i for i, (_, p, _) in enumerate(slots)}
+
+    def unit_of(g: int, p: Tensor) -> int:
+        return {Scope.GLOBAL: 0, Scope.GROUP: g, Scope.TENSOR: number[p]}[optimizer.scope]
+
+    sums: dict[int, Tensor] = {}
+    for (g, p, _), coef in zip(live, coefs, strict=True):
+        if not recipes[g].accumulates or p.numel() == 0:
+            continue
+        square = _grad(p).double().square().sum()
+        if coef is not None:
+            square = square * coef.to(p.device).double().square()
+        u = unit_of(g, p)
+        sums[u] = sums[u] + square.to(sums[u].device) if u in sums else square
+    new = {p for (_, p, _), first in zip(live, fresh, strict=True) if first}
+    held = [(g, p) for g, p, _ in slots if optimizer.state.get(p, {}).get(NORM_SQ) is not None]
+    veterans = {unit_of(g, p) + g * len(slots): p for g, p in held if p not in new}
+    out = {}
+    for g, p in held:
+        u = unit_of(g, p)
+        if u not in sums:
+            continue
+        source = veterans.get(u + g * len(slots), p) if p in new else p
+        before = optimizer.state[source][NORM_SQ].to(p.device, copy=True)
+        hyper = dict(zip(_rule(recipes[g]).hyper, recipes[g].hyper, strict=True))
+        after = reference.accumulate(
+            before, sums[u].to(p.device), keep=hyper["keep"], admit=hyper["admit"]
+        )
+        out[p] = (before, after)
+    return out
 
 
 def _member(

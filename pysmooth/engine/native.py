@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import NonFiniteGradientError
-from .recipe import STEP, Recipe
+from .recipe import SCALARS, Recipe
 from .state import fill_state, new_states, version_roots
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class NativeEngine:
             self._fresh.append((params[i], None if known is None else dict(known)))
         with torch.no_grad():
             states = new_states([(params[i], key) for i, key in lacking])
-            counts = [s for s, (_, key) in zip(states, lacking, strict=True) if key == STEP]
+            counts = [s for s, (_, key) in zip(states, lacking, strict=True) if key in SCALARS]
             roots = {id(root) for root in version_roots(counts)}
             zeroed = [root for root in version_roots(states) if id(root) not in roots]
             self._native.fill_zero(zeroed, torch.get_num_threads())

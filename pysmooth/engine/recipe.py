@@ -5,7 +5,12 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
+
 STEP = "step"
+NORM_SQ = "norm_sq"
+# States that are one number, whatever the parameter's shape.
+SCALARS = {NORM_SQ: torch.float64, STEP: torch.float32}
 GRADIENT = "gradient"
 
 
@@ -66,6 +71,8 @@ class Recipe(NamedTuple):
         clip: what becomes of the gradient before the rule.
         counts_steps: whether `optimizer.state[p]["step"]` counts the steps, in a float32 tensor of
             shape () as torch keeps it.
+        accumulates: whether `optimizer.state[p]["norm_sq"]` accumulates the squared norm of the
+            clipped gradients of a scope unit, in a float64 tensor of shape ().
         init: what the states are filled with when they are allocated: a number or, for `GRADIENT`,
             the gradient; zero where it is too short.
         selects: whether coordinates are selected, by the optimizer's compressor.
@@ -76,13 +83,15 @@ class Recipe(NamedTuple):
     states: tuple[str, ...] = ()
     clip: ClipSpec = ClipSpec()
     counts_steps: bool = False
+    accumulates: bool = False
     init: tuple[float | str, ...] = ()
     selects: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys in `optimizer.state[p]`: the step count comes last."""
-        return (*self.states, STEP) if self.counts_steps else self.states
+        """All keys in `optimizer.state[p]`: numbers come last."""
+        norm = (NORM_SQ,) if self.accumulates else ()
+        return (*self.states, *norm, STEP) if self.counts_steps else (*self.states, *norm)
 
     def initial(self, key: str) -> float | str:
         """What a new state is filled with."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .recipe import GRADIENT, STEP
+from .recipe import GRADIENT, SCALARS, STEP
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -53,16 +53,24 @@ def version_roots(states: Sequence[Tensor]) -> list[Tensor]:
     return list({id(root): root for root in roots}.values())
 
 
-def step_counts(values: Sequence[float]) -> list[Tensor]:
-    """Step counts as torch's optimizers keep them, views of one allocation."""
-    return list(torch.tensor(values, dtype=torch.float32, device="cpu").unbind())
+def zero_scalars(key: str, params: Sequence[Tensor]) -> list[Tensor]:
+    """States of one number, 0, one per parameter, views of one allocation.
+
+    Step counts are on the CPU, as torch's optimizers keep them; others beside their parameter.
+    """
+    places = [torch.device("cpu") if key == STEP else p.device for p in params]
+    numbers = {
+        place: iter(torch.zeros(places.count(place), dtype=SCALARS[key], device=place).unbind())
+        for place in dict.fromkeys(places)
+    }
+    return [next(numbers[place]) for place in places]
 
 
 def new_states(owners: Sequence[tuple[Tensor, str]]) -> list[Tensor]:
-    """Uninitialised states, and step counts of 0, for (parameter, key) pairs."""
-    counts = iter(step_counts([0.0 for _, key in owners if key == STEP]))
-    states = iter(empty_states([p for p, key in owners if key != STEP]))
-    return [next(counts) if key == STEP else next(states) for _, key in owners]
+    """Uninitialised states, and numbers that are 0, for (parameter, key) pairs."""
+    made = {key: iter(zero_scalars(key, [p for p, k in owners if k == key])) for key in SCALARS}
+    states = iter(empty_states([p for p, key in owners if key not in SCALARS]))
+    return [next(made.get(key, states)) for _, key in owners]
 
 
 def fill_state(state: Tensor, value: float | str, param: Tensor, *, maximize: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .adaptive_norm import AdagradNorm, AdamDNorm, AdamNorm, ClipRAdaGradD, MAdagradNorm
 from .clip21 import Clip21, Clip21SGD2M
 from .clip_sgd import ClipSGD
 from .ef21 import EF21, EF21SGD2M, EF21SGDM, EF21Plus, NormEF21, NormEF21SGDM
@@ -17,13 +18,18 @@ __all__ = [
     "EF21SGDM",
     "EFSGD",
     "Adagrad",
+    "AdagradNorm",
     "Adam",
+    "AdamDNorm",
+    "AdamNorm",
     "AdamW",
     "Clip21",
     "Clip21SGD2M",
+    "ClipRAdaGradD",
     "ClipSGD",
     "EF21Plus",
     "Lion",
+    "MAdagradNorm",
     "NormEF21",
     "NormEF21SGDM",
     "NormalizedSGD",

@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 )
 
 from ..engine.backends import Engine, make_engine, resolve
-from ..engine.recipe import STEP, Policy, Recipe, Scope
+from ..engine.recipe import SCALARS, Policy, Recipe, Scope
 from ..engine.state import new_states
 from ._validate import check_choice, check_number
 
@@ -285,8 +285,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p, saved in _pairs(self, incoming):
             for key in keys & saved.keys():
                 value = saved[key]
-                if key == STEP:
-                    _check_step_count(value, labels[id(p)])
+                if key in SCALARS:
+                    _check_scalar(key, value, labels[id(p)])
                 elif value is not None and not (
                     isinstance(value, Tensor) and value.shape == p.shape
                 ):
@@ -309,12 +309,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._engine = None
 
 
-def _check_step_count(value: Any, label: str) -> None:
+def _check_scalar(key: str, value: Any, label: str) -> None:
     numbers = (int, float)
     if value is None or (isinstance(value, numbers) and not isinstance(value, bool)):
         return
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ValueError(f"state 'step' of parameter {label!r} in state_dict is not one number")
+        raise ValueError(f"state {key!r} of parameter {label!r} in state_dict is not one number")
 
 
 _watched_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)

@@ -5,6 +5,7 @@ This is the oracle that the kernels are tested against, and what `backend="eager
 
 from __future__ import annotations
 
+from .accumulator import accumulate
 from .clip import clip_coefficient, scale_, total_norm
 from .rules import EAGER_RULES, RULES, EagerRule, compute_dtype, gradient_in
 from .staged import Member, Passes
@@ -15,6 +16,7 @@ __all__ = [
     "EagerRule",
     "Member",
     "Passes",
+    "accumulate",
     "clip_coefficient",
     "compute_dtype",
     "gradient_in",

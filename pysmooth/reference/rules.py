@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import adagrad, adam, clip21, ef21, ef_sgd, normalized_sgd, scale, sgd, sign
+from . import accumulator, adagrad, adam, clip21, ef21, ef_sgd, normalized_sgd, scale, sgd, sign
 from .staged import Staged
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class EagerRule:
         states: number of state tensors.
         update: the function of the new parameter; changes states in place. None for staged rules.
         counts_steps: whether it takes the number of the step, `step`, from 1.
+        accumulates: whether it takes `norm_sq`, the accumulated squared norm before and after.
         takes_first: whether it takes `first`, true where the states hold nothing yet.
         staged: for rules that look at all parameters first, the function of all new ones.
     """
@@ -61,6 +62,7 @@ class EagerRule:
     states: int
     update: Update | None
     counts_steps: bool = False
+    accumulates: bool = False
     takes_first: bool = False
     staged: Staged | None = None
 
@@ -75,14 +77,17 @@ class EagerRule:
         clip: ClipSpec,
         first: bool,
         step: float,
+        norm_sq: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Updates `param` and `states` in place, computing in float32, or float64 for float64."""
         assert self.update is not None
         p = param.to(compute_dtype(param))
         g = gradient_in(grad, p.dtype, coef, clip)
-        named: dict[str, float] = dict(zip(self.hyper, hyper, strict=True))
+        named: dict[str, Any] = dict(zip(self.hyper, hyper, strict=True))
         if self.counts_steps:
             named["step"] = step
+        if self.accumulates:
+            named["norm_sq"] = norm_sq
         if self.takes_first:
             named["first"] = first
         new = self.update(p, g, states, **named)
@@ -125,6 +130,20 @@ RULES: dict[str, EagerRule] = {
         EagerRule("sign_sgd", sign.HYPER, 0, sign.update),
         EagerRule("signum", sign.HYPER, 1, sign.update),
         EagerRule("lion", sign.LION_HYPER, 1, sign.lion),
+        *(
+            EagerRule(
+                f"norm_accumulator{suffix}",
+                accumulator.NORM_HYPER,
+                states,
+                accumulator.norm_update,
+                accumulates=True,
+            )
+            for states, suffix in ((0, ""), (1, "_momentum"))
+        ),
+        *(
+            EagerRule(f"accumulator{suffix}", accumulator.HYPER, states, accumulator.update)
+            for states, suffix in ((1, ""), (2, "_momentum"))
+        ),
         _staged("normalized_sgd", normalized_sgd, 1),
         _staged("clip21", clip21, 1),
         _staged("clip21_sgd2m", clip21, 2),
