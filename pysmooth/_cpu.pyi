@@ -32,6 +32,7 @@ class Plan:
         norm_type: float,
         stage_scopes: list[int],
         select: tuple[int, int, float, int, int, bool, int] | None,
+        low_states: list[int],
     ) -> None: ...
     def selections(self) -> tuple[int, int]: ...
     def step(

@@ -36,7 +36,8 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
            const std::vector<std::string>& rules, const std::vector<int>& groups,
            std::vector<std::string> names, const std::vector<bool>& first,
            const py::list& state_roots, int scope, int policy, double norm_type,
-           const std::vector<int>& stage_scopes, const py::object& select)
+           const std::vector<int>& stage_scopes, const py::object& select,
+           const std::vector<int>& low_states)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -46,7 +47,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
       grads_(params.size()) {
   const size_t n = params.size();
   if (state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
-      groups.size() != n || names_.size() != n || first.size() != n)
+      groups.size() != n || names_.size() != n || first.size() != n || low_states.size() != n)
     throw py::value_error("Plan: all lists must be as long as params");
   pipeline_.slots.resize(n);
   pipeline_.scope = static_cast<Scope>(scope);
@@ -86,7 +87,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     slot.param_dtype = view.dtype;
     slot.param = d.data;
     slot.first = first[t];
-    read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]));
+    read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]), low_states[t]);
   }
   check_aliasing();
   pipeline_.groups.resize(group_sizes_.size());
@@ -94,15 +95,16 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
 }
 
 // A slot's states are either all there or, for a parameter that never had a gradient, all missing.
-void Plan::read_states(size_t t, const py::tuple& keys) {
+void Plan::read_states(size_t t, const py::tuple& keys, int low) {
   Entry& e = entries_[t];
   Slot& slot = pipeline_.slots[t];
   const RuleInfo& rule = kernels().rules[slot.rule];
+  if ((static_cast<unsigned>(low) & ~rule.low_states) != 0)
+    throw py::value_error("rule '" + std::string(rule.name) + "' does not take bfloat16 states");
   const int expected = rule.states + (rule.accumulates ? 1 : 0) + (rule.counts_steps ? 1 : 0);
   if (static_cast<int>(keys.size()) != expected)
     throw py::value_error("rule '" + std::string(rule.name) + "' has " + std::to_string(expected) +
                           " states, not " + std::to_string(keys.size()));
-  const DType wanted = slot.param_dtype == DType::f64 ? DType::f64 : DType::f32;
   e.expected_states = expected;
   for (int k = 0; k < expected; ++k) e.keys[k] = keys[static_cast<size_t>(k)].ptr();
   for (const py::handle key : keys) {
@@ -137,6 +139,9 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     }
     if (view.shape != shapes_[t].view.shape)
       throw py::value_error(name() + " does not have the parameter's shape");
+    const DType wanted = slot.param_dtype == DType::f64    ? DType::f64
+                         : (low >> e.states_held & 1) != 0 ? DType::bf16
+                                                           : DType::f32;
     if (view.dtype != wanted)
       throw py::value_error(name() + " has dtype " + dtype_name(view.dtype) + ", expected " +
                             dtype_name(wanted));
@@ -145,6 +150,7 @@ void Plan::read_states(size_t t, const py::tuple& keys) {
     if (overlaps_itself(static_cast<int>(view.shape.size()), view.shape.data(),
                         view.strides.data()))
       throw py::value_error(name() + " overlaps itself in memory (an expanded tensor?)");
+    slot.state_dtype[e.states_held] = wanted;
     slot.state[e.states_held++] = d.data;
   }
 }
@@ -328,11 +334,11 @@ void bind_plan(py::module_& m) {
       .def(py::init<const py::list&, const py::list&, const py::list&,
                     const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const py::list&, int, int,
-                    double, const std::vector<int>&, const py::object&>(),
+                    double, const std::vector<int>&, const py::object&, const std::vector<int>&>(),
            py::kw_only(), py::arg("params"), py::arg("state_dicts"), py::arg("state_keys"),
            py::arg("rules"), py::arg("groups"), py::arg("names"), py::arg("first"),
            py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
-           py::arg("stage_scopes"), py::arg("select"))
+           py::arg("stage_scopes"), py::arg("select"), py::arg("low_states"))
       .def("selections", &Plan::selections)
       .def("step", &Plan::step)
       .def("norms", &Plan::norms)

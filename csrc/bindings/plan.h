@@ -19,7 +19,7 @@ class Plan {
        const std::vector<std::string>& rules, const std::vector<int>& groups,
        std::vector<std::string> names, const std::vector<bool>& first, const py::list& state_roots,
        int scope, int policy, double norm_type, const std::vector<int>& stage_scopes,
-       const py::object& select);
+       const py::object& select, const std::vector<int>& low_states);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
   // `hypers` and `clips` the numbers of each group. Returns an Outcome.
@@ -56,7 +56,7 @@ class Plan {
   };
 
   std::string what(const char* kind, size_t t) const { return kind + (" '" + names_[t] + "'"); }
-  void read_states(size_t t, const py::tuple& keys);
+  void read_states(size_t t, const py::tuple& keys, int low);
   void learn_gradient(size_t t, const DLTensor& grad);
   bool unchanged(const py::list& param_lists) const;
   void note_written();

@@ -32,6 +32,37 @@ PYSMOOTH_HD uint32_t mix32(uint32_t x) {
   return x ^ x >> 16;
 }
 
+// What stochastic rounding adds, for one element or a vector of them: 32 bits from (step, tensor),
+// made into two keys, and the element's index. Cheaper than philox, and for nothing else.
+struct NoiseKey {
+  uint32_t first = 0, second = 0;
+
+  NoiseKey() = default;
+  NoiseKey(uint32_t step, uint32_t tensor) {
+    const Words words = philox({{0, 0, step, tensor}}, 0x6A09E667u, 0xBB67AE85u);
+    first = words.word[0];
+    second = words.word[1];
+  }
+
+  // Another key, for what is rounded in the same step by itself.
+  NoiseKey shifted(int by) const {
+    NoiseKey out = *this;
+    out.first += 0x9E3779B9u * static_cast<uint32_t>(by);
+    return out;
+  }
+};
+
+// `place` is the element's index times kNoiseStride: a walk adds it up.
+constexpr uint32_t kNoiseStride = 0x9E3779B9u;
+
+template <class U>
+PYSMOOTH_HD U noise(U place, NoiseKey key) {
+  U x = place ^ key.first;
+  x = (x ^ (x >> 16)) * 0x7feb352du + key.second;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
 // A permutation of [0, size), drawn by seed, step and tensor: a Feistel network of six rounds over
 // the next power of four, walked until it is back inside.
 class Permutation {

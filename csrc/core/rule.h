@@ -8,6 +8,7 @@
 //   kCountsSteps  true if it depends on how many steps a tensor has seen
 //   kAccumulates  true if it accumulates the squared norm of the clipped gradients of a scope unit,
 //                 as accumulate() says
+//   kLowStates    states, as bits, that may be kept in bfloat16
 //   derive()      what depends on hyper-parameters and step count alone: once for all tensors
 //   Hyper<T>      the constants of one tensor's update, in the compute type
 //   prepare<T>()  makes them from the hyper-parameters and the scalars
@@ -65,6 +66,7 @@ struct RuleDefaults {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kCountsSteps = false;
   static constexpr bool kAccumulates = false;
+  static constexpr unsigned kLowStates = 0;
   static constexpr int kStages = 0;
   static constexpr bool kSelects = false;
   static constexpr bool kApplies = true;

@@ -5,6 +5,7 @@
 
 #include "core/dtype.h"
 #include "core/layout.h"
+#include "core/random.h"
 #include "core/rule.h"
 
 namespace pysmooth {
@@ -39,6 +40,8 @@ struct ApplyArgs {
   int64_t begin, length;
   const double* hyper;
   Scalars scalars;
+  unsigned stochastic;  // operands, as bits, that are rounded stochastically: bfloat16 ones
+  NoiseKey noise;
 };
 using ApplyFn = void (*)(const ApplyArgs&);
 
@@ -87,6 +90,7 @@ struct RuleInfo {
   bool reads_grad;
   bool counts_steps;
   bool accumulates;
+  unsigned low_states;
   int stages;    // passes before apply
   bool selects;  // from the values of pass 0
   bool applies;

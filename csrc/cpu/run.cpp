@@ -179,14 +179,19 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
     else  // a tensor that sat out some steps
       rule.derive(group.hyper, step, args.scalars.derived);
   }
+  args.stochastic = 0;
   args.param = slot.param;
   args.grad = slot.grad;
   args.dtype[0] = slot.param_dtype;
   args.dtype[1] = slot.grad_dtype;
   for (int k = 0; k < kMaxStates; ++k) {
     args.state[k] = slot.state[k];
-    args.dtype[2 + k] = slot.param_dtype == DType::f64 ? DType::f64 : DType::f32;
+    args.dtype[2 + k] = slot.state_dtype[k];
+    if (slot.state[k] != nullptr && slot.state_dtype[k] == DType::bf16)
+      args.stochastic |= 1u << (2 + k);
   }
+  if (args.stochastic != 0)
+    args.noise = NoiseKey(static_cast<uint32_t>(*slot.steps), static_cast<uint32_t>(t));
   args.layout = slot.layout;
   args.begin = chunk.begin;
   args.length = chunk.length;

@@ -45,6 +45,7 @@ struct Slot {
   void* param = nullptr;
   const void* grad = nullptr;
   void* state[kMaxStates] = {};
+  DType state_dtype[kMaxStates] = {};
   double* norm_sq = nullptr;  // of the scope unit; null where the rule accumulates nothing
   float* steps = nullptr;     // how many steps were applied; null where the rule does not count
   const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
@@ -93,7 +94,6 @@ struct Pipeline {
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
   Scope stage_scope[kMaxStages] = {Scope::tensor, Scope::global};  // of the passes before apply
   SelectSpec select;
-
   // Left behind by a step that took norms.
   std::vector<Partial> partials;                // per chunk
   std::vector<double> norms;                    // per scope unit

@@ -172,8 +172,8 @@ class Stages {
       __builtin_prefetch(static_cast<const char*>(base) + place.begin * itemsize(dtype));
     };
     fetch(slot.grad, slot.grad_dtype);
-    for (const void* state : slot.state)
-      if (state != nullptr) fetch(state, slot.param_dtype == DType::f64 ? DType::f64 : DType::f32);
+    for (int k = 0; k < kMaxStates; ++k)
+      if (slot.state[k] != nullptr) fetch(slot.state[k], slot.state_dtype[k]);
   }
 
   void select() {

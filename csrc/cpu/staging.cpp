@@ -1,5 +1,6 @@
 #include "cpu/staging.h"
 
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/walk.h"
@@ -46,6 +47,21 @@ void gather_run(C* out, const T* in, const int64_t* at, int n) {
 template <class C, class T>
 void scatter_run(T* out, const C* in, const int64_t* at, int n) {
   for (int i = 0; i < n; ++i) store1(out + at[i], in[i]);
+}
+
+// Stochastic rounding. `shift` picks the operand's half of the noise.
+inline void store_noisy(bf16* out, const float* in, const uint32_t* noise, int shift,
+                        int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kFloats <= n; i += kFloats) {
+      vu32 random;
+      std::memcpy(&random, noise + i, sizeof(random));
+      store_noisy(out + i, vector_io<float>::load(in + i), (random >> shift) & 0xffffu);
+    }
+  for (; i < n; ++i)
+    out[i * stride].bits = static_cast<uint16_t>(
+        round_bf16_stochastic<uint32_t>(in[i], (noise[i] >> shift) & 0xffffu) >> 16);
 }
 
 // ---- operands -----------------------------------------------------------------------------------
@@ -98,14 +114,45 @@ void Staging<C>::read() {
   });
 }
 
+// Noise depends on where an element is in the order that the tensor is walked in, and not on how
+// the walk is cut up.
+template <class C>
+void Staging<C>::fill_noise(int pair) {
+  const NoiseKey key = args_.noise.shifted(pair);
+  const auto first = static_cast<uint32_t>(args_.begin + done_);
+  vu32 place = noise_places(first);
+  for (int64_t i = 0; i < count; i += kFloats, place += kNoiseStride * kFloats) {
+    const vu32 x = noise(place, key);
+    std::memcpy(noise_ + i, &x, sizeof(x));
+  }
+}
+
 template <class C>
 void Staging<C>::write_back() {
-  const unsigned set = staged_ & touch_.writes;
+  unsigned set = staged_ & touch_.writes;
   if (is_short_tail()) {
     return each_of(set, [&](int k) {
       C* const p = static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
       store_some(p, vector_io<C>::load(room_[k]), static_cast<int>(count));
     });
+  }
+  if constexpr (sizeof(C) == 4) {
+    int pair = -1;
+    each_of(set & args_.stochastic, [&](int k) {
+      const int turn = turn_of(args_.stochastic, k), shift = noise_shift(turn);
+      if (turn / 2 != pair) fill_noise(pair = turn / 2);
+      auto* const p = static_cast<bf16*>(base_of(args_, k));
+      if (args_.layout == nullptr)
+        return store_noisy(p + args_.begin + done_, room_[k], noise_, shift, 1, count);
+      const Layout& layout = *args_.layout;
+      int64_t filled = 0;
+      walk(layout, args_.begin + done_, count, [&](const int64_t* offset, int64_t n) {
+        store_noisy(p + offset[k], room_[k] + filled, noise_ + filled, shift,
+                    layout.stride[k][layout.ndim - 1], n);
+        filled += n;
+      });
+    });
+    set &= ~args_.stochastic;
   }
   if (args_.layout == nullptr) {
     return each_of(set, [&](int k) {
@@ -162,11 +209,11 @@ void Gathering<C>::read(const Candidate* chosen, int count) {
 template <class C>
 void Gathering<C>::write_back(int count) {
   const bool linear = args_.layout == nullptr;
-  for (int k = 0; k < kMaxOperands; ++k)
-    if (has(touch_.writes, k))
-      with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
-        scatter_run<C>(p, room_[k], at_[linear ? 0 : k], count);
-      });
+  each_of(touch_.writes, [&](int k) {
+    const int64_t* const at = at_[linear ? 0 : k];
+    with_stored_type<C>(base_of(args_, k), args_.dtype[k],
+                        [&](auto* p) { scatter_run<C>(p, room_[k], at, count); });
+  });
 }
 
 template class Staging<float>;

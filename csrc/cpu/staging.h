@@ -26,6 +26,24 @@ inline void* base_of(const ApplyArgs& a, int k) {
   return k == 0 ? a.param : k == 1 ? const_cast<void*>(a.grad) : a.state[k - 2];
 }
 
+// Operands that are rounded so take turns: the lower and the upper half of a word of noise, then
+// of the next one.
+inline int turn_of(unsigned stochastic, int k) {
+  return __builtin_popcount(stochastic & ((1u << k) - 1u));
+}
+inline int noise_shift(int turn) { return turn % 2 * 16; }
+
+// Of the elements from `first` on.
+PYSMOOTH_HD vu32 noise_places(uint32_t first) {
+  vu32 out;
+  for (uint32_t j = 0; j < static_cast<uint32_t>(kFloats); ++j) out[j] = (first + j) * kNoiseStride;
+  return out;
+}
+
+PYSMOOTH_HD void store_noisy(bf16* out, vec<float> x, vu32 random) {
+  vector_io<float>::store_upper(out, round_bf16_stochastic<vu32>(x, random));
+}
+
 // What a kernel reads and writes, as bits: parameter, gradient, states.
 struct Touch {
   unsigned reads, writes;
@@ -86,6 +104,7 @@ class Staging {
   }
   void read();
   void write_back();
+  void fill_noise(int pair);
 
   const ApplyArgs& args_;
   const Touch touch_;
@@ -95,6 +114,7 @@ class Staging {
   int64_t done_ = 0;
   // Not a power of two apart: a load of one row would wait for a store to another.
   alignas(64) C room_[kMaxOperands][kStagedElements + 48];
+  uint32_t noise_[kStagedElements + 48];  // of stochastic rounding: 16 bits each for two operands
 };
 
 // Single elements of a chunk, wherever they are, gathered and scattered again.

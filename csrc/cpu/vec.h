@@ -123,6 +123,15 @@ PYSMOOTH_HD U narrow_bf16(F value) {
   return (x & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
 }
 
+// Rounded up with the probability of what is cut off; `random` is below 2^16. The result is in the
+// upper half. Numbers that bfloat16 holds stay as they are, infinities and NaN as well: these come
+// out of arithmetic, which leaves a NaN's upper bits set.
+template <class U, class F>
+PYSMOOTH_HD U round_bf16_stochastic(F value, U random) {
+  const U x = bits_as<U>(value);
+  return (x & 0x7f800000u) == 0x7f800000u ? x : U(x + random);
+}
+
 template <class F, class U>
 PYSMOOTH_HD F widen_f16(U bits) {
   const U sign = (bits & 0x8000u) << 16;
@@ -201,11 +210,27 @@ struct vector_io<float> {
   PYSMOOTH_HD static vu16 load16(const void* p) {
     return *reinterpret_cast<const vu16_unaligned*>(p);
   }
+  PYSMOOTH_HD static vu32 widened16(const void* p) {
+#if defined(__AVX512F__)
+    return bits_as<vu32>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(load16(p))));
+#else
+    return __builtin_convertvector(load16(p), vu32);
+#endif
+  }
   PYSMOOTH_HD static void store16(void* p, vu32 x) {
     *reinterpret_cast<vu16_unaligned*>(p) = __builtin_convertvector(x, vu16);
   }
-  PYSMOOTH_HD static V load(const bf16* p) {
-    return widen_bf16<V>(__builtin_convertvector(load16(p), vu32));
+  PYSMOOTH_HD static V load(const bf16* p) { return widen_bf16<V>(widened16(p)); }
+  // The upper halves of the words. Written out where compilers would take a detour.
+  PYSMOOTH_HD static void store_upper(bf16* p, vu32 x) {
+#if defined(__AVX512F__)
+    typedef uint16_t halves __attribute__((vector_size(64)));
+    const halves both = bits_as<halves>(x);
+    *reinterpret_cast<vu16_unaligned*>(p) = __builtin_shufflevector(
+        both, both, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    store16(p, x >> 16);
+#endif
   }
   PYSMOOTH_HD static void store(bf16* p, V x) { store16(p, narrow_bf16<vu32>(x)); }
 #if defined(__AVX512F__)

@@ -47,9 +47,7 @@ FAMILIES: dict[str, dict[str, Make]] = {
     },
     "adaptive-norm": {
         "AdagradNorm": lambda p: pysmooth.AdagradNorm(p, 2.0, b_init=1.0),
-        "AdagradNorm, max_norm=1": lambda p: pysmooth.AdagradNorm(
-            p, 2.0, b_init=1.0, max_norm=1.0
-        ),
+        "AdagradNorm, max_norm=1": lambda p: pysmooth.AdagradNorm(p, 2.0, b_init=1.0, max_norm=1.0),
         "AdamNorm, max_norm=1": lambda p: pysmooth.AdamNorm(p, 0.2, b_init=1.0, max_norm=1.0),
         "AdamDNorm, max_norm=1": lambda p: pysmooth.AdamDNorm(p, 0.2, b_init=1.0, max_norm=1.0),
     },

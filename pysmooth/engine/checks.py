@@ -35,7 +35,7 @@ def check_gradient(p: Tensor, label: str) -> None:
         raise ValueError(f"gradient of parameter {label!r} does not have the parameter's shape")
 
 
-def check_state(p: Tensor, label: str, key: str, state: Any) -> None:
+def check_state(p: Tensor, label: str, key: str, state: Any, *, low: bool) -> None:
     """The state is a tensor of the parameter's shape, in the precision that states are kept in."""
     name = f"state {key!r} of parameter {label!r}"
     if not isinstance(state, Tensor):
@@ -47,8 +47,8 @@ def check_state(p: Tensor, label: str, key: str, state: Any) -> None:
         return
     if state.shape != p.shape:
         raise ValueError(f"{name} does not have the parameter's shape")
-    if state.dtype != state_dtype(p):
-        raise ValueError(f"{name} has dtype {state.dtype}, expected {state_dtype(p)}")
+    if state.dtype != state_dtype(p, low=low):
+        raise ValueError(f"{name} has dtype {state.dtype}, expected {state_dtype(p, low=low)}")
 
 
 ITSELF = "{} overlaps itself in memory (an expanded tensor?)"

@@ -52,7 +52,15 @@ class EagerEngine:
         for (g, p, _), coef, first in zip(live, coefs, fresh, strict=True):
             rule = _rule(recipes[g])
             if rule.staged is None:
-                _apply(optimizer, recipes[g], p, coef, first=first, norm_sq=norm_sq.get(p))
+                _apply(
+                    optimizer,
+                    recipes[g],
+                    p,
+                    coef,
+                    number=number[id(p)],
+                    first=first,
+                    norm_sq=norm_sq.get(p),
+                )
             elif p.numel() > 0:
                 member = _member(optimizer, recipes[g], p, coef, (number[id(p)], g, first))
                 staged.setdefault(rule.staged, []).append(member)
@@ -71,7 +79,7 @@ class EagerEngine:
             state = optimizer.state.get(p, {})
             for key in recipes[g].keys:
                 if state.get(key) is not None:
-                    check_state(p, label, key, state[key])
+                    check_state(p, label, key, state[key], low=key in recipes[g].low_states)
                     written.append((f"state {key!r} of parameter {label!r}", state[key]))
         forms = tuple((t.data_ptr(), t.shape, t.stride()) for _, t in written)
         if forms != self._checked:  # the one check that is not cheap
@@ -155,7 +163,7 @@ def _allocate(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor) -> bool:
     """Gives the parameter the states it lacks; whether it lacked any."""
     state = optimizer.state[p] if recipe.keys else {}
     missing = [key for key in recipe.keys if state.get(key) is None]
-    for key, new in zip(missing, new_states([(p, key) for key in missing]), strict=True):
+    for key, new in zip(missing, new_states([(p, key, recipe) for key in missing]), strict=True):
         fill_state(new, recipe.initial(key), p, maximize=recipe.clip.maximize)
         state[key] = new
     return bool(missing)
@@ -167,6 +175,7 @@ def _apply(
     p: Tensor,
     coef: Tensor | None,
     *,
+    number: int,
     first: bool,
     norm_sq: tuple[Tensor, Tensor] | None,
 ) -> None:
@@ -175,10 +184,14 @@ def _apply(
     state = optimizer.state[p] if recipe.keys else {}
     if recipe.counts_steps:
         state[STEP] += 1
+    states = [
+        state[key].float() if key in recipe.low_states else _real(state[key])
+        for key in recipe.states
+    ]
     _rule(recipe)(
         _real(p),
         _grad(p),
-        [_real(state[key]) for key in recipe.states],
+        states,
         recipe.hyper,
         coef=None if coef is None else coef.to(p.device),
         clip=recipe.clip,
@@ -186,6 +199,10 @@ def _apply(
         step=float(state[STEP]) if recipe.counts_steps else 0.0,
         norm_sq=norm_sq,
     )
+    for turn, key in enumerate(k for k in recipe.states if k in recipe.low_states):
+        exact = states[recipe.states.index(key)]
+        place = {"step": int(state[STEP]) - 1, "tensor_id": number, "turn": turn}
+        state[key].copy_(reference.round_stochastically(exact, **place))
 
 
 def _accumulate(

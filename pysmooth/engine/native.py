@@ -43,7 +43,7 @@ class NativeEngine:
         lists = [group["params"] for group in groups]
         threads = torch.get_num_threads()
 
-        wanted = (len(optimizer.state), *(recipe.rule for recipe in recipes))
+        wanted = _form(optimizer, recipes)
         plan = self._plan
         if plan is None or wanted != self._built_for:
             plan = self._build(optimizer, recipes)
@@ -106,11 +106,12 @@ class NativeEngine:
                 norm_type=optimizer.norm_type,
                 stage_scopes=[int(scope) for scope in optimizer.stage_scopes],
                 select=optimizer.select_spec(),
+                low_states=[_low_states(recipes[g]) for g in groups],
             )
         except BaseException:
             self._discard_fresh(optimizer)
             raise
-        self._built_for = (len(optimizer.state), *(recipe.rule for recipe in recipes))
+        self._built_for = _form(optimizer, recipes)
         return self._plan
 
     def _allocate(
@@ -129,7 +130,7 @@ class NativeEngine:
             known = optimizer.state.get(params[i])
             self._fresh.append((params[i], None if known is None else dict(known)))
         with torch.no_grad():
-            states = new_states([(params[i], key) for i, key in lacking])
+            states = new_states([(params[i], key, recipes[i]) for i, key in lacking])
             counts = [s for s, (_, key) in zip(states, lacking, strict=True) if key in SCALARS]
             roots = {id(root) for root in version_roots(counts)}
             zeroed = [root for root in version_roots(states) if id(root) not in roots]
@@ -174,6 +175,15 @@ class NativeEngine:
         """Clip coefficients of the last step per parameter; None if it took no norms."""
         last = self._read()
         return None if last is None else last[1]
+
+
+def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
+    """What a plan is built for, apart from tensors."""
+    return (len(optimizer.state), *((recipe.rule, recipe.low_states) for recipe in recipes))
+
+
+def _low_states(recipe: Recipe) -> int:
+    return sum(1 << i for i, key in enumerate(recipe.states) if key in recipe.low_states)
 
 
 def _live(state: dict[str, Any], recipe: Recipe) -> list[Tensor]:

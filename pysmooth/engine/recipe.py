@@ -75,6 +75,7 @@ class Recipe(NamedTuple):
             clipped gradients of a scope unit, in a float64 tensor of shape ().
         init: what the states are filled with when they are allocated: a number or, for `GRADIENT`,
             the gradient; zero where it is too short.
+        low_states: keys of states that are kept in bfloat16, rounded stochastically.
         selects: whether coordinates are selected, by the optimizer's compressor.
     """
 
@@ -86,6 +87,7 @@ class Recipe(NamedTuple):
     accumulates: bool = False
     init: tuple[float | str, ...] = ()
     selects: bool = False
+    low_states: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:

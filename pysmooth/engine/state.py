@@ -7,34 +7,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .recipe import GRADIENT, SCALARS, STEP
+from .recipe import GRADIENT, SCALARS, STEP, Recipe
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """float32 for 16-bit parameters (a bfloat16 sum of ones stops at 256), else the parameter's."""
+def state_dtype(param: Tensor, *, low: bool = False) -> torch.dtype:
+    """float32 for 16-bit parameters (a bfloat16 sum of ones stops at 256), else the parameter's.
+
+    `low`: bfloat16, for states that are rounded stochastically.
+    """
+    if low:
+        return torch.bfloat16
     if param.dtype in (torch.bfloat16, torch.float16):
         return torch.float32
     return param.dtype
 
 
-def empty_states(params: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialised states, one per parameter: its shape, its strides where they are dense.
+def empty_states(owners: Sequence[tuple[Tensor, torch.dtype]]) -> list[Tensor]:
+    """Uninitialised states of some dtype: a parameter's shape, its strides where they are dense.
 
     States of one dtype and device are views of one allocation, each starting on a cache line. One
     allocation is faulted in faster than many, and its views share a version counter, so telling
     autograd of a write costs one call for all of them.
     """
-    states: list[Tensor | None] = [None] * len(params)
+    states: list[Tensor | None] = [None] * len(owners)
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for i, p in enumerate(params):
-        kinds.setdefault((state_dtype(p), p.device), []).append(i)
+    for i, (p, kind) in enumerate(owners):
+        kinds.setdefault((kind, p.device), []).append(i)
     for (dtype, device), members in kinds.items():
         line = max(1, 64 // dtype.itemsize)
-        sizes = [-(-params[i].numel() // line) * line for i in members]
+        sizes = [-(-owners[i][0].numel() // line) * line for i in members]
         flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         offset = 0
         for i, size in zip(members, sizes, strict=True):
-            p = params[i]
+            p = owners[i][0]
             states[i] = flat.as_strided(p.shape, _dense_strides(p), offset)
             offset += size
     return [s for s in states if s is not None]
@@ -66,11 +71,16 @@ def zero_scalars(key: str, params: Sequence[Tensor]) -> list[Tensor]:
     return [next(numbers[place]) for place in places]
 
 
-def new_states(owners: Sequence[tuple[Tensor, str]]) -> list[Tensor]:
-    """Uninitialised states, and numbers that are 0, for (parameter, key) pairs."""
-    made = {key: iter(zero_scalars(key, [p for p, k in owners if k == key])) for key in SCALARS}
-    states = iter(empty_states([p for p, key in owners if key not in SCALARS]))
-    return [next(made.get(key, states)) for _, key in owners]
+def new_states(owners: Sequence[tuple[Tensor, str, Recipe]]) -> list[Tensor]:
+    """Uninitialised states, and numbers that are 0, for parameters and keys of their recipes."""
+    made = {key: iter(zero_scalars(key, [p for p, k, _ in owners if k == key])) for key in SCALARS}
+    kinds = [
+        (p, state_dtype(p, low=key in recipe.low_states))
+        for p, key, recipe in owners
+        if key not in SCALARS
+    ]
+    states = iter(empty_states(kinds))
+    return [next(made.get(key, states)) for _, key, _ in owners]
 
 
 def fill_state(state: Tensor, value: float | str, param: Tensor, *, maximize: bool) -> None:

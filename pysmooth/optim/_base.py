@@ -242,15 +242,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, old in zip(self.param_groups, before, strict=True):
                 for key, value in old.items():
                     group.setdefault(key, value)
-            keys = {key for group in self.param_groups for key in self.recipe(group).keys}
+            recipes = {p: self.recipe(g) for g in self.param_groups for p in g["params"]}
             todo = [
                 (p, key, value)
                 for p, saved in _pairs(self, loaded)
                 for key, value in saved.items()
-                if key in keys and value is not None
+                if key in recipes[p].keys and value is not None
             ]
             with torch.no_grad():
-                owned = new_states([(p, key) for p, key, _ in todo])
+                owned = new_states([(p, key, recipes[p]) for p, key, _ in todo])
                 for (p, key, value), own in zip(todo, owned, strict=True):
                     # torch kept step counts as plain numbers once
                     new = value if isinstance(value, Tensor) else torch.tensor(float(value))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._precision import check_state_dtype, low_states
 from ._validate import check_number
 
 
@@ -40,6 +42,9 @@ class Adagrad(FusedOptimizer):
         eps: added to the root, at least 0.
         max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
             what goes with it, as in `pysmooth.ClipSGD`.
+        state_dtype: torch.bfloat16 keeps `sum` in 2 bytes instead of 4, rounded stochastically
+            (by a hash of step, tensor and element: runs are reproducible, and the mean is right
+            where rounding to nearest would stall). None, or torch.float32: as under State.
         maximize: ascend instead of descend.
         foreach, fused: accepted, because torch.optim.Adagrad has them; without effect.
         differentiable: only False.
@@ -67,6 +72,7 @@ class Adagrad(FusedOptimizer):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
@@ -86,6 +92,7 @@ class Adagrad(FusedOptimizer):
             "clip": clip,
             "clip_eps": clip_eps,
             "maximize": maximize,
+            "state_dtype": state_dtype,
         }
         super().__init__(
             params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
@@ -96,6 +103,7 @@ class Adagrad(FusedOptimizer):
         for name in ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"):
             check_number(name, group[name])
         check_clip(group)
+        check_state_dtype(group)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
@@ -110,5 +118,6 @@ class Adagrad(FusedOptimizer):
             ("sum",),
             clip_spec(group),
             counts_steps=True,
+            low_states=low_states(group, "sum"),
             init=(float(group["initial_accumulator_value"]),),
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._precision import check_state_dtype, low_states
 from ._validate import check_flag, check_number
 
 
@@ -42,6 +44,10 @@ class Adam(FusedOptimizer):
         amsgrad: divide by the largest second moment so far.
         max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
             what goes with it, as in `pysmooth.ClipSGD`.
+        state_dtype: torch.bfloat16 keeps `exp_avg` and `exp_avg_sq` in 2 bytes instead of 4,
+            rounded stochastically (by a hash of step, tensor and element: runs are reproducible,
+            and the mean is right where rounding to nearest would stall). None, or torch.float32:
+            as under State.
         maximize: ascend instead of descend.
         foreach, fused: accepted, because torch's class has them; without effect.
         capturable, differentiable: only False.
@@ -69,6 +75,7 @@ class Adam(FusedOptimizer):
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
         decoupled_weight_decay: bool = False,
+        state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
@@ -93,6 +100,7 @@ class Adam(FusedOptimizer):
             "clip": clip,
             "clip_eps": clip_eps,
             "maximize": maximize,
+            "state_dtype": state_dtype,
         }
         super().__init__(
             params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
@@ -106,6 +114,7 @@ class Adam(FusedOptimizer):
         check_flag("amsgrad", group["amsgrad"])
         check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
         check_clip(group)
+        check_state_dtype(group)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
@@ -126,6 +135,7 @@ class Adam(FusedOptimizer):
             states,
             clip_spec(group),
             counts_steps=True,
+            low_states=low_states(group, "exp_avg", "exp_avg_sq"),
         )
 
 
@@ -159,6 +169,10 @@ class AdamW(Adam):
         amsgrad: divide by the largest second moment so far.
         max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
             what goes with it, as in `pysmooth.ClipSGD`.
+        state_dtype: torch.bfloat16 keeps `exp_avg` and `exp_avg_sq` in 2 bytes instead of 4,
+            rounded stochastically (by a hash of step, tensor and element: runs are reproducible,
+            and the mean is right where rounding to nearest would stall). None, or torch.float32:
+            as under State.
         maximize: ascend instead of descend.
         foreach, fused: accepted, because torch's class has them; without effect.
         capturable, differentiable: only False.
@@ -184,6 +198,7 @@ class AdamW(Adam):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
@@ -205,6 +220,7 @@ class AdamW(Adam):
             scope=scope,
             clip_eps=clip_eps,
             decoupled_weight_decay=True,
+            state_dtype=state_dtype,
             maximize=maximize,
             nonfinite=nonfinite,
             norm_type=norm_type,

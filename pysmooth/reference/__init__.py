@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .accumulator import accumulate
 from .clip import clip_coefficient, scale_, total_norm
+from .random import round_stochastically
 from .rules import EAGER_RULES, RULES, EagerRule, compute_dtype, gradient_in
 from .staged import Member, Passes
 
@@ -20,6 +21,7 @@ __all__ = [
     "clip_coefficient",
     "compute_dtype",
     "gradient_in",
+    "round_stochastically",
     "scale_",
     "total_norm",
 ]

@@ -75,6 +75,35 @@ def permutation(count: int, size: int, *, seed: int, step: int, tensor_id: int) 
     return out
 
 
+def round_stochastically(x: Tensor, *, step: int, tensor_id: int, turn: int) -> Tensor:
+    """float32 numbers as bfloat16: rounded up with the probability of what is cut off.
+
+    Elements are numbered in memory order. `turn`: the number of the state, of those that are
+    rounded so.
+    """
+    flat = _memory_order(x).contiguous()
+    key = philox([torch.tensor(n) for n in (0, 0, step, tensor_id)], (0x6A09E667, 0xBB67AE85))
+    first, second = (int(key[0]) + 0x9E3779B9 * (turn // 2)) & _WORD, int(key[1])
+    index = torch.arange(flat.numel()) & _WORD
+    n = _wide_product(index, 0x9E3779B9)[1] ^ first
+    n = (_wide_product(n ^ n >> 16, 0x7FEB352D)[1] + second) & _WORD
+    n = _wide_product(n ^ n >> 15, 0x846CA68B)[1]
+    n = (n ^ n >> 16) >> 16 * (turn % 2) & 0xFFFF
+    bits = flat.view(torch.int32).to(torch.int64).cpu() & _WORD
+    up = (bits + n) & 0xFFFF0000
+    up = torch.where(up >= 1 << 31, up - (1 << 32), up).to(torch.int32)
+    rounded = up.view(torch.float32).to(x.device)
+    out = torch.where(flat.isfinite(), rounded, flat).to(torch.bfloat16)
+    result = torch.empty_like(x, dtype=torch.bfloat16)
+    _memory_order(result).copy_(out.view(_memory_order(result).shape))
+    return result
+
+
+def _memory_order(x: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie in memory."""
+    return x.as_strided((x.numel(),), (1,), x.storage_offset())
+
+
 def _mix32(x: Tensor) -> Tensor:
     x = x ^ x >> 16
     x = _wide_product(x, 0x7FEB352D)[1]

@@ -14,6 +14,7 @@ struct Adagrad : RuleDefaults {
   static constexpr const char* kHyper[] = {"lr", "lr_decay", "eps", "weight_decay"};
   static constexpr int kStates = 1;
   static constexpr bool kCountsSteps = true;
+  static constexpr unsigned kLowStates = 1u;
 
   template <class T>
   struct Hyper {

@@ -19,6 +19,7 @@ struct Adam : RuleDefaults {
                                            "eps", "weight_decay", "decoupled_weight_decay"};
   static constexpr int kStates = 2 + kAmsgrad;
   static constexpr bool kCountsSteps = true;
+  static constexpr unsigned kLowStates = 3u;  // a maximum of noisy numbers would drift up
 
   template <class T>
   struct Hyper {
