@@ -293,7 +293,10 @@ REGISTRY: tuple[Entry, ...] = (
                 "nonfinite": "zero",
             },
         },
-        lambda kwargs: ("residual", *_momentum_buffer(kwargs)),
+        lambda kwargs: (
+            "compressor_input" if isinstance(kwargs["compressor"], ScaledSign) else "residual",
+            *_momentum_buffer(kwargs),
+        ),
         tensors={},
         ulp=4.0,
         clips=False,

@@ -117,7 +117,7 @@ def test_parameter_minus_residual_follows_sgd(compressor: Compressor, backend: s
         advance(optimizer, params, [row])
         advance(sgd, plain, [row])
     for p, q in zip(params, plain, strict=True):
-        shadow = p.detach() - optimizer.state[p]["residual"]
+        shadow = p.detach() - optimizer.residual(p)
         torch.testing.assert_close(shadow, q.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -130,10 +130,10 @@ def test_lr_zero_sends_nothing(compressor: Compressor, backend: str) -> None:
     advance(optimizer, params, rows[:2])
     optimizer.param_groups[0]["lr"] = 0.0
     before = [p.detach().clone() for p in params]
-    kept = [optimizer.state[p]["residual"].clone() for p in params]
+    kept = [optimizer.residual(p) for p in params]
     advance(optimizer, params, rows[2:])
     assert_same_bits(params, before)
-    assert_same_bits([optimizer.state[p]["residual"] for p in params], kept)
+    assert_same_bits([optimizer.residual(p) for p in params], kept)
 
 
 @every_backend
@@ -464,5 +464,24 @@ def test_random_rounding_on_the_eager_backend(compressor: Compressor) -> None:
     optimizer = EFSGD(params, 0.01, compressor, backend="eager")
     advance(optimizer, params, rows)
     advance(torch.optim.SGD(plain, 0.01), plain, rows)
-    shadow = params[0].detach() - optimizer.state[params[0]]["residual"]
+    shadow = params[0].detach() - optimizer.residual(params[0])
     torch.testing.assert_close(shadow, plain[0].detach(), rtol=1e-12, atol=1e-13)
+
+
+@every_backend
+@every_compressor
+def test_residual(compressor: Compressor, backend: str) -> None:
+    """What the updates owe: the sum of lr * g, less how far the parameter has moved."""
+    params = make_params(SHAPES, torch.float64)
+    optimizer = EFSGD(params, 0.1, compressor, backend=backend)
+    start = [p.detach().clone() for p in params]
+    for p in params:
+        assert torch.equal(optimizer.residual(p), torch.zeros_like(p))
+    rows = record_grads(params, 3)
+    advance(optimizer, params, rows)
+    for i, p in enumerate(params):
+        owed = 0.1 * torch.stack([row[i] for row in rows]).sum(dim=0) + p.detach() - start[i]
+        size = float(sum(row[i].abs().sum() for row in rows)) + 1
+        torch.testing.assert_close(optimizer.residual(p), owed, rtol=0, atol=1e-11 * size)
+    with pytest.raises(KeyError, match="not a parameter of this optimizer"):
+        optimizer.residual(torch.zeros(3))

@@ -94,6 +94,27 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
   pipeline_.cut_chunks();
 }
 
+// States that are one number: the accumulated norm, the scale, the step count, of those that the
+// rule has. `index` counts them.
+void Plan::read_number(size_t t, int index, const RealView& view, void* data,
+                       const std::string& name) {
+  Slot& slot = pipeline_.slots[t];
+  const RuleInfo& rule = kernels().rules[slot.rule];
+  const bool norm = rule.accumulates && index == 0;
+  const bool scale = rule.keeps_scale && index == (rule.accumulates ? 1 : 0);
+  const DType wanted = norm || scale ? DType::f64 : DType::f32;
+  if (view.dtype != wanted || !view.shape.empty())
+    throw py::value_error(name + " is not a " + dtype_name(wanted) + " tensor of shape ()");
+  if (norm) {
+    slot.norm_sq = static_cast<double*>(data);
+    pipeline_.accumulates = true;
+  } else if (scale) {
+    slot.scale = static_cast<double*>(data);
+  } else {
+    slot.steps = static_cast<float*>(data);
+  }
+}
+
 // A slot's states are either all there or, for a parameter that never had a gradient, all missing.
 void Plan::read_states(size_t t, const py::tuple& keys, int low) {
   Entry& e = entries_[t];
@@ -101,7 +122,8 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
   const RuleInfo& rule = kernels().rules[slot.rule];
   if ((static_cast<unsigned>(low) & ~rule.low_states) != 0)
     throw py::value_error("rule '" + std::string(rule.name) + "' does not take bfloat16 states");
-  const int expected = rule.states + (rule.accumulates ? 1 : 0) + (rule.counts_steps ? 1 : 0);
+  const int expected = rule.states + (rule.accumulates ? 1 : 0) + (rule.keeps_scale ? 1 : 0) +
+                       (rule.counts_steps ? 1 : 0);
   if (static_cast<int>(keys.size()) != expected)
     throw py::value_error("rule '" + std::string(rule.name) + "' has " + std::to_string(expected) +
                           " states, not " + std::to_string(keys.size()));
@@ -123,17 +145,8 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
     tracked_.push_back({state, {}});
     tracked_.back().form.assign(d);
     const RealView view = RealView::of(tracked_.back().form, name());
-    if (e.states_held >= rule.states) {  // a number: the accumulated norm, then the step count
-      const bool norm = rule.accumulates && e.states_held == rule.states;
-      if (view.dtype != (norm ? DType::f64 : DType::f32) || !view.shape.empty())
-        throw py::value_error(name() + " is not a " + (norm ? "float64" : "float32") +
-                              " tensor of shape ()");
-      if (norm) {
-        slot.norm_sq = static_cast<double*>(d.data);
-        pipeline_.accumulates = true;
-      } else {
-        slot.steps = static_cast<float*>(d.data);
-      }
+    if (e.states_held >= rule.states) {
+      read_number(t, e.states_held - rule.states, view, d.data, name());
       ++e.states_held;
       continue;
     }

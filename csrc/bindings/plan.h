@@ -43,7 +43,7 @@ class Plan {
   };
   struct Entry {
     PyObject* state_dict = nullptr;       // owned by state_dicts_
-    PyObject* keys[kMaxStates + 2] = {};  // owned by state_keys_; numbers come last
+    PyObject* keys[kMaxStates + 3] = {};  // owned by state_keys_; numbers come last
     size_t tracked = 0;                   // into tracked_: the parameter, then its states
     int expected_states = 0, states_held = 0;
     bool grad_known = false;
@@ -56,6 +56,7 @@ class Plan {
   };
 
   std::string what(const char* kind, size_t t) const { return kind + (" '" + names_[t] + "'"); }
+  void read_number(size_t t, int index, const RealView& view, void* data, const std::string& name);
   void read_states(size_t t, const py::tuple& keys, int low);
   void learn_gradient(size_t t, const DLTensor& grad);
   bool unchanged(const py::list& param_lists) const;

@@ -8,6 +8,7 @@
 //   kCountsSteps  true if it depends on how many steps a tensor has seen
 //   kAccumulates  true if it accumulates the squared norm of the clipped gradients of a scope unit,
 //                 as accumulate() says
+//   kKeepsScale   true if it wants to know stage[0] of the step before
 //   kLowStates    states, as bits, that may be kept in bfloat16
 //   derive()      what depends on hyper-parameters and step count alone: once for all tensors
 //   Hyper<T>      the constants of one tensor's update, in the compute type
@@ -55,6 +56,7 @@ struct Scalars {
   double stage[kMaxStages] = {};
   // The accumulated sum of squares of the tensor's scope unit, without and with this step's.
   double norm_sq_before = 0.0, norm_sq = 0.0;
+  double last_scale = 0.0;  // stage[0] of the step before, for rules that keep it
   double derived[kMaxDerived] = {};
 };
 
@@ -66,6 +68,7 @@ struct RuleDefaults {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kCountsSteps = false;
   static constexpr bool kAccumulates = false;
+  static constexpr bool kKeepsScale = false;
   static constexpr unsigned kLowStates = 0;
   static constexpr int kStages = 0;
   static constexpr bool kSelects = false;

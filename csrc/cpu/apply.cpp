@@ -80,6 +80,7 @@ RuleInfo describe() {
   info.reads_grad = Rule::kReadsGrad;
   info.counts_steps = Rule::kCountsSteps;
   info.low_states = Rule::kLowStates;
+  info.keeps_scale = Rule::kKeepsScale;
   info.accumulates = Rule::kAccumulates;
   info.accumulate = Rule::accumulate;
   info.derive = Rule::derive;

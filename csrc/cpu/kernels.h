@@ -90,6 +90,7 @@ struct RuleInfo {
   bool reads_grad;
   bool counts_steps;
   bool accumulates;
+  bool keeps_scale;
   unsigned low_states;
   int stages;    // passes before apply
   bool selects;  // from the values of pass 0

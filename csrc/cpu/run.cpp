@@ -172,6 +172,7 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
     args.scalars.norm_sq_before = p.norm_sq_before[t];
     args.scalars.norm_sq = p.norm_sq[t];
   }
+  if (slot.scale != nullptr) args.scalars.last_scale = *slot.scale;
   if (rule.counts_steps) {
     const double step = static_cast<double>(*slot.steps) + 1.0;
     if (step == group.step)
@@ -274,6 +275,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
     Slot& slot = p->slots[t];
     if (slot.norm_sq != nullptr) *slot.norm_sq = p->norm_sq[t];
     if (!slot.active) continue;
+    if (slot.scale != nullptr) *slot.scale = p->staged.values[0][t];
     slot.first = false;
     if (slot.steps != nullptr) *slot.steps += 1.0f;
   }

@@ -47,6 +47,7 @@ struct Slot {
   void* state[kMaxStates] = {};
   DType state_dtype[kMaxStates] = {};
   double* norm_sq = nullptr;  // of the scope unit; null where the rule accumulates nothing
+  double* scale = nullptr;    // stage[0] of the step before; null where the rule keeps none
   float* steps = nullptr;     // how many steps were applied; null where the rule does not count
   const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear

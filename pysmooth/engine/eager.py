@@ -11,7 +11,7 @@ from .. import reference
 from .._errors import NonFiniteGradientError
 from ..reference import Member, Passes
 from .checks import check_gradient, check_memory, check_state
-from .recipe import NORM_SQ, STEP, ClipMode, Policy, Recipe, Scope
+from .recipe import NORM_SQ, SCALE, STEP, ClipMode, Policy, Recipe, Scope
 from .state import fill_state, new_states
 
 if TYPE_CHECKING:
@@ -277,6 +277,7 @@ def _member(
         int(state[STEP]) if recipe.counts_steps else 0,
         number,
         group,
+        state[SCALE] if recipe.keeps_scale else None,
     )
     return member, target, state[STEP] if recipe.counts_steps else None
 

@@ -9,8 +9,9 @@ import torch
 
 STEP = "step"
 NORM_SQ = "norm_sq"
+SCALE = "scale"
 # States that are one number, whatever the parameter's shape.
-SCALARS = {NORM_SQ: torch.float64, STEP: torch.float32}
+SCALARS = {NORM_SQ: torch.float64, SCALE: torch.float64, STEP: torch.float32}
 GRADIENT = "gradient"
 
 
@@ -73,6 +74,8 @@ class Recipe(NamedTuple):
             shape () as torch keeps it.
         accumulates: whether `optimizer.state[p]["norm_sq"]` accumulates the squared norm of the
             clipped gradients of a scope unit, in a float64 tensor of shape ().
+        keeps_scale: whether `optimizer.state[p]["scale"]` keeps the sum of the first pass, in a
+            float64 tensor of shape ().
         init: what the states are filled with when they are allocated: a number or, for `GRADIENT`,
             the gradient; zero where it is too short.
         low_states: keys of states that are kept in bfloat16, rounded stochastically.
@@ -85,6 +88,7 @@ class Recipe(NamedTuple):
     clip: ClipSpec = ClipSpec()
     counts_steps: bool = False
     accumulates: bool = False
+    keeps_scale: bool = False
     init: tuple[float | str, ...] = ()
     selects: bool = False
     low_states: tuple[str, ...] = ()
@@ -92,8 +96,12 @@ class Recipe(NamedTuple):
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys in `optimizer.state[p]`: numbers come last."""
-        norm = (NORM_SQ,) if self.accumulates else ()
-        return (*self.states, *norm, STEP) if self.counts_steps else (*self.states, *norm)
+        numbers = (
+            (NORM_SQ, self.accumulates),
+            (SCALE, self.keeps_scale),
+            (STEP, self.counts_steps),
+        )
+        return (*self.states, *(key for key, has in numbers if has))
 
     def initial(self, key: str) -> float | str:
         """What a new state is filled with."""

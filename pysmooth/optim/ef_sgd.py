@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..compressors import Compressor
+from ..compressors import Compressor, ScaledSign
 from ..engine.recipe import ClipSpec, Recipe
+from ..engine.state import state_dtype
+from ..reference.compress import scaled_sign
 from ._clip import Backend
 from ._residual import CompressedOptimizer, ResidualPolicy, check_below_one, floats
 from ._validate import check_flag, check_number
@@ -33,24 +36,26 @@ class EFSGD(CompressedOptimizer):
     `p - residual` follows plain SGD to rounding. With `lr = 0` nothing is sent and the residual
     stays.
 
+    `residual(p)` gives a parameter's residual.
+
     State: `residual`, and `momentum_buffer` with momentum, 4 bytes per parameter each (float32 also
-    for 16-bit parameters), 8 for float64; both start from 0. `step`, one number per tensor.
+    for 16-bit parameters), 8 for float64; both start from 0. `step`, one number per tensor. With
+    `ScaledSign` the state holds `v`, as `compressor_input`, and the `scale` of what was sent,
+    float64 of shape (), instead of their difference: the step then writes it once, not twice.
 
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
             `pysmooth.ClipSGD`.
         lr: learning rate, at least 0.
         compressor: one of `pysmooth.compressors`. `TopK`, `RandK`, `ScaledSign`, `HardThreshold`
-        and
-            `Identity` are fused on the cpu backend; `QSGD` and `NaturalCompression` need
+            and `Identity` are fused on the cpu backend; `QSGD` and `NaturalCompression` need
             `backend="eager"`.
         momentum: decay rate of the momentum, in [0, 1).
         weight_decay: coupled: added to the gradient, before momentum and compression; at least 0.
         maximize: ascend instead of descend.
         nonfinite: what to do where a gradient is not finite: "skip" the step (it is counted),
-        "raise"
-            `NonFiniteGradientError`, or take such coordinates as "zero". The first two read all
-            gradients once more.
+            "raise" `NonFiniteGradientError`, or take such coordinates as "zero". The first two read
+            all gradients once more.
         backend: "auto", "cpu" or "eager".
 
     Raises:
@@ -93,8 +98,43 @@ class EFSGD(CompressedOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
-        hyper = (*floats(group, "lr", "momentum", "weight_decay"), *self.codec())
-        momentum = hyper[1] != 0
-        states = ("residual", "momentum_buffer") if momentum else ("residual",)
-        rule = f"ef_sgd_{self.form()}" + ("_momentum" if momentum else "")
-        return Recipe(rule, hyper, states, ClipSpec(maximize=group["maximize"]), counts_steps=True)
+        hyper = floats(group, "lr", "momentum", "weight_decay")
+        momentum = ("momentum_buffer",) if hyper[1] != 0 else ()
+        suffix = "_momentum" if momentum else ""
+        clip = ClipSpec(maximize=group["maximize"])
+        if isinstance(self.compressor, ScaledSign):
+            return Recipe(
+                "ef_sgd_sign" + suffix,
+                hyper,
+                ("compressor_input", *momentum),
+                clip,
+                counts_steps=True,
+                keeps_scale=True,
+            )
+        return Recipe(
+            f"ef_sgd_{self.form()}{suffix}",
+            (*hyper, *self.codec()),
+            ("residual", *momentum),
+            clip,
+            counts_steps=True,
+        )
+
+    def residual(self, param: Tensor) -> Tensor:
+        """What the parameter's updates still owe: a new tensor, in the state's dtype.
+
+        Zero before the first step. `param - residual(param)` follows SGD without compression.
+
+        Raises:
+            KeyError: the parameter is not the optimizer's.
+        """
+        if not any(param is p for p in self._params()):
+            raise KeyError("residual: the tensor is not a parameter of this optimizer")
+        state = self.state.get(param, {})
+        if "residual" in state:
+            return torch.clone(state["residual"])
+        if "compressor_input" not in state:
+            return torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
+        v = state["compressor_input"]
+        real = torch.view_as_real(v) if v.is_complex() else v
+        rest = real - scaled_sign(real, state["scale"].to(v.device))
+        return torch.view_as_complex(rest) if v.is_complex() else rest

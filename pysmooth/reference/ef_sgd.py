@@ -6,25 +6,48 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import compress
 from .staged import Member, Passes
 
 HYPER = ("lr", "momentum", "weight_decay", "codec", "level")
+SIGN_HYPER = ("lr", "momentum", "weight_decay")
+
+
+def _corrected(m: Member, residual: Tensor) -> Tensor:
+    """What goes into the compressor; updates the momentum where there is one."""
+    g = m.g
+    if m.hyper["weight_decay"] != 0:
+        g = g + m.hyper["weight_decay"] * m.p
+    for buffer in m.states[1:]:
+        g = buffer.copy_(m.hyper["momentum"] * buffer + g)
+    return residual + m.hyper["lr"] * g
 
 
 def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """Returns the new parameters; updates the residual, and the momentum where there is one."""
     for m in members:
-        residual, *momentum = m.states
-        g = m.g
-        if m.hyper["weight_decay"] != 0:
-            g = g + m.hyper["weight_decay"] * m.p
-        for buffer in momentum:
-            g = buffer.copy_(m.hyper["momentum"] * buffer + g)
-        residual.copy_(residual + m.hyper["lr"] * g)
+        m.states[0].copy_(_corrected(m, m.states[0]))
     sending = [m for m in members if m.hyper["lr"] != 0]
     sent = passes.compress(sending, [m.states[0] for m in sending])
     new = {m.number: m.p for m in members}
     for m, c in zip(sending, sent, strict=True):
         new[m.number] = m.p - c
         m.states[0].sub_(c)
+    return [new[m.number] for m in members]
+
+
+def sign_step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+    """The same for the scaled sign, with what went into it and its scale as states."""
+    for m in members:
+        assert m.scale is not None
+        v = m.states[0]
+        v.copy_(_corrected(m, v - compress.scaled_sign(v, m.scale)))
+        m.scale.zero_()
+    sending = [m for m in members if m.hyper["lr"] != 0]
+    sent = passes.compress(sending, [m.states[0] for m in sending])
+    new = {m.number: m.p for m in members}
+    for m, c in zip(sending, sent, strict=True):
+        assert m.scale is not None
+        new[m.number] = m.p - c
+        m.scale.copy_(c.flatten()[0].abs())
     return [new[m.number] for m in members]

@@ -103,7 +103,18 @@ def _staged(
 
 
 def _ef_sgd() -> list[EagerRule]:
-    return [
+    signs = [
+        EagerRule(
+            f"ef_sgd_sign{suffix}",
+            ef_sgd.SIGN_HYPER,
+            states,
+            None,
+            counts_steps=True,
+            staged=ef_sgd.sign_step,
+        )
+        for states, suffix in ((1, ""), (2, "_momentum"))
+    ]
+    return signs + [
         _staged(f"ef_sgd_{form}{suffix}", ef_sgd, states, counts_steps=True)
         for form in ("dense", "select")
         for states, suffix in ((1, ""), (2, "_momentum"))

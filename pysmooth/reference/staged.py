@@ -31,6 +31,7 @@ class Member:
         step: how many steps it has seen before, for rules that count.
         number: its place among all parameters of the optimizer.
         group: its group's place.
+        scale: what it keeps of the last step's first pass, for rules that do; changed in place.
     """
 
     p: Tensor
@@ -41,6 +42,7 @@ class Member:
     step: int
     number: int
     group: int
+    scale: Tensor | None = None
 
 
 @dataclass

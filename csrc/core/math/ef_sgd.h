@@ -77,4 +77,60 @@ struct EfSgd : RuleDefaults {
   }
 };
 
+// The same with the scaled sign. What went into the compressor, v, is kept in place of the
+// residual, and the scale beside it: the residual v - C(v) is made again where it is needed, in
+// registers, and apply has nothing to write but the parameter.
+template <int kMomentum>
+struct EfSign : RuleDefaults {
+  static constexpr const char* kName = kMomentum ? "ef_sgd_sign_momentum" : "ef_sgd_sign";
+  static constexpr const char* kHyper[] = {"lr", "momentum", "weight_decay"};
+  static constexpr int kStates = 1 + kMomentum;  // v, then m
+  static constexpr bool kKeepsScale = true;
+  static constexpr bool kCountsSteps = true;
+  static constexpr int kStages = 1;
+  static constexpr Streams kPass[1] = {{true, false, true, ~0u, ~0u}};
+  static constexpr Streams kApply{true, true, false, 1u, 0u};
+
+  template <class T>
+  struct Hyper {
+    T lr, momentum, decay, last, scale;
+    bool decays, frozen;
+  };
+
+  static Sum stage_sum(const double* h, int /*stage*/) {
+    return h[0] == 0.0 ? Sum::none : Sum::abs;
+  }
+  static bool reads_param(const double* h, int /*stage*/) { return h[2] != 0.0; }
+
+  template <class T>
+  PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
+    return {static_cast<T>(h[0]),
+            static_cast<T>(h[1]),
+            static_cast<T>(h[2]),
+            static_cast<T>(s.last_scale),
+            static_cast<T>(s.stage[0]),
+            h[2] != 0.0,
+            h[0] == 0.0};
+  }
+
+  template <class V, class T>
+  PYSMOOTH_HD static V sent(V v, T scale) {
+    return ops<V>::select(v >= V{}, V{} + scale, V{} - scale);
+  }
+
+  template <int kStage, class V, class T>
+  PYSMOOTH_HD static V source(Lane<V, kStates>& x, const Hyper<T>& h) {
+    V g = x.grad;
+    if (h.decays) g = g + x.param * h.decay;
+    if constexpr (kMomentum != 0) g = x.state[1] = x.state[1] * h.momentum + g;
+    x.state[0] = x.state[0] - sent<V, T>(x.state[0], h.last) + g * h.lr;
+    return x.state[0];
+  }
+
+  template <class V, class T>
+  PYSMOOTH_HD static void update(Lane<V, kStates>& x, const Hyper<T>& h) {
+    if (!h.frozen) x.param = x.param - sent<V, T>(x.state[0], h.scale);
+  }
+};
+
 PYSMOOTH_KERNELS_END
