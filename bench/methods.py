@@ -130,6 +130,37 @@ METHODS = {
             states=2,
             models=("gpt2-124m",),
         ),
+        # States in bfloat16, against rivals with float32 ones: two of them are one stream.
+        Method(
+            "clip_adamw-bf16-states",
+            ((0, 1), (2, 1)),
+            _optimizer(
+                lambda p: pysmooth.AdamW(
+                    p.params,
+                    p.lr,
+                    weight_decay=0.01,
+                    max_norm=p.max_norm,
+                    state_dtype=torch.bfloat16,
+                )
+            ),
+            {"torch fused": rivals.torch_adamw(fused=True)},
+            compiled=Written(written.adamw, 2).compiled,
+            clips=True,
+            states=1,
+            models=(),
+        ),
+        Method(
+            "clip_adam_norm",
+            ((0, 1), (2, 1)),
+            _optimizer(
+                lambda p: pysmooth.AdamNorm(p.params, p.lr, b_init=1.0, max_norm=p.max_norm)
+            ),
+            {rivals.EAGER: Written(written.adam_norm, 2).eager},
+            compiled=Written(written.adam_norm, 2).compiled,
+            clips=True,
+            states=1,
+            models=(),
+        ),
         Method(
             "signum",
             ((2, 1),),
@@ -146,7 +177,7 @@ METHODS = {
         # costs no pass of its own.
         Method(
             "ef_sgd-scaled-sign",
-            ((1, 1), (2, 0)),
+            ((1, 1), (1, 0)),  # and a bit, which counts as nothing
             _optimizer(
                 lambda p: pysmooth.EFSGD(p.params, p.lr, pysmooth.ScaledSign(), nonfinite="zero")
             ),

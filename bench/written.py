@@ -89,6 +89,19 @@ def adamw(
     torch._foreach_addcdiv_(params, first, roots, value=-lr)
 
 
+def adam_norm(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Clip and Adam-Norm; the accumulator is the first element of the second state."""
+    first, second = states
+    g = _clipped(grads, max_norm)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
+    total = second[0].view(-1)[0]
+    total.mul_(0.999).add_(0.001 * norm.square())
+    torch._foreach_lerp_(first, g, 0.1)
+    torch._foreach_add_(params, torch._foreach_mul(first, -lr / (total.sqrt() + 1e-8)))
+
+
 def signum(
     params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
 ) -> None:

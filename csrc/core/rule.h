@@ -8,6 +8,8 @@
 //   kCountsSteps  true if it depends on how many steps a tensor has seen
 //   kAccumulates  true if it accumulates the squared norm of the clipped gradients of a scope unit,
 //                 as accumulate() says
+//   kSendsSigns   true if apply is handed the signs of pass 0's values in place of the gradient: 1
+//                 where at least 0, else -1; the driver keeps them as bits
 //   kKeepsScale   true if it wants to know stage[0] of the step before
 //   kLowStates    states, as bits, that may be kept in bfloat16
 //   derive()      what depends on hyper-parameters and step count alone: once for all tensors
@@ -68,6 +70,7 @@ struct RuleDefaults {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kCountsSteps = false;
   static constexpr bool kAccumulates = false;
+  static constexpr bool kSendsSigns = false;
   static constexpr bool kKeepsScale = false;
   static constexpr unsigned kLowStates = 0;
   static constexpr int kStages = 0;

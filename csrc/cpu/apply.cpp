@@ -61,14 +61,17 @@ void apply(const ApplyArgs& args) {
   }
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
   Staging<C> run(a, touch_of<Rule>(Use::kStreams), Staging<C>::kNoLimit);
+  [[maybe_unused]] int64_t done = 0;
   while (run.next()) {
     const Port<Rule, C> port(run.operand, a.scalars);
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i);
+      if constexpr (Rule::kSendsSigns) x.grad = load_signs<C>(a.signs, done + i);
       Rule::update(x, h);
       port.template store<Use>(x, i);
     }
     run.commit();
+    done += run.count;
   }
 }
 
@@ -80,6 +83,7 @@ RuleInfo describe() {
   info.reads_grad = Rule::kReadsGrad;
   info.counts_steps = Rule::kCountsSteps;
   info.low_states = Rule::kLowStates;
+  info.sends_signs = Rule::kSendsSigns;
   info.keeps_scale = Rule::kKeepsScale;
   info.accumulates = Rule::kAccumulates;
   info.accumulate = Rule::accumulate;

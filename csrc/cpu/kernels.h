@@ -42,6 +42,7 @@ struct ApplyArgs {
   Scalars scalars;
   unsigned stochastic;  // operands, as bits, that are rounded stochastically: bfloat16 ones
   NoiseKey noise;
+  uint64_t* signs;  // a bit per element of the chunk, set where negative; null: none are kept
 };
 using ApplyFn = void (*)(const ApplyArgs&);
 
@@ -91,6 +92,7 @@ struct RuleInfo {
   bool counts_steps;
   bool accumulates;
   bool keeps_scale;
+  bool sends_signs;
   unsigned low_states;
   int stages;    // passes before apply
   bool selects;  // from the values of pass 0

@@ -1,6 +1,8 @@
 // Loads and stores the streams that a rule's kernel touches, a vector at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/staging.h"
 
 PYSMOOTH_KERNELS_BEGIN
@@ -37,6 +39,28 @@ struct Port {
       if (kUse.writes >> (2 + k) & 1u) io::store(at[2 + k] + i, x.state[k]);
   }
 };
+
+// Signs, a bit per element: set where the value is not at least 0. Reads n values up to a whole
+// vector; bits beyond them are of no use.
+template <class C>
+PYSMOOTH_HD void store_signs(const C* values, int n, uint64_t* words) {
+  for (int i = 0; i < n; i += lanes_of<C>) {
+    const uint64_t bits = mask_bits(!(vector_io<C>::load(values + i) >= vec<C>{}));
+    uint64_t& word = words[i / 64];
+    word = (i % 64 == 0 ? 0u : word) | bits << i % 64;
+  }
+}
+
+// 1 or -1 for a vector of elements; `first` is a multiple of its length.
+template <class C>
+PYSMOOTH_HD vec<C> load_signs(const uint64_t* words, int64_t first) {
+  using U = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
+  vec<U> lane;
+  for (int j = 0; j < lanes_of<C>; ++j) lane[j] = U{1} << j;
+  const vec<U> bits = vec<U>{} + static_cast<U>(words[first / 64] >> first % 64);
+  const vec<C> one = vec<C>{} + C(1);
+  return (bits & lane) != 0u ? -one : one;
+}
 
 template <class Rule>
 struct UseApply {

@@ -54,7 +54,8 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   const Slot& slot = p->slots[static_cast<size_t>(p->chunks[i].tensor)];
   const RuleInfo& rule = rules[slot.rule];
   if (!slot.active || !rule.applies) return;
-  const ApplyArgs args = args_of(*p, rule, p->chunks[i]);
+  ApplyArgs args = args_of(*p, rule, p->chunks[i]);
+  args.signs = p->staged.signs_of(i);
   if (p->skip_unit_coef && args.scalars.grad_coef == 1.0) return;
   rule.apply[compute_of(slot.param_dtype)](args);
 }
@@ -181,6 +182,7 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
       rule.derive(group.hyper, step, args.scalars.derived);
   }
   args.stochastic = 0;
+  args.signs = nullptr;
   args.param = slot.param;
   args.grad = slot.grad;
   args.dtype[0] = slot.param_dtype;

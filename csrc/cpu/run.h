@@ -79,8 +79,14 @@ struct Staged {
   std::vector<int64_t> numels;
   std::unique_ptr<std::atomic<int64_t>[]> kept;  // per unit: candidates kept so far
   std::vector<int64_t> histogram, ties;          // of a second look
+  std::vector<uint64_t> signs;   // of the values of pass 0, for rules that send them
+  std::vector<size_t> signs_at;  // per chunk: where its words are; empty if no rule needs them
   // Over the life of the pipeline.
   int64_t selections = 0, second_looks = 0;
+
+  uint64_t* signs_of(int64_t chunk) {
+    return signs_at.empty() ? nullptr : signs.data() + signs_at[static_cast<size_t>(chunk)];
+  }
 };
 
 struct Pipeline {

@@ -83,6 +83,8 @@ SourceResult source(const ApplyArgs& a, const SourceTask& task) {
     run.commit();
     filled += static_cast<int>(run.count);
     if (filled < kBlockElements && done + filled < a.length) continue;
+    if constexpr (Rule::kSendsSigns && kStage == 0)
+      store_signs(values, filled, a.signs + done / 64);
     digest(values, filled, task, done, &result);
     done += filled;
     filled = 0;

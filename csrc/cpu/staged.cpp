@@ -64,7 +64,8 @@ class Stages {
     const RuleInfo& rule = rule_of(slot);
     s_.results[i] = {};
     if (!slot.active || stage >= rule.stages) return;
-    const ApplyArgs a = args(i);
+    ApplyArgs a = args(i);
+    a.signs = s_.signs_of(static_cast<int64_t>(i));
     SourceTask task;
     task.sum = rule.stage_sum(a.hyper, stage);
     task.reads_param = rule.reads_param(a.hyper, stage);
@@ -300,6 +301,18 @@ void prepare_stages(Pipeline* p, const KernelTable& table) {
   if (s.stages == 0) return;
   for (std::vector<double>& values : s.values) values.assign(tensors, 0.0);
   s.results.resize(static_cast<size_t>(p->chunks.size()));
+  s.signs_at.clear();
+  const bool signs = std::any_of(p->slots.begin(), p->slots.end(), [&](const Slot& slot) {
+    return slot.active && table.rules[slot.rule].sends_signs;
+  });
+  if (signs) {
+    size_t words = 0;
+    for (int64_t i = 0; i < p->chunks.size(); ++i) {
+      s.signs_at.push_back(words);
+      words += static_cast<size_t>(p->chunks[i].length + 63) / 64;
+    }
+    if (s.signs.size() < words) s.signs.resize(words);
+  }
   s.active.assign(tensors, 0);
   s.numels.resize(tensors);
   s.units.clear();

@@ -96,12 +96,9 @@ class Recipe(NamedTuple):
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys in `optimizer.state[p]`: numbers come last."""
-        numbers = (
-            (NORM_SQ, self.accumulates),
-            (SCALE, self.keeps_scale),
-            (STEP, self.counts_steps),
-        )
-        return (*self.states, *(key for key, has in numbers if has))
+        has = (self.accumulates, self.keeps_scale, self.counts_steps)
+        numbers = zip((NORM_SQ, SCALE, STEP), has, strict=True)
+        return (*self.states, *(key for key, held in numbers if held))
 
     def initial(self, key: str) -> float | str:
         """What a new state is filled with."""

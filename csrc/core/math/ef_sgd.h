@@ -79,17 +79,18 @@ struct EfSgd : RuleDefaults {
 
 // The same with the scaled sign. What went into the compressor, v, is kept in place of the
 // residual, and the scale beside it: the residual v - C(v) is made again where it is needed, in
-// registers, and apply has nothing to write but the parameter.
+// registers. Apply needs no more of v than its signs, and writes nothing but the parameter.
 template <int kMomentum>
 struct EfSign : RuleDefaults {
   static constexpr const char* kName = kMomentum ? "ef_sgd_sign_momentum" : "ef_sgd_sign";
   static constexpr const char* kHyper[] = {"lr", "momentum", "weight_decay"};
   static constexpr int kStates = 1 + kMomentum;  // v, then m
   static constexpr bool kKeepsScale = true;
+  static constexpr bool kSendsSigns = true;
   static constexpr bool kCountsSteps = true;
   static constexpr int kStages = 1;
   static constexpr Streams kPass[1] = {{true, false, true, ~0u, ~0u}};
-  static constexpr Streams kApply{true, true, false, 1u, 0u};
+  static constexpr Streams kApply{true, true, false, 0u, 0u};
 
   template <class T>
   struct Hyper {
@@ -129,7 +130,7 @@ struct EfSign : RuleDefaults {
 
   template <class V, class T>
   PYSMOOTH_HD static void update(Lane<V, kStates>& x, const Hyper<T>& h) {
-    if (!h.frozen) x.param = x.param - sent<V, T>(x.state[0], h.scale);
+    if (!h.frozen) x.param = x.param - x.grad * h.scale;
   }
 };
 
