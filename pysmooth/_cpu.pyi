@@ -41,6 +41,7 @@ class Plan:
         hypers: Sequence[tuple[float, ...]],
         clips: Sequence[tuple[int, float, float, float, float, float, bool]],
         threads: int,
+        unscale: float,
         /,
     ) -> int: ...
     def norms(self) -> list[float]: ...

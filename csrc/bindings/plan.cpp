@@ -300,9 +300,10 @@ void Plan::note_written() {
 }
 
 int Plan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
-               int threads) {
+               int threads, double unscale) {
   constexpr int kStale = static_cast<int>(Outcome::stale);
   if (!unchanged(param_lists)) return kStale;
+  pipeline_.unscale = unscale;
   for (size_t g = 0; g < pipeline_.groups.size(); ++g) {
     Group& group = pipeline_.groups[g];
     const auto hyper = py::reinterpret_borrow<py::tuple>(hypers[g]);

@@ -23,7 +23,8 @@ class Plan {
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
   // `hypers` and `clips` the numbers of each group. Returns an Outcome.
-  int step(const py::list& param_lists, const py::list& hypers, const py::list& clips, int threads);
+  int step(const py::list& param_lists, const py::list& hypers, const py::list& clips, int threads,
+           double unscale);
 
   std::vector<double> norms() const { return pipeline_.norms; }
   std::vector<double> coefs() const { return pipeline_.coefs; }

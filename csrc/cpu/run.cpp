@@ -117,6 +117,8 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
   }
   for (size_t u = 0; u < units; ++u)
     p->norms[u] = seen[u] ? finish(kind, p->norm_type, p->norms[u]) : 0.0;
+  if (kind != Reduction::count_nonzero)
+    for (double& norm : p->norms) norm *= p->unscale;
   // Per tensor only where tensors differ: thousands of divisions would show.
   std::vector<double> group_coefs(p->groups.size());
   if (p->scope != Scope::tensor)
@@ -131,8 +133,10 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
   }
   if (!p->accumulates) return;
   std::vector<double> sums(units, 0.0);
-  for (size_t t = 0; t < tensors; ++t)
-    if (p->slots[t].active) sums[unit_of(t)] += p->coefs[t] * p->coefs[t] * squares[t];
+  for (size_t t = 0; t < tensors; ++t) {
+    const double coef = p->coefs[t] * p->unscale;
+    if (p->slots[t].active) sums[unit_of(t)] += coef * coef * squares[t];
+  }
   // A unit without a gradient has no step: its numbers stay.
   for (size_t t = 0; t < tensors; ++t) squares[t] = seen[unit_of(t)] ? sums[unit_of(t)] : -1.0;
   accumulate(p, rules, squares);
@@ -162,7 +166,7 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
   const Slot& slot = p.slots[t];
   const Group& group = p.groups[static_cast<size_t>(slot.group)];
   ApplyArgs args;
-  const double coef = p.reduced ? p.coefs[t] : 1.0;
+  const double coef = (p.reduced ? p.coefs[t] : 1.0) * p.unscale;
   args.scalars.grad_coef = group.maximize ? -coef : coef;
   args.scalars.clip_value = group.clip_value;
   args.scalars.first = slot.first;

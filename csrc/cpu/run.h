@@ -101,6 +101,7 @@ struct Pipeline {
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
   Scope stage_scope[kMaxStages] = {Scope::tensor, Scope::global};  // of the passes before apply
   SelectSpec select;
+  double unscale = 1.0;  // what gradients are multiplied by before anything else: 1 / loss scale
   // Left behind by a step that took norms.
   std::vector<Partial> partials;                // per chunk
   std::vector<double> norms;                    // per scope unit

@@ -24,7 +24,7 @@ class Engine(Protocol):
 
     name: str
 
-    def step(self, optimizer: FusedOptimizer) -> None:
+    def step(self, optimizer: FusedOptimizer, unscale: float) -> None:
         """One step over all groups; raises with everything as it was."""
 
     def selections(self) -> tuple[int, int]:

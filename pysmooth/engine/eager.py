@@ -29,7 +29,7 @@ class EagerEngine:
         self._checked: tuple[object, ...] = ()
 
     @torch.no_grad()
-    def step(self, optimizer: FusedOptimizer) -> None:
+    def step(self, optimizer: FusedOptimizer, unscale: float) -> None:
         """One step. The policies "skip" and "raise" wait for the device here."""
         labels = iter(optimizer.param_labels())
         slots: list[tuple[int, Tensor, str]] = []  # (group, parameter, label)
@@ -42,11 +42,14 @@ class EagerEngine:
         coefs: list[Tensor | None] = [None] * len(live)
         self._norms = self._coefs = None
         wanted = optimizer.policy.asks_first or any(r.clip.mode or r.accumulates for r in recipes)
-        if wanted and not self._reduce(optimizer, recipes, slots, live, coefs):
+        if wanted and not self._reduce(optimizer, recipes, slots, live, coefs, unscale):
             optimizer.count_skipped()
             return
         number = {id(p): i for i, (_, p, _) in enumerate(slots)}
-        fresh = [_allocate(optimizer, recipes[g], p) for g, p, _ in live]
+        if unscale != 1.0:
+            one = torch.ones((), dtype=torch.float64)
+            coefs = [(one if coef is None else coef) * unscale for coef in coefs]
+        fresh = [_allocate(optimizer, recipes[g], p, unscale) for g, p, _ in live]
         norm_sq = _accumulate(optimizer, recipes, slots, live, coefs, fresh)
         staged: dict[Any, list[tuple[Member, Tensor, Tensor | None]]] = {}
         for (g, p, _), coef, first in zip(live, coefs, fresh, strict=True):
@@ -93,6 +96,7 @@ class EagerEngine:
         slots: list[tuple[int, Tensor, str]],
         live: list[tuple[int, Tensor, str]],
         coefs: list[Tensor | None],
+        unscale: float,
     ) -> bool:
         """Fills in norms and coefficients; False if this step is to be skipped."""
         grads = [_grad(p) for _, p, _ in live]
@@ -107,6 +111,8 @@ class EagerEngine:
             for i, (_, p, _) in enumerate(live):
                 units[position[id(p)]].append(i)
         norms = [reference.total_norm([grads[i] for i in u], optimizer.norm_type) for u in units]
+        if optimizer.norm_type != 0:
+            norms = [norm * unscale for norm in norms]
         every = [torch.ones((), dtype=torch.float64) for _ in slots]
         for unit, norm in zip(units, norms, strict=True):
             for i in unit:
@@ -159,12 +165,12 @@ def _rule(recipe: Recipe) -> reference.EagerRule:
     return reference.RULES.get(recipe.rule) or reference.EAGER_RULES[recipe.rule]
 
 
-def _allocate(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor) -> bool:
+def _allocate(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, unscale: float) -> bool:
     """Gives the parameter the states it lacks; whether it lacked any."""
     state = optimizer.state[p] if recipe.keys else {}
     missing = [key for key in recipe.keys if state.get(key) is None]
     for key, new in zip(missing, new_states([(p, key, recipe) for key in missing]), strict=True):
-        fill_state(new, recipe.initial(key), p, maximize=recipe.clip.maximize)
+        fill_state(new, recipe.initial(key), p, -unscale if recipe.clip.maximize else unscale)
         state[key] = new
     return bool(missing)
 

@@ -28,14 +28,16 @@ class NativeEngine:
         self._native = native
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
+        self._unscale = 1.0
         # Parameters whose states were allocated for a step that has not happened yet, with what
         # their state dict held before; None where there was none.
         self._fresh: list[tuple[Tensor, dict[str, Any] | None]] = []
         self._last: tuple[list[float], list[float]] | None = None
         self._selections = (0, 0)  # of plans that are gone
 
-    def step(self, optimizer: FusedOptimizer) -> None:
+    def step(self, optimizer: FusedOptimizer, unscale: float) -> None:
         """One fused step: reduce where norms are needed, then apply."""
+        self._unscale = unscale
         groups = optimizer.param_groups
         recipes = [optimizer.recipe(group) for group in groups]
         hypers = [recipe.hyper for recipe in recipes]
@@ -48,11 +50,11 @@ class NativeEngine:
         if plan is None or wanted != self._built_for:
             plan = self._build(optimizer, recipes)
         try:
-            outcome = plan.step(lists, hypers, clips, threads)
+            outcome = plan.step(lists, hypers, clips, threads, unscale)
             if outcome == STALE:
                 self._discard_fresh(optimizer)
                 plan = self._build(optimizer, recipes)
-                outcome = plan.step(lists, hypers, clips, threads)
+                outcome = plan.step(lists, hypers, clips, threads, unscale)
                 if outcome == STALE:
                     raise RuntimeError("parameters or states changed while the step was gathered")
         except BaseException:
@@ -137,7 +139,8 @@ class NativeEngine:
             self._native.fill_zero(zeroed, torch.get_num_threads())
             for (i, key), state in zip(lacking, states, strict=True):
                 if (value := recipes[i].initial(key)) != 0.0:
-                    fill_state(state, value, params[i], maximize=recipes[i].clip.maximize)
+                    sign = -1.0 if recipes[i].clip.maximize else 1.0
+                    fill_state(state, value, params[i], sign * self._unscale)
         for (i, key), state in zip(lacking, states, strict=True):
             optimizer.state[params[i]][key] = state
             state_dicts[i] = optimizer.state[params[i]]

@@ -83,9 +83,9 @@ def new_states(owners: Sequence[tuple[Tensor, str, Recipe]]) -> list[Tensor]:
     return [next(made.get(key, states)) for _, key, _ in owners]
 
 
-def fill_state(state: Tensor, value: float | str, param: Tensor, *, maximize: bool) -> None:
+def fill_state(state: Tensor, value: float | str, param: Tensor, grad_factor: float) -> None:
     """Fills a new state with a number or, for `GRADIENT`, with what will be descended along."""
     if value != GRADIENT:
         state.fill_(float(value))
     elif param.grad is not None:
-        state.copy_(-param.grad if maximize else param.grad)
+        state.copy_(param.grad).mul_(grad_factor)

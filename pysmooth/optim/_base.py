@@ -45,6 +45,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     norm_type: float
     # Over what the passes before apply sum up; see csrc/core/rule.h.
     stage_scopes: tuple[Scope, ...] = ()
+    # torch.amp.GradScaler then sets `grad_scale` and `found_inf` before a step, and deletes them
+    # after it: the step divides gradients by the one, unless that is None because they are unscaled
+    # already, and does not happen if the other is not 0.
+    _step_supports_amp_scaling = True
     policies: tuple[str, ...] = ("propagate", "skip", "raise")
 
     def __init__(
@@ -146,9 +150,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
+        scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return
         if self._engine is None:
             self._engine = make_engine(resolve(self._backend, self._params()))
-        self._engine.step(self)
+        self._engine.step(self, 1.0 if scale is None else _reciprocal(scale))
 
     # ---- what can be read after a step ---------------------------------------------------------
 
@@ -307,6 +315,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Forgets what was derived from the groups; the next step rebuilds it."""
         self._engine = None
+
+
+def _reciprocal(scale: Tensor) -> float:
+    # Rounded as GradScaler does it, so that a step is the same with and without unscale_().
+    return float(torch.as_tensor(scale).double().reciprocal().float())
 
 
 def _check_scalar(key: str, value: Any, label: str) -> None:
