@@ -43,8 +43,10 @@ def test_models_have_their_published_sizes(model: str, parameters: int) -> None:
         ("clip_sgd_momentum", 6),
         ("clip_adagrad", 6),
         ("clip_adamw", 8),
+        ("clip_adamw-bf16-states", 6),
+        ("clip_adam_norm", 6),
         ("signum", 5),
-        ("ef_sgd-scaled-sign", 7),
+        ("ef_sgd-scaled-sign", 5),
         ("ef_sgd-top-k", 3),
         ("ef21-top-k", 4),
         ("clip21_sgd2m", 9),
@@ -110,7 +112,9 @@ def test_rivals_do_the_same_step_as_pysmooth(of: str, name: str) -> None:
             step()
         results.append([p.detach() for p in problem.params])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        # A rounding to bfloat16 is off by less than 2^-7.
+        rtol, atol = (2**-6, 2**-6 * 0.1) if "bf16" in of else (1e-5, 1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 def test_handwritten_step_is_the_same_step() -> None:

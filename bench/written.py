@@ -92,14 +92,14 @@ def adamw(
 def adam_norm(
     params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
 ) -> None:
-    """Clip and Adam-Norm; the accumulator is the first element of the second state."""
+    """Clip and Adam-Norm; the first element of the second state is the accumulator, less 1."""
     first, second = states
     g = _clipped(grads, max_norm)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
     total = second[0].view(-1)[0]
-    total.mul_(0.999).add_(0.001 * norm.square())
+    total.mul_(0.999).add_(0.001 * norm.square() - 0.001)
     torch._foreach_lerp_(first, g, 0.1)
-    torch._foreach_add_(params, torch._foreach_mul(first, -lr / (total.sqrt() + 1e-8)))
+    torch._foreach_add_(params, torch._foreach_mul(first, -lr / (total + 1).sqrt()))
 
 
 def signum(

@@ -168,6 +168,8 @@ REGISTRY: tuple[Entry, ...] = (
             "main": {"lr": 0.01, "momentum": 0.9, "max_norm": 1.0, "weight_decay": 0.1},
             "plain": {"lr": 0.01},
             "value": {"lr": 0.01, "clip": "value", "max_norm": 0.5, "momentum": 0.5},
+            "scaled": {"lr": 0.1, "scaled": True, "max_norm": 1.0},
+            "scaled_momentum": {"lr": 0.1, "scaled": True, "momentum": 0.5, "scope": "tensor"},
         },
         _momentum_buffer,
     ),

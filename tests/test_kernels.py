@@ -309,6 +309,7 @@ def plan(**changes: Any) -> _cpu.Plan:
         "policy": 0,
         "norm_type": 2.0,
         "stage_scopes": [],
+        "low_states": [0],
         "select": None,
     }
     return _cpu.Plan(**{**arguments, **changes})

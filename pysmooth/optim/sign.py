@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.recipe import Recipe
+from ..engine.recipe import Recipe, Scope
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
-from ._validate import check_number
+from ._validate import check_flag, check_number
 from .adam import check_betas
 
 
@@ -24,7 +24,8 @@ class SignSGD(FusedOptimizer):
             if momentum:
                 momentum_buffer = momentum * momentum_buffer + (1 - momentum) * g
                 g = momentum_buffer
-            p = p - lr * weight_decay * p - lr * sign(g)
+            scale = g.abs().mean() if scaled else 1
+            p = p - lr * weight_decay * p - lr * scale * sign(g)
 
     sign(0) = 0, so that embedding rows that were not touched do not drift; NaN stays NaN. The parts
     of a complex parameter are taken by themselves. Scaling the gradient changes no sign: without
@@ -36,8 +37,9 @@ class SignSGD(FusedOptimizer):
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
             `pysmooth.ClipSGD`.
-        lr: size of the step in every coordinate, at least 0.
+        lr: size of the step in every coordinate (in units of `scale`), at least 0.
         momentum: decay rate of the momentum, in [0, 1).
+        scaled: multiply the signs by the mean magnitude of what they are taken of, per tensor.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay`, times itself; at
             least 0.
         max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
@@ -52,12 +54,15 @@ class SignSGD(FusedOptimizer):
     Source: arXiv:1802.04434.
     """
 
+    stage_scopes = (Scope.TENSOR, Scope.GLOBAL)
+
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         *,
         momentum: float = 0.0,
+        scaled: bool = False,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
         clip: Clip = "hard",
@@ -71,6 +76,7 @@ class SignSGD(FusedOptimizer):
         defaults = {
             "lr": lr,
             "momentum": momentum,
+            "scaled": scaled,
             "weight_decay": weight_decay,
             "max_norm": max_norm,
             "clip": clip,
@@ -87,15 +93,17 @@ class SignSGD(FusedOptimizer):
         check_number("weight_decay", group["weight_decay"])
         if check_number("momentum", group["momentum"]) >= 1:
             raise ValueError(f"momentum must be less than 1; got {float(group['momentum'])}")
+        check_flag("scaled", group["scaled"])
         check_clip(group)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
         momentum = float(group["momentum"])
         hyper = (float(group["lr"]), momentum, float(group["weight_decay"]))
+        prefix = "scaled_" if group["scaled"] else ""
         if momentum == 0:
-            return Recipe("sign_sgd", hyper, (), clip_spec(group))
-        return Recipe("signum", hyper, ("momentum_buffer",), clip_spec(group))
+            return Recipe(prefix + "sign_sgd", hyper, (), clip_spec(group))
+        return Recipe(prefix + "signum", hyper, ("momentum_buffer",), clip_spec(group))
 
 
 class Signum(SignSGD):

@@ -140,6 +140,8 @@ RULES: dict[str, EagerRule] = {
         EagerRule("adam_amsgrad", adam.HYPER, 3, adam.update, counts_steps=True),
         EagerRule("sign_sgd", sign.HYPER, 0, sign.update),
         EagerRule("signum", sign.HYPER, 1, sign.update),
+        _staged("scaled_sign_sgd", sign, 0, staged=sign.scaled_step),
+        _staged("scaled_signum", sign, 1, staged=sign.scaled_step),
         EagerRule("lion", sign.LION_HYPER, 1, sign.lion),
         *(
             EagerRule(

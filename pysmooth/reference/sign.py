@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .staged import Member, Passes
+
 HYPER = ("lr", "momentum", "weight_decay")
 LION_HYPER = ("lr", "beta1", "beta2", "weight_decay")
 
@@ -30,6 +32,23 @@ def update(
     for m in states:
         g = m.copy_(momentum * m + (1 - momentum) * g)
     return p * (1 - lr * weight_decay) - lr * sign(g)
+
+
+def scaled_step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+    """Returns the new parameters; updates the momenta in place."""
+    directions = []
+    for m in members:
+        d = m.g
+        for buffer in m.states:
+            beta = m.hyper["momentum"]
+            d = buffer.copy_(beta * buffer + (1 - beta) * d)
+        directions.append(d)
+    out = []
+    means = passes.means(0, members, directions)
+    for m, d, mean in zip(members, directions, means, strict=True):
+        step = (m.hyper["lr"] * mean).to(d.dtype)
+        out.append(m.p * (1 - m.hyper["lr"] * m.hyper["weight_decay"]) - step * sign(d))
+    return out
 
 
 def lion(

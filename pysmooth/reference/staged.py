@@ -71,6 +71,13 @@ class Passes:
             sums[unit] = sums[unit] + square if unit in sums else square
         return [sums[unit].sqrt() for unit in units]
 
+    def means(
+        self, stage: int, members: Sequence[Member], values: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """For every member the mean magnitude of its values, over its tensor: float64, ()."""
+        assert self.scopes[stage] == "tensor"
+        return [v.double().abs().sum() / v.numel() for v in values]
+
     def compress(self, members: Sequence[Member], values: Sequence[Tensor]) -> list[Tensor]:
         """C of the members' values, whose elements are numbered in the parameters' order."""
         assert self.compressor is not None

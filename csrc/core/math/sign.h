@@ -3,8 +3,10 @@
 //
 //   SignSGD   p = (1 - lr * weight_decay) * p - lr * sign(g)
 //   Signum    m = momentum * m + (1 - momentum) * g;  the same with sign(m)
-//   Lion      the same with sign(beta1 * m + (1 - beta1) * g), then  m = beta2 * m + (1 - beta2) *
-//   g
+//   Lion      the same with sign(beta1 * m + (1 - beta1) * g), then
+//             m = beta2 * m + (1 - beta2) * g
+//
+// A scaled one steps along sign(d) * mean |d| of the tensor, d being g or m.
 #pragma once
 
 #include "core/rule.h"
@@ -36,6 +38,43 @@ struct Sign : RuleDefaults {
       direction = x.state[0];
     }
     x.param = x.param * h.shrink - sign_of<V>(direction) * h.lr;
+  }
+};
+
+template <int kMomentum>
+struct ScaledSign : RuleDefaults {
+  static constexpr const char* kName = kMomentum ? "scaled_signum" : "scaled_sign_sgd";
+  static constexpr const char* kHyper[] = {"lr", "momentum", "weight_decay"};
+  static constexpr int kStates = kMomentum;
+  static constexpr int kStages = 1;
+  static constexpr Streams kPass[1] = {{false, false, true, ~0u, ~0u}};
+  static constexpr Streams kApply{true, true, kMomentum == 0, ~0u, 0u};
+
+  template <class T>
+  struct Hyper {
+    T keep, admit, shrink, step;
+  };
+
+  static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::abs; }
+
+  template <class T>
+  PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
+    return {static_cast<T>(h[1]), static_cast<T>(1.0 - h[1]), static_cast<T>(1.0 - h[0] * h[2]),
+            static_cast<T>(h[0] * s.stage[0])};
+  }
+
+  template <int kStage, class V, class T>
+  PYSMOOTH_HD static V source(Lane<V, kStates>& x, const Hyper<T>& h) {
+    if constexpr (kMomentum == 0) return x.grad;
+    x.state[0] = x.state[0] * h.keep + x.grad * h.admit;
+    return x.state[0];
+  }
+
+  template <class V, class T>
+  PYSMOOTH_HD static void update(Lane<V, kStates>& x, const Hyper<T>& h) {
+    V direction = x.grad;
+    if constexpr (kMomentum != 0) direction = x.state[0];
+    x.param = x.param * h.shrink - sign_of<V>(direction) * h.step;
   }
 };
 
