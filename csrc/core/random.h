@@ -45,7 +45,7 @@ struct NoiseKey {
   }
 
   // Another key, for what is rounded in the same step by itself.
-  NoiseKey shifted(int by) const {
+  PYSMOOTH_HD NoiseKey shifted(int by) const {
     NoiseKey out = *this;
     out.first += 0x9E3779B9u * static_cast<uint32_t>(by);
     return out;
