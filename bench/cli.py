@@ -66,6 +66,7 @@ def run(
     if quick:
         options.models, options.compile_models = ["resnet20", "many-tiny"], []
         options.end_to_end_seconds, options.rounds = 6.0, 5
+        options.selection = False
     options.methods = _pick("--methods", methods, list(METHODS), options.methods)
     if methods is not None:  # asked for by name
         options.every_method, options.seconds, options.compile_reserve = True, 7200.0, 0.0

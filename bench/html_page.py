@@ -61,6 +61,11 @@ Rows that ran on the eager backend make no claim.</p>
 <td>{{ "%.2f"|format(n.pysmooth_max_ulp) }}</td><td>{{ "%.2f"|format(n.torch_max_ulp) }}</td>
 <td>{{ "%.1e"|format(n.pysmooth_relative_error) }}</td>
 <td>{{ "%.1e"|format(n.torch_relative_error) }}</td></tr>{% endfor %}</table>{% endif %}
+{% if r.selection %}<h2>Top-k 1 %, exact: selections that took a second look</h2>
+<table><tr><th>gradients</th><th>selections</th><th>second looks</th><th>ms per million elements</th></tr>
+{% for s in r.selection %}<tr><td>{{ s.gradients }}</td><td>{{ s.selections }}</td>
+<td>{{ s.second_looks }}</td><td>{{ "%.2f"|format(s.ms_per_million) }}</td></tr>
+{% endfor %}</table>{% endif %}
 {% if r.first_step %}<h2>First step</h2>
 <table><tr><th>model</th><th>method</th><th>first, ms</th><th>later, ms</th><th>new state, MB</th></tr>
 {% for f in r.first_step %}<tr><td>{{ f.model }}</td><td class="t">{{ f.method }}</td>

@@ -100,6 +100,11 @@ def _figures(results: dict[str, Any], console: Console) -> None:
             f"relative error {n['pysmooth_relative_error']:.1e} (torch "
             f"fused {n['torch_relative_error']:.1e})"
         )
+    for s in results["selection"]:
+        console.print(
+            f"Top-k 1 %, {s['gradients']}: {s['second_looks']} of {s['selections']} selections "
+            f"took a second look"
+        )
     for f in results["first_step"]:
         if f["state_bytes"]:
             console.print(

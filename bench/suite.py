@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from . import bandwidth, host, machine, numerics, rivals
+from pysmooth.engine import available_backends
+
+from . import bandwidth, host, machine, numerics, rivals, selection
 from .methods import METHODS, Method, make_problem
 from .models import MODELS, numel
 from .timing import Timed, device_clock, interleave, ratio
@@ -29,6 +31,7 @@ class Options:
     dtype: str = "fp32"
     device: str = "cpu"
     rivals: list[str] = field(default_factory=lambda: list(rivals.NAMES))
+    selection: bool = True  # how often top-k looks twice
     compile_models: list[str] = field(default_factory=lambda: ["resnet20", "gpt2-124m"])
     every_method: bool = False  # on every model, also where a default run leaves it out
     rounds: int = 15
@@ -54,6 +57,7 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
         "first_step": [],
         "host": [],
         "numerics": [],
+        "selection": [],
         "left_out": [],
     }
     if options.end_to_end_seconds > 0:
@@ -62,6 +66,10 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
         results["end_to_end"] = run_all(options.end_to_end_seconds, progress)
     progress("numerics against float64")
     results["numerics"] = numerics.compare(options.device)
+    top_k = any("top-k" in name for name in options.methods)
+    if options.selection and top_k and options.device == "cpu" and "cpu" in available_backends():
+        progress("top-k: second looks")
+        results["selection"] = selection.measure()
     for model in ("many-tiny", "resnet20"):
         if model in options.models:
             progress(f"host cost: {model}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import bandwidth, end_to_end, numerics, rivals
+from . import bandwidth, end_to_end, numerics, rivals, selection
 from .methods import METHODS, make_problem
 from .models import MODELS, numel
 from .suite import Options, run_suite
@@ -141,6 +141,18 @@ def test_clipping_methods_clip_in_every_round() -> None:
         before = before.clone()
         step()
         torch.testing.assert_close(problem.params[0].grad, 0.5 * before)
+
+
+def test_second_looks_are_counted_and_rare_in_training() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (300, 100)
+    rows = [[torch.randn(shape, generator=generator)] for _ in range(5)]
+    usual = selection.look("normal", rows)
+    assert (usual["selections"], usual["second_looks"]) == (5, 0)
+    signs = [[torch.sign(g[0]).repeat(30, 30)] for g in rows]
+    assert int(str(selection.look("all of one size", signs)["second_looks"])) > 0
+    names = [name for name, _ in selection.adversarial()]
+    assert len(names) == len(set(names)) > 5
 
 
 def test_numerics_of_pysmooth_are_no_worse_than_float32_allows() -> None:
