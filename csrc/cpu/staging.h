@@ -26,8 +26,8 @@ inline void* base_of(const ApplyArgs& a, int k) {
   return k == 0 ? a.param : k == 1 ? const_cast<void*>(a.grad) : a.state[k - 2];
 }
 
-// Operands that are rounded so take turns: the lower and the upper half of a word of noise, then
-// of the next one.
+// Operands that are rounded stochastically take turns: the lower and upper half of a word, then
+// those of the next one.
 inline int turn_of(unsigned stochastic, int k) {
   return __builtin_popcount(stochastic & ((1u << k) - 1u));
 }
