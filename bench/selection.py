@@ -1,7 +1,7 @@
 """How often a top-k selection has to look a second time: on gradients of a training, and on others.
 
 The step finds the k largest among candidates that a sample suggests. The result is exact whatever
-the sample was; what a bad one costs is another pass over the values. Gradients with few equal
+the sample was; what a bad one costs is another pass over the values. Gradients with few distinct
 sizes, or with all that is large in one place, are the hard ones.
 """
 

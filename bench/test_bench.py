@@ -143,7 +143,7 @@ def test_clipping_methods_clip_in_every_round() -> None:
         torch.testing.assert_close(problem.params[0].grad, 0.5 * before)
 
 
-def test_second_looks_are_counted_and_rare_in_training() -> None:
+def test_second_looks_are_counted() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (300, 100)
     rows = [[torch.randn(shape, generator=generator)] for _ in range(5)]

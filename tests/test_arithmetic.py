@@ -93,8 +93,13 @@ def test_chunk_borders(n: int) -> None:
 
 
 def test_published_rules_are_those_of_the_reference() -> None:
-    native = {r["name"]: (r["hyper"], r["states"]) for r in _cpu.rules()}
-    eager = {r.name: (r.hyper, r.states) for r in reference.RULES.values()}
+    native = {
+        r["name"]: (r["hyper"], r["states"], r["counts_steps"], r["accumulates"])
+        for r in _cpu.rules()
+    }
+    eager = {
+        r.name: (r.hyper, r.states, r.counts_steps, r.accumulates) for r in reference.RULES.values()
+    }
     assert native == eager
 
 

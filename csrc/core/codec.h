@@ -20,6 +20,11 @@ constexpr Sum codec_sum(double kind) {
 
 PYSMOOTH_KERNELS_BEGIN
 
+template <class V, class T>
+PYSMOOTH_HD V scaled_sign(V x, T scale) {
+  return ops<V>::select(x >= V{}, V{} + scale, V{} - scale);
+}
+
 template <class T>
 struct Codec {
   CodecKind kind;
@@ -33,8 +38,7 @@ struct Codec {
   template <class V>
   PYSMOOTH_HD V operator()(V x) const {
     const V zero{};
-    if (kind == CodecKind::scaled_sign)
-      return ops<V>::select(x >= zero, zero + scale, zero - scale);
+    if (kind == CodecKind::scaled_sign) return scaled_sign<V, T>(x, scale);
     if (kind == CodecKind::hard_threshold) {
       const V magnitude = ops<V>::select(x < zero, -x, x);
       return ops<V>::select(magnitude >= zero + level, x, zero);

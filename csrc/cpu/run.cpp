@@ -60,26 +60,42 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   rule.apply[compute_of(slot.param_dtype)](args);
 }
 
-// The squared norms that rules accumulate, of the clipped gradients of a scope unit. Every tensor
-// that has a state keeps the number for itself, with or without a gradient, so that all members of
-// a unit (in a group) agree; a tensor that just joined takes it from one that was there.
-void accumulate(Pipeline* p, const RuleInfo* rules, const std::vector<double>& sums) {
+size_t unit_of(const Pipeline& p, size_t t) {
+  if (p.scope == Scope::global) return 0;
+  return p.scope == Scope::group ? static_cast<size_t>(p.slots[t].group) : t;
+}
+
+// The squared norms that rules accumulate, of the clipped gradients of a scope unit's tensors that
+// keep one; `squares` are their sums of squares before the clip. Every such tensor keeps the number
+// for itself, with or without a gradient, so that all members of a unit (in a group) agree; one
+// that just joined takes it from one that was there. A unit without a gradient has no step.
+void accumulate(Pipeline* p, const RuleInfo* rules, const std::vector<double>& squares) {
   const size_t tensors = p->slots.size();
-  p->norm_sq_before.assign(tensors, 0.0);
-  p->norm_sq.assign(tensors, 0.0);
+  std::vector<double> sums(p->norms.size(), 0.0);
+  std::vector<char> moves(p->norms.size(), 0);
+  for (size_t t = 0; t < tensors; ++t) {
+    const Slot& slot = p->slots[t];
+    if (!slot.active || slot.norm_sq == nullptr) continue;
+    const double coef = p->coefs[t] * p->unscale;
+    sums[unit_of(*p, t)] += coef * coef * squares[t];
+    moves[unit_of(*p, t)] = 1;
+  }
   std::vector<const Slot*> veterans(p->groups.size(), nullptr);
   if (p->scope != Scope::tensor)
     for (const Slot& slot : p->slots)
       if (slot.norm_sq != nullptr && !slot.first) veterans[static_cast<size_t>(slot.group)] = &slot;
+  p->norm_sq_before.assign(tensors, 0.0);
+  p->norm_sq.assign(tensors, 0.0);
   for (size_t t = 0; t < tensors; ++t) {
     const Slot& slot = p->slots[t];
     if (slot.norm_sq == nullptr) continue;
-    const Slot* const veteran = veterans[static_cast<size_t>(slot.group)];
-    p->norm_sq_before[t] = slot.first && veteran != nullptr ? *veteran->norm_sq : *slot.norm_sq;
-    p->norm_sq[t] = p->norm_sq_before[t];
-    if (sums[t] < 0.0) continue;  // nobody in its unit has a gradient
-    p->norm_sq[t] = rules[slot.rule].accumulate(p->groups[static_cast<size_t>(slot.group)].hyper,
-                                                p->norm_sq_before[t], sums[t]);
+    const auto g = static_cast<size_t>(slot.group);
+    const double* const held =
+        slot.first && veterans[g] != nullptr ? veterans[g]->norm_sq : slot.norm_sq;
+    const size_t u = unit_of(*p, t);
+    p->norm_sq_before[t] = *held;
+    p->norm_sq[t] =
+        moves[u] ? rules[slot.rule].accumulate(p->groups[g].hyper, *held, sums[u]) : *held;
   }
 }
 
@@ -92,11 +108,6 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
   p->norms.assign(units, neutral(kind));
   p->coefs.assign(tensors, 1.0);
   p->nonfinite = false;
-  const auto unit_of = [p](size_t t) {
-    return p->scope == Scope::global  ? size_t{0}
-           : p->scope == Scope::group ? static_cast<size_t>(p->slots[t].group)
-                                      : t;
-  };
   std::vector<char> seen(units, 0);
   std::vector<double> squares(p->accumulates ? tensors : 0, 0.0);
   for (size_t t = 0; t < tensors; ++t) {
@@ -111,9 +122,9 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
     // torch's total 0-"norm" is the 0-"norm" of the tensors' norms: how many are not zero.
     if (kind == Reduction::count_nonzero && p->scope != Scope::tensor) value = value != 0.0;
     if (p->accumulates) squares[t] = value;
-    double& norm = p->norms[unit_of(t)];
+    double& norm = p->norms[unit_of(*p, t)];
     norm = combine(kind, norm, value);
-    seen[unit_of(t)] = 1;
+    seen[unit_of(*p, t)] = 1;
   }
   for (size_t u = 0; u < units; ++u)
     p->norms[u] = seen[u] ? finish(kind, p->norm_type, p->norms[u]) : 0.0;
@@ -131,15 +142,7 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
     p->coefs[t] = p->scope == Scope::tensor ? clip_coefficient(p->groups[g].clip, p->norms[t])
                                             : group_coefs[g];
   }
-  if (!p->accumulates) return;
-  std::vector<double> sums(units, 0.0);
-  for (size_t t = 0; t < tensors; ++t) {
-    const double coef = p->coefs[t] * p->unscale;
-    if (p->slots[t].active) sums[unit_of(t)] += coef * coef * squares[t];
-  }
-  // A unit without a gradient has no step: its numbers stay.
-  for (size_t t = 0; t < tensors; ++t) squares[t] = seen[unit_of(t)] ? sums[unit_of(t)] : -1.0;
-  accumulate(p, rules, squares);
+  if (p->accumulates) accumulate(p, rules, squares);
 }
 
 // Once per group what would otherwise be done for every chunk.

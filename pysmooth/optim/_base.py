@@ -250,7 +250,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, old in zip(self.param_groups, before, strict=True):
                 for key, value in old.items():
                     group.setdefault(key, value)
-            recipes = {p: self.recipe(g) for g in self.param_groups for p in g["params"]}
+            recipes = {
+                p: recipe
+                for group in self.param_groups
+                for recipe in [self.recipe(group)]
+                for p in group["params"]
+            }
             todo = [
                 (p, key, value)
                 for p, saved in _pairs(self, loaded)

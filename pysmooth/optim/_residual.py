@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ..compressors import Compressor, Select
 from ..engine.recipe import Scope
 from ._base import FusedOptimizer
-from ._validate import check_number
 
 # A residual never takes in what is not finite: there is no "propagate".
 ResidualPolicy = Literal["skip", "raise", "zero"]
@@ -50,12 +47,6 @@ class CompressedOptimizer(FusedOptimizer):
         (0, 0) on the eager backend, which sorts.
         """
         return (0, 0) if self._engine is None else self._engine.selections()
-
-
-def check_below_one(name: str, value: float | Tensor) -> None:
-    """Refuses what is not in [0, 1)."""
-    if check_number(name, value) >= 1:
-        raise ValueError(f"{name} must be in [0, 1); got {float(value)}")
 
 
 def floats(group: dict[str, Any], *names: str) -> tuple[float, ...]:

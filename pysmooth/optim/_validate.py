@@ -34,6 +34,12 @@ def check_number(name: str, value: Any, *, low: float = 0.0, strict: bool = Fals
     return number
 
 
+def check_below_one(name: str, value: float | Tensor) -> None:
+    """Refuses what is not in [0, 1)."""
+    if check_number(name, value) >= 1:
+        raise ValueError(f"{name} must be in [0, 1); got {float(value)}")
+
+
 def check_flag(name: str, value: object) -> None:
     """Refuses anything but True and False."""
     if not isinstance(value, bool):

@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
-from ._validate import check_flag, check_number
+from ._validate import check_below_one, check_flag, check_number
+from .adam import check_betas
 
 
 class _AdaptiveNorm(FusedOptimizer):
@@ -33,6 +34,10 @@ class _AdaptiveNorm(FusedOptimizer):
         """(beta1, keep, admit): `b2 = keep * b2 + admit * norm(g)^2`."""
         raise NotImplementedError
 
+    def check_betas(self, group: dict[str, Any]) -> None:
+        """Refuses decay rates that make no sense."""
+        raise NotImplementedError
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
         for name in ("lr", "weight_decay", "eps"):
@@ -43,10 +48,7 @@ class _AdaptiveNorm(FusedOptimizer):
             raise ValueError(f"b_init must be from 1e-150 to 1e150; got {float(group['b_init'])}")
         check_flag("delayed", group["delayed"])
         check_flag("coordinate_wise", group["coordinate_wise"])
-        beta1, keep, _ = self.accumulator(group)
-        for name, value in (("beta1", beta1), ("beta2", keep)):
-            if not 0.0 <= value <= 1.0 or (value == 1.0 and name == "beta1"):
-                raise ValueError(f"{name} must be in [0, 1); got {value}")
+        self.check_betas(group)
         check_clip(group)
         by_value = group["clip"] == "value" and group["max_norm"] is not None
         if by_value and not group["coordinate_wise"]:
@@ -163,7 +165,11 @@ class MAdagradNorm(_AdaptiveNorm):
 
     def accumulator(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """(beta1, keep, admit)."""
-        return check_number("beta1", group["beta1"]), 1.0, float(group["reweight"])
+        return float(group["beta1"]), 1.0, float(group["reweight"])
+
+    def check_betas(self, group: dict[str, Any]) -> None:
+        """Refuses decay rates that make no sense."""
+        check_below_one("beta1", group["beta1"])
 
 
 class AdagradNorm(MAdagradNorm):
@@ -180,42 +186,9 @@ class AdagradNorm(MAdagradNorm):
     """
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        *,
-        b_init: float,
-        reweight: float = 1.0,
-        delayed: bool = False,
-        coordinate_wise: bool = False,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_norm: float | None = None,
-        clip: Clip = "hard",
-        scope: ScopeName = "global",
-        clip_eps: float = 0.0,
-        maximize: bool = False,
-        nonfinite: NonFinite = "propagate",
-        backend: Backend = "auto",
+        self, params: ParamsT, lr: float | Tensor = 1e-2, *, b_init: float, **kwargs: Any
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            b_init=b_init,
-            beta1=0.0,
-            reweight=reweight,
-            delayed=delayed,
-            coordinate_wise=coordinate_wise,
-            eps=eps,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-            clip=clip,
-            scope=scope,
-            clip_eps=clip_eps,
-            maximize=maximize,
-            nonfinite=nonfinite,
-            backend=backend,
-        )
+        super().__init__(params, lr, b_init=b_init, beta1=0.0, **kwargs)
 
 
 class ClipRAdaGradD(AdagradNorm):
@@ -241,30 +214,9 @@ class ClipRAdaGradD(AdagradNorm):
         *,
         b_init: float,
         max_norm: float,
-        reweight: float = 1.0,
-        weight_decay: float = 0.0,
-        clip: Clip = "hard",
-        scope: ScopeName = "global",
-        clip_eps: float = 0.0,
-        maximize: bool = False,
-        nonfinite: NonFinite = "propagate",
-        backend: Backend = "auto",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            b_init=b_init,
-            reweight=reweight,
-            delayed=True,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-            clip=clip,
-            scope=scope,
-            clip_eps=clip_eps,
-            maximize=maximize,
-            nonfinite=nonfinite,
-            backend=backend,
-        )
+        super().__init__(params, lr, b_init=b_init, max_norm=max_norm, delayed=True, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
@@ -349,12 +301,12 @@ class AdamNorm(_AdaptiveNorm):
 
     def accumulator(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """(beta1, keep, admit)."""
-        if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
-            raise TypeError(f"betas must be two numbers; got {group['betas']!r}")
-        beta1, beta2 = (check_number("betas", beta) for beta in group["betas"])
-        if beta2 >= 1:
-            raise ValueError(f"beta2 must be in [0, 1); got {beta2}")
+        beta1, beta2 = map(float, group["betas"])
         return beta1, beta2, float(group["reweight"]) * (1 - beta2)
+
+    def check_betas(self, group: dict[str, Any]) -> None:
+        """Refuses decay rates that make no sense."""
+        check_betas(group["betas"])
 
 
 class AdamDNorm(AdamNorm):
@@ -366,39 +318,6 @@ class AdamDNorm(AdamNorm):
     """
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        *,
-        b_init: float,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        reweight: float = 1.0,
-        coordinate_wise: bool = False,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_norm: float | None = None,
-        clip: Clip = "hard",
-        scope: ScopeName = "global",
-        clip_eps: float = 0.0,
-        maximize: bool = False,
-        nonfinite: NonFinite = "propagate",
-        backend: Backend = "auto",
+        self, params: ParamsT, lr: float | Tensor = 1e-3, *, b_init: float, **kwargs: Any
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            b_init=b_init,
-            betas=betas,
-            reweight=reweight,
-            delayed=True,
-            coordinate_wise=coordinate_wise,
-            eps=eps,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-            clip=clip,
-            scope=scope,
-            clip_eps=clip_eps,
-            maximize=maximize,
-            nonfinite=nonfinite,
-            backend=backend,
-        )
+        super().__init__(params, lr, b_init=b_init, delayed=True, **kwargs)

@@ -13,8 +13,8 @@ from ..engine.recipe import ClipSpec, Recipe
 from ..engine.state import state_dtype
 from ..reference.compress import scaled_sign
 from ._clip import Backend
-from ._residual import CompressedOptimizer, ResidualPolicy, check_below_one, floats
-from ._validate import check_flag, check_number
+from ._residual import CompressedOptimizer, ResidualPolicy, floats
+from ._validate import check_below_one, check_flag, check_number
 
 
 class EFSGD(CompressedOptimizer):

@@ -114,17 +114,12 @@ struct EfSign : RuleDefaults {
             h[0] == 0.0};
   }
 
-  template <class V, class T>
-  PYSMOOTH_HD static V sent(V v, T scale) {
-    return ops<V>::select(v >= V{}, V{} + scale, V{} - scale);
-  }
-
   template <int kStage, class V, class T>
   PYSMOOTH_HD static V source(Lane<V, kStates>& x, const Hyper<T>& h) {
     V g = x.grad;
     if (h.decays) g = g + x.param * h.decay;
     if constexpr (kMomentum != 0) g = x.state[1] = x.state[1] * h.momentum + g;
-    x.state[0] = x.state[0] - sent<V, T>(x.state[0], h.last) + g * h.lr;
+    x.state[0] = x.state[0] - scaled_sign<V, T>(x.state[0], h.last) + g * h.lr;
     return x.state[0];
   }
 
