@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 import warnings
@@ -102,11 +103,43 @@ def compiled(problem: Problem) -> tuple[Step, float]:
     return step, time.perf_counter() - start
 
 
-def deepspeed_left_out() -> str:
-    """Why DeepSpeed's CPU optimizers are not among the contestants."""
-    if importlib.util.find_spec("deepspeed") is None:
-        return "DeepSpeed: not installed"
-    return "DeepSpeed: its CPU optimizers are Adam, Adagrad and Lion; it has no SGD to compare with"
+class MissingError(Exception):
+    """A rival that cannot run here, and why."""
+
+
+def _deepspeed(module: str, name: str, **kind: Any) -> Callable[[Problem], Step]:
+    def make(problem: Problem) -> Step:
+        try:
+            optimizers = importlib.import_module(f"deepspeed.ops.{module}")
+            # The first of them compiles its kernels, for minutes; later ones find them.
+            optimizer = getattr(optimizers, name)(problem.params, lr=problem.lr, **kind)
+        except Exception as error:
+            raise MissingError(f"{name}: {error}") from error
+        return _torch_step(problem, optimizer)
+
+    return make
+
+
+def deepspeed_adagrad() -> Callable[[Problem], Step]:
+    """DeepSpeed's AdaGrad for parameters in host memory, after torch's clip_grad_norm_."""
+    return _deepspeed("adagrad", "DeepSpeedCPUAdagrad")
+
+
+def deepspeed_adamw() -> Callable[[Problem], Step]:
+    """DeepSpeed's AdamW for parameters in host memory, after torch's clip_grad_norm_."""
+    return _deepspeed("adam", "DeepSpeedCPUAdam", adamw_mode=True, weight_decay=0.01)
+
+
+def present(name: str, device: str) -> bool:
+    """Whether a rival is installed and takes parameters of the device."""
+    if name != DEEPSPEED:
+        return True
+    return device == "cpu" and importlib.util.find_spec("deepspeed") is not None
+
+
+def deepspeed_left_out() -> list[str]:
+    """A line where DeepSpeed is not installed."""
+    return [] if present(DEEPSPEED, "cpu") else ["DeepSpeed: not installed"]
 
 
 def _torch_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Step:
@@ -135,4 +168,5 @@ RIVALS: dict[str, Callable[[Problem], Step]] = {
 COMPILED = "torch.compile"
 EAGER = "eager"
 IN_PLACE = "eager, in place"
-NAMES = [*RIVALS, EAGER, IN_PLACE, COMPILED]
+DEEPSPEED = "DeepSpeed CPU"
+NAMES = [*RIVALS, EAGER, IN_PLACE, DEEPSPEED, COMPILED]

@@ -74,7 +74,7 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
         if model in options.models:
             progress(f"host cost: {model}")
             results["host"].append(host.measure(model, options.device))
-    results["left_out"].append(rivals.deepspeed_left_out())
+    results["left_out"] += rivals.deepspeed_left_out()
 
     for model in options.models:
         for name in options.methods:
@@ -110,8 +110,11 @@ def measure(
 
     contestants: dict[str, Callable[[], object]] = {"pysmooth": step}
     for name, make in method.rivals.items():
-        if name in options.rivals:
-            contestants[name] = make(problem)
+        if name in options.rivals and rivals.present(name, options.device):
+            try:
+                contestants[name] = make(problem)
+            except rivals.MissingError as missing:
+                left_out.append(str(missing))
     compile_s: float | None = None
     if method.compiled is not None and rivals.COMPILED in options.rivals:
         label = f"{rivals.COMPILED} on {method.name}, {model}"

@@ -13,7 +13,7 @@ import torch
 from . import bandwidth, end_to_end, numerics, rivals, selection
 from .methods import METHODS, make_problem
 from .models import MODELS, numel
-from .suite import Options, run_suite
+from .suite import Options, measure, run_suite
 from .timing import Timed, interleave, ratio
 from .training import convnet
 
@@ -98,7 +98,12 @@ def test_probes_stream_without_changing_the_data_much() -> None:
 
 @pytest.mark.parametrize(
     ("of", "name"),
-    [(m.name, n) for m in METHODS.values() for n in m.rivals if "clip_grad_norm" not in m.name],
+    [
+        (m.name, n)
+        for m in METHODS.values()
+        for n in m.rivals
+        if "clip_grad_norm" not in m.name and rivals.present(n, "cpu")
+    ],
 )
 def test_rivals_do_the_same_step_as_pysmooth(of: str, name: str) -> None:
     method = METHODS[of]
@@ -115,6 +120,27 @@ def test_rivals_do_the_same_step_as_pysmooth(of: str, name: str) -> None:
         # A rounding to bfloat16 is off by less than 2^-7.
         rtol, atol = (2**-6, 2**-6 * 0.1) if "bf16" in of else (1e-5, 1e-6)
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+def test_a_rival_that_cannot_run_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(problem: rivals.Problem) -> rivals.Step:
+        raise rivals.MissingError("DeepSpeedCPUAdagrad: no compiler")
+
+    monkeypatch.setitem(METHODS["clip_adagrad"].rivals, rivals.DEEPSPEED, missing)
+    monkeypatch.setattr(rivals, "present", lambda name, device: True)
+    options = Options(
+        methods=["clip_adagrad"],
+        models=["many-tiny"],
+        rivals=["torch fused", rivals.DEEPSPEED],
+        rounds=1,
+        every_method=True,
+    )
+    left_out: list[str] = []
+    row = measure(METHODS["clip_adagrad"], "many-tiny", options, lambda: 10.0, left_out)
+    assert [c["name"] for c in row["contestants"]] == ["pysmooth", "torch fused"]
+    assert left_out == ["DeepSpeedCPUAdagrad: no compiler"]
 
 
 def test_handwritten_step_is_the_same_step() -> None:
