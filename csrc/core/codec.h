@@ -11,7 +11,7 @@ namespace pysmooth {
 
 enum class CodecKind : int { identity = 0, scaled_sign = 1, hard_threshold = 2 };
 
-constexpr Sum codec_sum(double kind) {
+PYSMOOTH_HD constexpr Sum codec_sum(double kind) {
   return static_cast<CodecKind>(static_cast<int>(kind)) == CodecKind::scaled_sign ? Sum::abs
                                                                                   : Sum::none;
 }

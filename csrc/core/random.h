@@ -38,7 +38,7 @@ struct NoiseKey {
   uint32_t first = 0, second = 0;
 
   NoiseKey() = default;
-  NoiseKey(uint32_t step, uint32_t tensor) {
+  PYSMOOTH_HD NoiseKey(uint32_t step, uint32_t tensor) {
     const Words words = philox({{0, 0, step, tensor}}, 0x6A09E667u, 0xBB67AE85u);
     first = words.word[0];
     second = words.word[1];
@@ -67,7 +67,8 @@ PYSMOOTH_HD U noise(U place, NoiseKey key) {
 // the next power of four, walked until it is back inside.
 class Permutation {
  public:
-  Permutation(uint64_t size, uint64_t seed, uint32_t step, uint32_t tensor) : size_(size) {
+  PYSMOOTH_HD Permutation(uint64_t size, uint64_t seed, uint32_t step, uint32_t tensor)
+      : size_(size) {
     int bits = 1;
     while (bits < 64 && (uint64_t{1} << bits) < size) ++bits;
     half_ = (bits + 1) / 2;
@@ -80,7 +81,7 @@ class Permutation {
     }
   }
 
-  uint64_t operator()(uint64_t index) const {
+  PYSMOOTH_HD uint64_t operator()(uint64_t index) const {
     do {
       auto left = static_cast<uint32_t>(index >> half_) & mask_;
       auto right = static_cast<uint32_t>(index) & mask_;

@@ -79,13 +79,14 @@ struct RuleDefaults {
   static constexpr Streams kApply{};
   static constexpr Streams kPass[1] = {};
   static constexpr Streams kSelected{};
-  static bool reads_param(const double* /*hyper*/, int /*stage*/) { return true; }
-  static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::none; }
-  static bool selects_nothing(const double* /*hyper*/) { return false; }
-  static double accumulate(const double* /*hyper*/, double norm_sq, double /*sum_squares*/) {
+  PYSMOOTH_HD static bool reads_param(const double* /*hyper*/, int /*stage*/) { return true; }
+  PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::none; }
+  PYSMOOTH_HD static bool selects_nothing(const double* /*hyper*/) { return false; }
+  PYSMOOTH_HD static double accumulate(const double* /*hyper*/, double norm_sq,
+                                       double /*sum_squares*/) {
     return norm_sq;
   }
-  static void derive(const double* /*hyper*/, double /*step*/, double* /*derived*/) {}
+  PYSMOOTH_HD static void derive(const double* /*hyper*/, double /*step*/, double* /*derived*/) {}
 };
 
 // One element of every stream of a rule. V is float, double, or a SIMD vector of them.

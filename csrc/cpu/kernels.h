@@ -7,14 +7,11 @@
 #include "core/layout.h"
 #include "core/random.h"
 #include "core/rule.h"
+#include "core/step.h"
 
 namespace pysmooth {
 
 // ---- reduce ------------------------------------------------------------------------------------
-
-// What is accumulated over the elements; p is the order of a power sum.
-enum class Reduction : int { sum_squares, sum_abs, max_abs, min_abs, count_nonzero, sum_power };
-constexpr int kReductions = 6;
 
 struct Partial {
   double value = 0.0;
@@ -45,11 +42,6 @@ struct ApplyArgs {
   uint64_t* signs;  // a bit per element of the chunk, set where negative; null: none are kept
 };
 using ApplyFn = void (*)(const ApplyArgs&);
-
-// The type that a rule computes in: double for double parameters, else float.
-enum Compute : int { kFloat = 0, kDouble = 1 };
-constexpr int kComputes = 2;
-constexpr Compute compute_of(DType param) { return param == DType::f64 ? kDouble : kFloat; }
 
 // ---- source: a pass before apply ---------------------------------------------------------------
 
@@ -82,8 +74,6 @@ struct SelectedTask {
   double scale;
 };
 using SelectedFn = void (*)(const ApplyArgs&, const SelectedTask&);
-
-constexpr int kMaxHyper = 16;
 
 struct RuleInfo {
   const char* name;

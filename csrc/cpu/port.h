@@ -62,17 +62,4 @@ PYSMOOTH_HD vec<C> load_signs(const uint64_t* words, int64_t first) {
   return (bits & lane) != 0u ? -one : one;
 }
 
-template <class Rule>
-struct UseApply {
-  static constexpr Streams kStreams = Rule::kApply;
-};
-template <class Rule, int kStage>
-struct UsePass {
-  static constexpr Streams kStreams = Rule::kPass[kStage];
-};
-template <class Rule>
-struct UseSelected {
-  static constexpr Streams kStreams = Rule::kSelected;
-};
-
 PYSMOOTH_KERNELS_END

@@ -9,6 +9,7 @@
 
 #include "core/chunks.h"
 #include "core/math/clip.h"
+#include "core/step.h"
 #include "cpu/kernels.h"
 #include "cpu/select.h"
 
@@ -21,17 +22,6 @@ void set_isa(const std::string& isa);
 
 // True in a child process made by fork: OpenMP's threads are not there, and work runs serially.
 bool in_forked_child();
-
-// Over which gradients a clip norm is taken.
-enum class Scope : int { global = 0, group = 1, tensor = 2 };
-
-// What to do about a gradient that holds an infinity or a NaN.
-enum class NonFinite : int { propagate = 0, skip = 1, raise = 2, zero = 3 };
-
-// Whether a step has to know first if all gradients are finite.
-inline bool asks_first(NonFinite policy) {
-  return policy == NonFinite::skip || policy == NonFinite::raise;
-}
 
 // One parameter with its gradient and its states. A slot without gradient sits out the step.
 struct Slot {

@@ -73,13 +73,6 @@ uint64_t magnitude_key(double value) {
   return bits & ~(uint64_t{1} << 63);
 }
 
-int64_t SelectSpec::chosen_of(int64_t elements) const {
-  if (elements == 0) return 0;
-  const double wanted = std::ceil(ratio * static_cast<double>(elements));
-  const int64_t count = ratio > 0.0 ? static_cast<int64_t>(wanted) : k;
-  return std::min(elements, std::max<int64_t>(1, count));
-}
-
 void plan_sample(SelectUnit* unit, const std::vector<int64_t>& numels,
                  const std::vector<char>& active, std::vector<Stretch>* sample) {
   unit->filter = kAnyMagnitude;

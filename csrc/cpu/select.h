@@ -12,24 +12,10 @@
 #include <vector>
 
 #include "core/chunks.h"
+#include "core/step.h"
 #include "cpu/kernels.h"
 
 namespace pysmooth {
-
-enum class Selector : int { none = 0, top_k = 1, rand_k = 2 };
-enum class SelectScope : int { tensor = 0, global = 1, block = 2 };
-
-struct SelectSpec {
-  Selector kind = Selector::none;
-  SelectScope scope = SelectScope::tensor;
-  double ratio = 0.0;  // of the unit's elements, rounded up; 0: k counts
-  int64_t k = 0;
-  int64_t block = 1024;  // a divisor of kChunk
-  bool scaled = false;   // rand_k: times d / k
-  uint64_t seed = 0;
-
-  int64_t chosen_of(int64_t elements) const;
-};
 
 // Orders finite magnitudes; an infinity comes above them, a NaN above all.
 uint64_t magnitude_key(double value);

@@ -7,6 +7,7 @@
 // this is compiled with it.
 #pragma once
 
+#include "core/streams.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -14,8 +15,6 @@ PYSMOOTH_KERNELS_BEGIN
 
 constexpr int kBlockElements = 2048;  // what a pass evaluates before it sums up and filters
 constexpr int kStagedElements = 512;  // a run in buffers, small enough to stay in L1
-
-constexpr bool has(unsigned set, int k) { return (set >> k & 1u) != 0; }
 
 template <class Body>
 PYSMOOTH_HD void each_of(unsigned set, Body body) {
@@ -26,13 +25,6 @@ inline void* base_of(const ApplyArgs& a, int k) {
   return k == 0 ? a.param : k == 1 ? const_cast<void*>(a.grad) : a.state[k - 2];
 }
 
-// Operands that are rounded stochastically take turns: the lower and upper half of a word, then
-// those of the next one.
-inline int turn_of(unsigned stochastic, int k) {
-  return __builtin_popcount(stochastic & ((1u << k) - 1u));
-}
-inline int noise_shift(int turn) { return turn % 2 * 16; }
-
 // Of the elements from `first` on.
 PYSMOOTH_HD vu32 noise_places(uint32_t first) {
   vu32 out;
@@ -42,18 +34,6 @@ PYSMOOTH_HD vu32 noise_places(uint32_t first) {
 
 PYSMOOTH_HD void store_noisy(bf16* out, vec<float> x, vu32 random) {
   vector_io<float>::store_upper(out, round_bf16_stochastic<vu32>(x, random));
-}
-
-// What a kernel reads and writes, as bits: parameter, gradient, states.
-struct Touch {
-  unsigned reads, writes;
-};
-template <class Rule>
-constexpr Touch touch_of(Streams s) {
-  constexpr unsigned kHeld = (1u << Rule::kStates) - 1u;
-  return {(s.reads_param ? 1u : 0u) | (s.reads_grad && Rule::kReadsGrad ? 2u : 0u) |
-              (s.reads_state & kHeld) << 2,
-          (s.writes_param ? 1u : 0u) | (s.writes_state & kHeld) << 2};
 }
 
 // Runs of consecutive elements of a chunk, in order:

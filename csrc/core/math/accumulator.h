@@ -26,7 +26,7 @@ struct NormAccumulator : RuleDefaults {
     T beta1, admit, shrink, step;
   };
 
-  static double accumulate(const double* h, double norm_sq, double sum_squares) {
+  PYSMOOTH_HD static double accumulate(const double* h, double norm_sq, double sum_squares) {
     return h[2] * norm_sq + h[3] * sum_squares;
   }
 

@@ -22,7 +22,7 @@ struct Adagrad : RuleDefaults {
     bool decays;
   };
 
-  static void derive(const double* h, double step, double* derived) {
+  PYSMOOTH_HD static void derive(const double* h, double step, double* derived) {
     derived[0] = h[0] / (1.0 + (step - 1.0) * h[1]);
   }
 

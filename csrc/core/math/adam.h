@@ -27,7 +27,7 @@ struct Adam : RuleDefaults {
     bool decays;
   };
 
-  static void derive(const double* h, double step, double* derived) {
+  PYSMOOTH_HD static void derive(const double* h, double step, double* derived) {
     derived[0] = h[0] / (1.0 - std::pow(h[1], step));
     derived[1] = 1.0 / std::sqrt(1.0 - std::pow(h[2], step));
   }

@@ -20,12 +20,12 @@ struct Clip {
   double l0 = 0.0;
   double l1 = 0.0;
 
-  bool needs_norm() const { return mode != ClipMode::none; }
+  PYSMOOTH_HD bool needs_norm() const { return mode != ClipMode::none; }
 };
 
 // Comparisons are written so that a NaN norm gives a NaN coefficient: whether a non-finite gradient
 // may reach the parameters is the policy's business, not the formula's.
-inline double clip_coefficient(const Clip& clip, double norm) {
+PYSMOOTH_HD double clip_coefficient(const Clip& clip, double norm) {
   switch (clip.mode) {
     case ClipMode::none:
       return 1.0;

@@ -26,7 +26,7 @@ struct Clip21 : RuleDefaults {
     T keep, admit, coef, beta_hat, shrink, lr;
   };
 
-  static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::squares; }
+  PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::squares; }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {

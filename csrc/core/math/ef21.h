@@ -45,7 +45,7 @@ struct Ef21 : RuleDefaults {
     Codec<T> codec;
   };
 
-  static Sum stage_sum(const double* h, int stage) {
+  PYSMOOTH_HD static Sum stage_sum(const double* h, int stage) {
     if (stage == 0) return kSelects ? Sum::none : codec_sum(h[4]);
     return h[3] != 0.0 ? Sum::squares : Sum::none;
   }

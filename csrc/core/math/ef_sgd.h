@@ -36,11 +36,11 @@ struct EfSgd : RuleDefaults {
     Codec<T> codec;
   };
 
-  static Sum stage_sum(const double* h, int /*stage*/) {
+  PYSMOOTH_HD static Sum stage_sum(const double* h, int /*stage*/) {
     return kSelect || h[0] == 0.0 ? Sum::none : codec_sum(h[3]);
   }
-  static bool reads_param(const double* h, int /*stage*/) { return h[2] != 0.0; }
-  static bool selects_nothing(const double* h) { return h[0] == 0.0; }
+  PYSMOOTH_HD static bool reads_param(const double* h, int /*stage*/) { return h[2] != 0.0; }
+  PYSMOOTH_HD static bool selects_nothing(const double* h) { return h[0] == 0.0; }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
@@ -98,10 +98,10 @@ struct EfSign : RuleDefaults {
     bool decays, frozen;
   };
 
-  static Sum stage_sum(const double* h, int /*stage*/) {
+  PYSMOOTH_HD static Sum stage_sum(const double* h, int /*stage*/) {
     return h[0] == 0.0 ? Sum::none : Sum::abs;
   }
-  static bool reads_param(const double* h, int /*stage*/) { return h[2] != 0.0; }
+  PYSMOOTH_HD static bool reads_param(const double* h, int /*stage*/) { return h[2] != 0.0; }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {

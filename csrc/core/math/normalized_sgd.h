@@ -23,7 +23,7 @@ struct NormalizedSgd : RuleDefaults {
     T keep, admit, shrink, lr;
   };
 
-  static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::squares; }
+  PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::squares; }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {

@@ -55,7 +55,7 @@ struct ScaledSign : RuleDefaults {
     T keep, admit, shrink, step;
   };
 
-  static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::abs; }
+  PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::abs; }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
