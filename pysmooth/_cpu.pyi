@@ -33,6 +33,7 @@ class Plan:
         stage_scopes: list[int],
         select: tuple[int, int, float, int, int, bool, int] | None,
         low_states: list[int],
+        param_storage: list[int],
     ) -> None: ...
     def selections(self) -> tuple[int, int]: ...
     def step(

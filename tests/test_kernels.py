@@ -310,6 +310,7 @@ def plan(**changes: Any) -> _cpu.Plan:
         "norm_type": 2.0,
         "stage_scopes": [],
         "low_states": [0],
+        "param_storage": [0],
         "select": None,
     }
     return _cpu.Plan(**{**arguments, **changes})

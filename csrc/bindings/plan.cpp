@@ -37,7 +37,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
            std::vector<std::string> names, const std::vector<bool>& first,
            const py::list& state_roots, int scope, int policy, double norm_type,
            const std::vector<int>& stage_scopes, const py::object& select,
-           const std::vector<int>& low_states)
+           const std::vector<int>& low_states, const std::vector<int>& param_storage)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -47,7 +47,8 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
       grads_(params.size()) {
   const size_t n = params.size();
   if (state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
-      groups.size() != n || names_.size() != n || first.size() != n || low_states.size() != n)
+      groups.size() != n || names_.size() != n || first.size() != n || low_states.size() != n ||
+      param_storage.size() != n)
     throw py::value_error("Plan: all lists must be as long as params");
   pipeline_.slots.resize(n);
   pipeline_.scope = static_cast<Scope>(scope);
@@ -87,6 +88,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     slot.param_dtype = view.dtype;
     slot.param = d.data;
     slot.first = first[t];
+    read_storage(t, param_storage[t]);
     read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]), low_states[t]);
   }
   check_aliasing();
@@ -115,6 +117,21 @@ void Plan::read_number(size_t t, int index, const RealView& view, void* data,
   }
 }
 
+void Plan::read_storage(size_t t, int storage) {
+  Slot& slot = pipeline_.slots[t];
+  slot.storage = static_cast<ParamStorage>(storage);
+  const bool fits = slot.storage == ParamStorage::plain || slot.param_dtype == DType::bf16 ||
+                    (slot.param_dtype == DType::f16 && slot.storage != ParamStorage::stochastic);
+  if (storage < 0 || storage > static_cast<int>(ParamStorage::stochastic) || !fits)
+    throw py::value_error("Plan: param_storage " + std::to_string(storage) +
+                          " does not go with a " + dtype_name(slot.param_dtype) + " parameter");
+}
+
+int Plan::tensor_states(size_t t) const {
+  const Slot& slot = pipeline_.slots[t];
+  return kernels().rules[slot.rule].states + (has_companion(slot.storage) ? 1 : 0);
+}
+
 // A slot's states are either all there or, for a parameter that never had a gradient, all missing.
 void Plan::read_states(size_t t, const py::tuple& keys, int low) {
   Entry& e = entries_[t];
@@ -122,8 +139,10 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
   const RuleInfo& rule = kernels().rules[slot.rule];
   if ((static_cast<unsigned>(low) & ~rule.low_states) != 0)
     throw py::value_error("rule '" + std::string(rule.name) + "' does not take bfloat16 states");
-  const int expected = rule.states + (rule.accumulates ? 1 : 0) + (rule.keeps_scale ? 1 : 0) +
-                       (rule.counts_steps ? 1 : 0);
+  const int tensors = tensor_states(t);
+  const bool counts = rule.counts_steps || slot.storage == ParamStorage::stochastic;
+  const int expected =
+      tensors + (rule.accumulates ? 1 : 0) + (rule.keeps_scale ? 1 : 0) + (counts ? 1 : 0);
   if (static_cast<int>(keys.size()) != expected)
     throw py::value_error("rule '" + std::string(rule.name) + "' has " + std::to_string(expected) +
                           " states, not " + std::to_string(keys.size()));
@@ -145,14 +164,16 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
     tracked_.push_back({state, {}});
     tracked_.back().form.assign(d);
     const RealView view = RealView::of(tracked_.back().form, name());
-    if (e.states_held >= rule.states) {
-      read_number(t, e.states_held - rule.states, view, d.data, name());
+    if (e.states_held >= tensors) {
+      read_number(t, e.states_held - tensors, view, d.data, name());
       ++e.states_held;
       continue;
     }
     if (view.shape != shapes_[t].view.shape)
       throw py::value_error(name() + " does not have the parameter's shape");
-    const DType wanted = slot.param_dtype == DType::f64    ? DType::f64
+    const bool rests = e.states_held == rule.states && slot.storage == ParamStorage::kahan;
+    const DType wanted = rests                             ? slot.param_dtype
+                         : slot.param_dtype == DType::f64  ? DType::f64
                          : (low >> e.states_held & 1) != 0 ? DType::bf16
                                                            : DType::f32;
     if (view.dtype != wanted)
@@ -208,10 +229,11 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
                       dtype_name(slot.param_dtype) + ", a pair that the cpu backend does not take");
   std::vector<const int64_t*> strides{s.view.strides.data(), view.strides.data()};
   std::deque<RealView> states;
-  for (int k = 1; k <= e.states_held && k <= kernels().rules[slot.rule].states; ++k) {
+  for (int k = 1; k <= e.states_held && k <= tensor_states(t); ++k) {
     states.push_back(RealView::of(known(e, k).form, "state"));
     strides.push_back(states.back().strides.data());
   }
+  if (slot.storage == ParamStorage::master) std::swap(strides.front(), strides.back());
   const int ndim = static_cast<int>(view.shape.size());
   if (!merge_layout(ndim, view.shape.data(), strides, &s.layout) ||
       !merge_layout(ndim, view.shape.data(), {view.strides.data()}, &s.grad_layout))
@@ -348,11 +370,13 @@ void bind_plan(py::module_& m) {
       .def(py::init<const py::list&, const py::list&, const py::list&,
                     const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const py::list&, int, int,
-                    double, const std::vector<int>&, const py::object&, const std::vector<int>&>(),
+                    double, const std::vector<int>&, const py::object&, const std::vector<int>&,
+                    const std::vector<int>&>(),
            py::kw_only(), py::arg("params"), py::arg("state_dicts"), py::arg("state_keys"),
            py::arg("rules"), py::arg("groups"), py::arg("names"), py::arg("first"),
            py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
-           py::arg("stage_scopes"), py::arg("select"), py::arg("low_states"))
+           py::arg("stage_scopes"), py::arg("select"), py::arg("low_states"),
+           py::arg("param_storage"))
       .def("selections", &Plan::selections)
       .def("step", &Plan::step)
       .def("norms", &Plan::norms)

@@ -19,7 +19,8 @@ class Plan {
        const std::vector<std::string>& rules, const std::vector<int>& groups,
        std::vector<std::string> names, const std::vector<bool>& first, const py::list& state_roots,
        int scope, int policy, double norm_type, const std::vector<int>& stage_scopes,
-       const py::object& select, const std::vector<int>& low_states);
+       const py::object& select, const std::vector<int>& low_states,
+       const std::vector<int>& param_storage);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
   // `hypers` and `clips` the numbers of each group. Returns an Outcome.
@@ -58,7 +59,9 @@ class Plan {
 
   std::string what(const char* kind, size_t t) const { return kind + (" '" + names_[t] + "'"); }
   void read_number(size_t t, int index, const RealView& view, void* data, const std::string& name);
+  void read_storage(size_t t, int storage);
   void read_states(size_t t, const py::tuple& keys, int low);
+  int tensor_states(size_t t) const;  // the rule's, and the parameter's companion
   void learn_gradient(size_t t, const DLTensor& grad);
   bool unchanged(const py::list& param_lists) const;
   void note_written();

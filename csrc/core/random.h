@@ -44,13 +44,17 @@ struct NoiseKey {
     second = words.word[1];
   }
 
-  // Another key, for what is rounded in the same step by itself.
+  // Another key, for what is rounded in the same step by itself: pairs of operands by their number,
+  // what a pass before apply leaves by kNoisePass more for each.
   PYSMOOTH_HD NoiseKey shifted(int by) const {
     NoiseKey out = *this;
     out.first += 0x9E3779B9u * static_cast<uint32_t>(by);
     return out;
   }
 };
+
+// More than any step has pairs of operands.
+constexpr int kNoisePass = 4;
 
 // `place` is the element's index times kNoiseStride: a walk adds it up.
 constexpr uint32_t kNoiseStride = 0x9E3779B9u;

@@ -13,7 +13,7 @@ int64_t apply_low(const ApplyArgs& a) {
   constexpr unsigned kLow = Rule::kLowStates;
   constexpr int W = kFloats;
   using io = vector_io<float>;
-  bool fits = a.stochastic == kLow << 2 && a.layout == nullptr;
+  bool fits = a.stochastic == kLow << 2 && a.layout == nullptr && a.companion == 0;
   for (int k = 0; k < 2 + Rule::kStates; ++k)
     fits = fits && (has(kLow << 2, k) || a.dtype[k] == DType::f32);
   if (!fits) return 0;
@@ -77,6 +77,7 @@ void apply(const ApplyArgs& args) {
 
 template <class Rule>
 RuleInfo describe() {
+  static_assert(Rule::kStates < kMaxStates, "room for the parameter's companion");
   RuleInfo info{};
   info.name = Rule::kName;
   info.states = Rule::kStates;

@@ -5,6 +5,7 @@
 
 #include "core/dtype.h"
 #include "core/layout.h"
+#include "core/param_storage.h"
 #include "core/random.h"
 #include "core/rule.h"
 #include "core/step.h"
@@ -29,11 +30,13 @@ using ReduceFn = Partial (*)(const ReduceArgs&);
 // ---- apply -------------------------------------------------------------------------------------
 
 struct ApplyArgs {
-  void* param;
+  void* param;  // what rules compute with: the master of a parameter that has one
   const void* grad;
   void* state[kMaxStates];
   DType dtype[kMaxOperands];  // what they are stored as: parameter, gradient, states
-  const Layout* layout;       // null: linear
+  ParamStorage storage;
+  int companion;         // the operand that goes with the parameter, after the rule's; 0: none
+  const Layout* layout;  // null: linear
   int64_t begin, length;
   const double* hyper;
   Scalars scalars;

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cmath>
 #include <optional>
+#include <utility>
 
 namespace pysmooth {
 namespace {
@@ -197,9 +198,15 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
   for (int k = 0; k < kMaxStates; ++k) {
     args.state[k] = slot.state[k];
     args.dtype[2 + k] = slot.state_dtype[k];
-    if (slot.state[k] != nullptr && slot.state_dtype[k] == DType::bf16)
-      args.stochastic |= 1u << (2 + k);
+    if (k < rule.states && slot.state_dtype[k] == DType::bf16) args.stochastic |= 1u << (2 + k);
   }
+  args.storage = slot.storage;
+  args.companion = has_companion(slot.storage) ? 2 + rule.states : 0;
+  if (slot.storage == ParamStorage::master) {  // the rule's parameter is the master
+    std::swap(args.param, args.state[rule.states]);
+    std::swap(args.dtype[0], args.dtype[args.companion]);
+  }
+  if (slot.storage == ParamStorage::stochastic) args.stochastic |= 1u;
   if (args.stochastic != 0)
     args.noise = NoiseKey(static_cast<uint32_t>(*slot.steps), static_cast<uint32_t>(t));
   args.layout = slot.layout;

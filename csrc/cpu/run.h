@@ -36,10 +36,11 @@ struct Slot {
   const void* grad = nullptr;
   void* state[kMaxStates] = {};
   DType state_dtype[kMaxStates] = {};
-  double* norm_sq = nullptr;  // of the scope unit; null where the rule accumulates nothing
-  double* scale = nullptr;    // stage[0] of the step before; null where the rule keeps none
-  float* steps = nullptr;     // how many steps were applied; null where the rule does not count
-  const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
+  ParamStorage storage = ParamStorage::plain;  // its companion is the state after the rule's
+  double* norm_sq = nullptr;       // of the scope unit; null where the rule accumulates nothing
+  double* scale = nullptr;         // stage[0] of the step before; null where the rule keeps none
+  float* steps = nullptr;          // how many steps were applied; null where nobody asks
+  const Layout* layout = nullptr;  // of parameter, gradient, states together; null: linear
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
 };
 

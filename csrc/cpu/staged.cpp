@@ -66,6 +66,8 @@ class Stages {
     if (!slot.active || stage >= rule.stages) return;
     ApplyArgs a = args(i);
     a.signs = s_.signs_of(static_cast<int64_t>(i));
+    // What apply, or a selection, rounds after this is rounded by other noise.
+    a.noise = a.noise.shifted(kNoisePass * (1 + stage));
     SourceTask task;
     task.sum = rule.stage_sum(a.hyper, stage);
     task.reads_param = rule.reads_param(a.hyper, stage);

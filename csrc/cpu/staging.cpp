@@ -50,6 +50,11 @@ void scatter_run(T* out, const C* in, const int64_t* at, int n) {
 }
 
 // Stochastic rounding. `shift` picks the operand's half of the noise.
+inline void store_noisy1(bf16* out, float x, uint32_t noise, int shift) {
+  out->bits =
+      static_cast<uint16_t>(round_bf16_stochastic<uint32_t>(x, (noise >> shift) & 0xffffu) >> 16);
+}
+
 inline void store_noisy(bf16* out, const float* in, const uint32_t* noise, int shift,
                         int64_t stride, int64_t n) {
   int64_t i = 0;
@@ -59,10 +64,40 @@ inline void store_noisy(bf16* out, const float* in, const uint32_t* noise, int s
       std::memcpy(&random, noise + i, sizeof(random));
       store_noisy(out + i, vector_io<float>::load(in + i), (random >> shift) & 0xffffu);
     }
-  for (; i < n; ++i)
-    out[i * stride].bits = static_cast<uint16_t>(
-        round_bf16_stochastic<uint32_t>(in[i], (noise[i] >> shift) & 0xffffu) >> 16);
+  for (; i < n; ++i) store_noisy1(out + i * stride, in[i], noise[i], shift);
 }
+
+// Kahan's: x was read without its companion, `rest`; or x is made what will be kept of it, and
+// `rest` what the parameter will not hold of that.
+template <class C>
+void add_run(C* x, const C* rest, int64_t n) {
+  for (int64_t i = 0; i < n; i += lanes_of<C>)
+    vector_io<C>::store(x + i, vector_io<C>::load(x + i) + vector_io<C>::load(rest + i));
+}
+
+template <class T>
+PYSMOOTH_HD vec<float> rounded(vec<float> x) {
+  T stored[kFloats];
+  vector_io<float>::store(stored, x);
+  return vector_io<float>::load(stored);
+}
+
+template <class T>
+void split_run(float* x, float* rest, int64_t n) {
+  using io = vector_io<float>;
+  const vec<float> zero{};
+  for (int64_t i = 0; i < n; i += kFloats) {
+    const vec<float> value = io::load(x + i), q = rounded<T>(value);
+    const vec<float> y = q - q == zero ? q + rounded<T>(value - q) : value, p = rounded<T>(y);
+    io::store(x + i, y);
+    io::store(rest + i, p - p == zero ? y - p : zero);
+  }
+}
+
+void split_run(float* x, float* rest, DType stored, int64_t n) {
+  return stored == DType::bf16 ? split_run<bf16>(x, rest, n) : split_run<f16>(x, rest, n);
+}
+void split_run(double*, double*, DType, int64_t) {}  // no 16-bit type computes in double
 
 // ---- operands -----------------------------------------------------------------------------------
 
@@ -88,19 +123,21 @@ void with_stored_type(void* base, DType dtype, Body body) {
 }
 
 template <class C>
-void Staging<C>::read() {
-  const unsigned set = staged_ & touch_.reads;
+void Staging<C>::read(unsigned set) {
   if (is_short_tail()) {  // what tiny tensors are made of
     return each_of(set, [&](int k) {
       const C* const p = static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
       vector_io<C>::store(room_[k], load_some(p, static_cast<int>(count)));
     });
   }
+  const bool adds = args_.storage == ParamStorage::kahan && has(set, 0);
   if (args_.layout == nullptr) {
-    return each_of(set, [&](int k) {
+    each_of(set, [&](int k) {
       with_type(base_of(args_, k), args_.dtype[k],
                 [&](auto* p) { load_run<C>(room_[k], p + args_.begin + done_, 1, count); });
     });
+    if (adds) add_run(room_[0], room_[args_.companion], count);
+    return;
   }
   const Layout& layout = *args_.layout;
   int64_t filled = 0;
@@ -112,6 +149,7 @@ void Staging<C>::read() {
     });
     filled += n;
   });
+  if (adds) add_run(room_[0], room_[args_.companion], count);
 }
 
 // Noise depends on where an element is in the order that the tensor is walked in, and not on how
@@ -136,6 +174,8 @@ void Staging<C>::write_back() {
       store_some(p, vector_io<C>::load(room_[k]), static_cast<int>(count));
     });
   }
+  if (args_.storage == ParamStorage::kahan && has(set, 0))
+    split_run(room_[0], room_[args_.companion], args_.dtype[0], count);
   if constexpr (sizeof(C) == 4) {
     int pair = -1;
     each_of(set & args_.stochastic, [&](int k) {
@@ -157,7 +197,7 @@ void Staging<C>::write_back() {
   if (args_.layout == nullptr) {
     return each_of(set, [&](int k) {
       with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
-        store_run<C>(p + args_.begin + done_, room_[k], 1, count);
+        store_run<C>(p + args_.begin + done_, operand[k], 1, count);
       });
     });
   }
@@ -166,7 +206,7 @@ void Staging<C>::write_back() {
   walk(layout, args_.begin + done_, count, [&](const int64_t* offset, int64_t n) {
     each_of(set, [&](int k) {
       with_stored_type<C>(base_of(args_, k), args_.dtype[k], [&](auto* p) {
-        store_run<C>(p + offset[k], room_[k] + filled, layout.stride[k][layout.ndim - 1], n);
+        store_run<C>(p + offset[k], operand[k] + filled, layout.stride[k][layout.ndim - 1], n);
       });
     });
     filled += n;
@@ -176,8 +216,10 @@ void Staging<C>::write_back() {
 // ---- single elements ----------------------------------------------------------------------------
 
 template <class C>
-Gathering<C>::Gathering(const ApplyArgs& args, Touch touch) : args_(args), touch_(touch) {
+Gathering<C>::Gathering(const ApplyArgs& args, Touch touch)
+    : args_(args), touch_(with_companion(args, touch)) {
   for (int k = 0; k < kMaxOperands; ++k) operand[k] = room_[k];
+  if (args.storage == ParamStorage::master) operand[args.companion] = room_[0];
 }
 
 template <class C>
@@ -185,6 +227,7 @@ void Gathering<C>::read(const Candidate* chosen, int count) {
   const bool linear = args_.layout == nullptr;
   for (int i = 0; i < count; ++i) {
     int64_t index = args_.begin + chosen[i].index;
+    index_[i] = static_cast<uint32_t>(index);
     if (linear) {
       at_[0][i] = index;
       continue;
@@ -204,15 +247,29 @@ void Gathering<C>::read(const Candidate* chosen, int count) {
               [&](auto* p) { gather_run<C>(room_[k], p, at_[linear ? 0 : k], count); });
     for (int i = count; i % lanes_of<C> != 0; ++i) room_[k][i] = C(0);
   }
+  if (args_.storage == ParamStorage::kahan && has(touch_.reads, 0))
+    add_run(room_[0], room_[args_.companion], count);
 }
 
 template <class C>
 void Gathering<C>::write_back(int count) {
   const bool linear = args_.layout == nullptr;
+  if (args_.storage == ParamStorage::kahan && has(touch_.writes, 0))
+    split_run(room_[0], room_[args_.companion], args_.dtype[0], count);
   each_of(touch_.writes, [&](int k) {
     const int64_t* const at = at_[linear ? 0 : k];
+    if constexpr (sizeof(C) == 4)
+      if (has(args_.stochastic, k)) {
+        const int turn = turn_of(args_.stochastic, k);
+        const NoiseKey key = args_.noise.shifted(turn / 2);
+        auto* const p = static_cast<bf16*>(base_of(args_, k));
+        for (int i = 0; i < count; ++i)
+          store_noisy1(p + at[i], room_[k][i], noise(index_[i] * kNoiseStride, key),
+                       noise_shift(turn));
+        return;
+      }
     with_stored_type<C>(base_of(args_, k), args_.dtype[k],
-                        [&](auto* p) { scatter_run<C>(p, room_[k], at, count); });
+                        [&](auto* p) { scatter_run<C>(p, operand[k], at, count); });
   });
 }
 

@@ -3,8 +3,8 @@
 // A rule's kernel sees whole vectors of float (or double), one after another, and nothing else. An
 // operand that lies in memory like that is used where it is. Everything else is read into a buffer
 // before the kernel runs and written back after it: 16-bit types, strided tensors, the elements
-// that do not fill a vector. So a rule is compiled twice, not for every pair of dtypes, and none of
-// this is compiled with it.
+// that do not fill a vector, parameters that are kept in two tensors. So a rule is compiled twice,
+// not for every pair of dtypes, and none of this is compiled with it.
 #pragma once
 
 #include "core/streams.h"
@@ -36,6 +36,15 @@ PYSMOOTH_HD void store_noisy(bf16* out, vec<float> x, vu32 random) {
   vector_io<float>::store_upper(out, round_bf16_stochastic<vu32>(x, random));
 }
 
+// With the parameter comes its companion: a master is operand 0, and the companion its 16-bit copy.
+inline Touch with_companion(const ApplyArgs& a, Touch touch) {
+  if (a.companion == 0) return touch;
+  const unsigned bit = 1u << a.companion;
+  if (a.storage == ParamStorage::kahan && (touch.reads & 1u) != 0) touch.reads |= bit;
+  if ((touch.writes & 1u) != 0) touch.writes |= bit;
+  return touch;
+}
+
 // Runs of consecutive elements of a chunk, in order:
 //   while (staging.next()) { kernel on staging.operand, 0 <= i < staging.count; staging.commit(); }
 // No run crosses a multiple of `most` elements. The kernel may round `count` up to a whole vector:
@@ -46,10 +55,10 @@ class Staging {
   static constexpr int64_t kNoLimit = INT64_MAX;
 
   PYSMOOTH_HD Staging(const ApplyArgs& args, Touch touch, int64_t most)
-      : args_(args), touch_(touch), most_(most) {
+      : args_(args), touch_(with_companion(args, touch)), most_(most) {
     constexpr DType kNative = sizeof(C) == 8 ? DType::f64 : DType::f32;
     for (int k = 0; k < kMaxOperands; ++k)
-      if (has(touch.reads | touch.writes, k) && args.dtype[k] != kNative) foreign_ |= 1u << k;
+      if (has(touch_.reads | touch_.writes, k) && args.dtype[k] != kNative) foreign_ |= 1u << k;
   }
 
   PYSMOOTH_HD bool next() {
@@ -67,13 +76,17 @@ class Staging {
       if (has(touched, k))
         operand[k] =
             has(staged_, k) ? room_[k] : static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
-    if ((staged_ & touch_.reads) != 0) read();
+    if (args_.storage == ParamStorage::master) operand[args_.companion] = operand[0];
+    if ((staged_ & touch_.reads) != 0) read(staged_ & touch_.reads);
     return true;
   }
 
   PYSMOOTH_HD void commit() {
     if ((staged_ & touch_.writes) != 0) write_back();
   }
+
+  // After a commit: brings operand k's buffer to what its storage made of it.
+  PYSMOOTH_HD void reread(int k) { read(1u << k); }
 
   C* operand[kMaxOperands];
   int64_t count = 0;
@@ -82,7 +95,7 @@ class Staging {
   bool is_short_tail() const {
     return foreign_ == 0 && args_.layout == nullptr && count < lanes_of<C>;
   }
-  void read();
+  void read(unsigned set);
   void write_back();
   void fill_noise(int pair);
 
@@ -113,6 +126,7 @@ class Gathering {
  private:
   const ApplyArgs& args_;
   const Touch touch_;
+  uint32_t index_[kMost];  // in the order that the tensor is walked in
   int64_t at_[kMaxOperands][kMost];
   alignas(64) C room_[kMaxOperands][kMost];
 };

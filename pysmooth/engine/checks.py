@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recipe import SCALARS
-from .state import state_dtype
+from .recipe import SCALARS, Recipe
+from .state import kept_dtype
 
 Labelled = tuple[str, Tensor]
 
@@ -35,7 +35,7 @@ def check_gradient(p: Tensor, label: str) -> None:
         raise ValueError(f"gradient of parameter {label!r} does not have the parameter's shape")
 
 
-def check_state(p: Tensor, label: str, key: str, state: Any, *, low: bool) -> None:
+def check_state(p: Tensor, label: str, key: str, state: Any, recipe: Recipe) -> None:
     """The state is a tensor of the parameter's shape, in the precision that states are kept in."""
     name = f"state {key!r} of parameter {label!r}"
     if not isinstance(state, Tensor):
@@ -47,8 +47,9 @@ def check_state(p: Tensor, label: str, key: str, state: Any, *, low: bool) -> No
         return
     if state.shape != p.shape:
         raise ValueError(f"{name} does not have the parameter's shape")
-    if state.dtype != state_dtype(p, low=low):
-        raise ValueError(f"{name} has dtype {state.dtype}, expected {state_dtype(p, low=low)}")
+    expected = kept_dtype(p, key, recipe)
+    if state.dtype != expected:
+        raise ValueError(f"{name} has dtype {state.dtype}, expected {expected}")
 
 
 ITSELF = "{} overlaps itself in memory (an expanded tensor?)"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._errors import NonFiniteGradientError
-from ..reference import Member, Passes
+from ..reference import Member, Passes, Storage
 from .checks import check_gradient, check_memory, check_state
 from .recipe import NORM_SQ, SCALE, STEP, ClipMode, Policy, Recipe, Scope
 from .state import fill_state, new_states
@@ -35,7 +35,7 @@ class EagerEngine:
         slots: list[tuple[int, Tensor, str]] = []  # (group, parameter, label)
         for index, group in enumerate(optimizer.param_groups):
             slots += [(index, p, next(labels)) for p in group["params"]]
-        recipes = [optimizer.recipe(group) for group in optimizer.param_groups]
+        recipes = optimizer.recipes()
         live = [(g, p, label) for g, p, label in slots if p.grad is not None]
         self._check(optimizer, recipes, slots)
 
@@ -49,24 +49,20 @@ class EagerEngine:
         if unscale != 1.0:
             one = torch.ones((), dtype=torch.float64)
             coefs = [(one if coef is None else coef) * unscale for coef in coefs]
-        fresh = [_allocate(optimizer, recipes[g], p, unscale) for g, p, _ in live]
+        fresh = [_allocate(optimizer, recipes[g].of(p), p, unscale) for g, p, _ in live]
         norm_sq = _accumulate(optimizer, recipes, slots, live, coefs, fresh)
-        staged: dict[Any, list[tuple[Member, Tensor, Tensor | None]]] = {}
+        staged: dict[Any, list[Member]] = {}
         for (g, p, _), coef, first in zip(live, coefs, fresh, strict=True):
-            rule = _rule(recipes[g])
+            recipe = recipes[g].of(p)
+            storage = _storage(optimizer, recipe, p, number[id(p)])
+            rule = _rule(recipe)
             if rule.staged is None:
-                _apply(
-                    optimizer,
-                    recipes[g],
-                    p,
-                    coef,
-                    number=number[id(p)],
-                    first=first,
-                    norm_sq=norm_sq.get(p),
-                )
+                _apply(recipe, p, coef, storage, first=first, norm_sq=norm_sq.get(p))
             elif p.numel() > 0:
-                member = _member(optimizer, recipes[g], p, coef, (number[id(p)], g, first))
+                member = _member(optimizer, recipe, p, coef, storage, group=g, first=first)
                 staged.setdefault(rule.staged, []).append(member)
+            if recipe.keeps_step and (rule.staged is None or p.numel() > 0):
+                optimizer.state[p][STEP] += 1
         for step, members in staged.items():
             _apply_staged(optimizer, step, members)
         for p, (_, after) in norm_sq.items():
@@ -80,9 +76,10 @@ class EagerEngine:
             check_gradient(p, label)
             written.append((f"parameter {label!r}", p))
             state = optimizer.state.get(p, {})
-            for key in recipes[g].keys:
+            recipe = recipes[g].of(p)
+            for key in recipe.keys:
                 if state.get(key) is not None:
-                    check_state(p, label, key, state[key], low=key in recipes[g].low_states)
+                    check_state(p, label, key, state[key], recipe)
                     written.append((f"state {key!r} of parameter {label!r}", state[key]))
         forms = tuple((t.data_ptr(), t.shape, t.stride()) for _, t in written)
         if forms != self._checked:  # the one check that is not cheap
@@ -166,49 +163,53 @@ def _rule(recipe: Recipe) -> reference.EagerRule:
 
 
 def _allocate(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, unscale: float) -> bool:
-    """Gives the parameter the states it lacks; whether it lacked any."""
+    """Gives the parameter the states it lacks; whether it lacked any of its rule."""
     state = optimizer.state[p] if recipe.keys else {}
     missing = [key for key in recipe.keys if state.get(key) is None]
     for key, new in zip(missing, new_states([(p, key, recipe) for key in missing]), strict=True):
         fill_state(new, recipe.initial(key), p, -unscale if recipe.clip.maximize else unscale)
         state[key] = new
-    return bool(missing)
+    return any(key in missing for key in recipe.rule_keys)
+
+
+def _storage(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, number: int) -> Storage:
+    state = optimizer.state[p] if recipe.keys else {}
+    companion = recipe.param_storage.companion
+    return Storage(
+        _real(p),
+        [_real(state[key]) for key in recipe.states],
+        [key in recipe.low_states for key in recipe.states],
+        recipe.param_storage.name,
+        None if companion is None else state[companion],
+        int(state[STEP]) if recipe.keeps_step else 0,
+        number,
+    )
 
 
 def _apply(
-    optimizer: FusedOptimizer,
     recipe: Recipe,
     p: Tensor,
     coef: Tensor | None,
+    storage: Storage,
     *,
-    number: int,
     first: bool,
     norm_sq: tuple[Tensor, Tensor] | None,
 ) -> None:
     if recipe.accumulates and norm_sq is None:
         return  # an empty tensor, and nothing else in its unit
-    state = optimizer.state[p] if recipe.keys else {}
-    if recipe.counts_steps:
-        state[STEP] += 1
-    states = [
-        state[key].float() if key in recipe.low_states else _real(state[key])
-        for key in recipe.states
-    ]
+    x, states = storage.load()
     _rule(recipe)(
-        _real(p),
+        x,
         _grad(p),
         states,
         recipe.hyper,
         coef=None if coef is None else coef.to(p.device),
         clip=recipe.clip,
         first=first,
-        step=float(state[STEP]) if recipe.counts_steps else 0.0,
+        step=storage.step + 1.0,
         norm_sq=norm_sq,
     )
-    for turn, key in enumerate(k for k in recipe.states if k in recipe.low_states):
-        exact = states[recipe.states.index(key)]
-        place = {"step": int(state[STEP]) - 1, "tensor_id": number, "turn": turn}
-        state[key].copy_(reference.round_stochastically(exact, **place))
+    storage.keep(x, states)
 
 
 def _accumulate(
@@ -261,40 +262,35 @@ def _member(
     recipe: Recipe,
     p: Tensor,
     coef: Tensor | None,
-    place: tuple[int, int, bool],
-) -> tuple[Member, Tensor, Tensor | None]:
-    """The parameter as a staged rule sees it, where the result goes, and the step count."""
-    number, group, first = place
-    state = optimizer.state[p]
-    target = _real(p)
-    dtype = reference.compute_dtype(target)
-    member = Member(
-        target.to(dtype),
+    storage: Storage,
+    *,
+    group: int,
+    first: bool,
+) -> Member:
+    """The parameter as a staged rule sees it."""
+    x, states = storage.load()
+    return Member(
+        x,
         reference.gradient_in(
             _grad(p),
-            dtype,
+            x.dtype,
             None if coef is None else coef.to(p.device),
             recipe.clip,
             zero_nonfinite=optimizer.policy == Policy.ZERO,
         ),
-        [_real(state[key]) for key in recipe.states],
+        states,
         dict(zip(_rule(recipe).hyper, recipe.hyper, strict=True)),
         first,
-        int(state[STEP]) if recipe.counts_steps else 0,
-        number,
+        storage.step,
+        storage.number,
         group,
-        state[SCALE] if recipe.keeps_scale else None,
+        optimizer.state[p][SCALE] if recipe.keeps_scale else None,
+        storage,
     )
-    return member, target, state[STEP] if recipe.counts_steps else None
 
 
-def _apply_staged(
-    optimizer: FusedOptimizer, step: Any, found: list[tuple[Member, Tensor, Tensor | None]]
-) -> None:
+def _apply_staged(optimizer: FusedOptimizer, step: Any, members: list[Member]) -> None:
     scopes = [scope.name.lower() for scope in optimizer.stage_scopes]
     passes = Passes(scopes, getattr(optimizer, "compressor", None))
-    new = step([member for member, _, _ in found], passes)
-    for (_, target, count), value in zip(found, new, strict=True):
-        target.copy_(value)
-        if count is not None:
-            count += 1
+    for m, new in zip(members, step(members, passes), strict=True):
+        m.storage.keep(new, m.states)

@@ -39,7 +39,7 @@ class NativeEngine:
         """One fused step: reduce where norms are needed, then apply."""
         self._unscale = unscale
         groups = optimizer.param_groups
-        recipes = [optimizer.recipe(group) for group in groups]
+        recipes = optimizer.recipes()
         hypers = [recipe.hyper for recipe in recipes]
         clips = [recipe.clip for recipe in recipes]
         lists = [group["params"] for group in groups]
@@ -77,28 +77,31 @@ class NativeEngine:
         params: list[Tensor] = []
         state_dicts: list[dict[str, Any]] = []
         groups: list[int] = []
+        own: list[Recipe] = []
         first: list[bool] = []
+        new: list[int] = []
         for index, (group, recipe) in enumerate(zip(optimizer.param_groups, recipes, strict=True)):
             for p in group["params"]:
                 known = optimizer.state.get(p)
-                missing = [k for k in recipe.keys if known is None or known.get(k) is None]
+                own.append(recipe.of(p))
+                missing = [k for k in own[-1].keys if known is None or known.get(k) is None]
                 # Like torch, allocate for parameters that have a gradient, when they first do.
-                allocate = bool(missing) and p.grad is not None
+                if missing and p.grad is not None:
+                    new.append(len(params))
+                first.append(p.grad is not None and any(k in missing for k in own[-1].rule_keys))
                 params.append(p)
                 state_dicts.append({} if known is None else known)
                 groups.append(index)
-                first.append(allocate)
         try:
-            new = [i for i, allocate in enumerate(first) if allocate]
-            self._allocate(optimizer, params, state_dicts, [recipes[g] for g in groups], new)
+            self._allocate(optimizer, params, state_dicts, own, new)
             states = [
-                s for d, g in zip(state_dicts, groups, strict=True) for s in _live(d, recipes[g])
+                s for d, recipe in zip(state_dicts, own, strict=True) for s in _live(d, recipe)
             ]
             self._plan = self._native.Plan(
                 params=params,
                 state_dicts=state_dicts,
-                state_keys=[recipes[g].keys for g in groups],
-                rules=[recipes[g].rule for g in groups],
+                state_keys=[recipe.keys for recipe in own],
+                rules=[recipe.rule for recipe in own],
                 groups=groups,
                 names=optimizer.param_labels(),
                 first=first,
@@ -108,7 +111,8 @@ class NativeEngine:
                 norm_type=optimizer.norm_type,
                 stage_scopes=[int(scope) for scope in optimizer.stage_scopes],
                 select=optimizer.select_spec(),
-                low_states=[_low_states(recipes[g]) for g in groups],
+                low_states=[_low_states(recipe) for recipe in own],
+                param_storage=[int(recipe.param_storage) for recipe in own],
             )
         except BaseException:
             self._discard_fresh(optimizer)
@@ -182,7 +186,7 @@ class NativeEngine:
 
 def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
     """What a plan is built for, apart from tensors."""
-    return (len(optimizer.state), *((recipe.rule, recipe.low_states) for recipe in recipes))
+    return (len(optimizer.state), *((r.rule, r.low_states, r.param_storage) for r in recipes))
 
 
 def _low_states(recipe: Recipe) -> int:

@@ -6,13 +6,16 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 STEP = "step"
 NORM_SQ = "norm_sq"
 SCALE = "scale"
 # States that are one number, whatever the parameter's shape.
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 SCALARS = {NORM_SQ: torch.float64, SCALE: torch.float64, STEP: torch.float32}
 GRADIENT = "gradient"
+PARAMETER = "parameter"
 
 
 class Scope(IntEnum):
@@ -47,6 +50,24 @@ class ClipMode(IntEnum):
     SMOOTHNESS = 4
 
 
+class ParamStorage(IntEnum):
+    """How 16-bit parameters keep what they cannot hold. Values as in csrc/core/param_storage.h."""
+
+    PLAIN = 0
+    MASTER = 1
+    KAHAN = 2
+    STOCHASTIC = 3
+
+    @property
+    def companion(self) -> str | None:
+        """The key of the state that goes with the parameter."""
+        return {ParamStorage.MASTER: MASTER, ParamStorage.KAHAN: COMPENSATION}.get(self)
+
+
+MASTER = "master_param"
+COMPENSATION = "compensation"
+
+
 class ClipSpec(NamedTuple):
     """What becomes of one group's gradients before the rule, in the order the kernels take it.
 
@@ -76,10 +97,11 @@ class Recipe(NamedTuple):
             clipped gradients of a scope unit, in a float64 tensor of shape ().
         keeps_scale: whether `optimizer.state[p]["scale"]` keeps the sum of the first pass, in a
             float64 tensor of shape ().
-        init: what the states are filled with when they are allocated: a number or, for `GRADIENT`,
-            the gradient; zero where it is too short.
+        init: what the rule's states are filled with when they are allocated: a number or, for
+            `GRADIENT`, the gradient; zero where it is too short.
         low_states: keys of states that are kept in bfloat16, rounded stochastically.
         selects: whether coordinates are selected, by the optimizer's compressor.
+        param_storage: how 16-bit parameters are kept.
     """
 
     rule: str
@@ -92,15 +114,38 @@ class Recipe(NamedTuple):
     init: tuple[float | str, ...] = ()
     selects: bool = False
     low_states: tuple[str, ...] = ()
+    param_storage: ParamStorage = ParamStorage.PLAIN
+
+    def of(self, param: Tensor) -> Recipe:
+        """The recipe for one parameter: `param_storage` is for those of 16 bits."""
+        if self.param_storage == ParamStorage.PLAIN or param.dtype in SIXTEEN_BITS:
+            return self
+        return self._replace(param_storage=ParamStorage.PLAIN)
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys in `optimizer.state[p]`: numbers come last."""
+    def keeps_step(self) -> bool:
+        """Whether steps are counted: noise depends on them, too."""
+        return self.counts_steps or self.param_storage == ParamStorage.STOCHASTIC
+
+    @property
+    def rule_keys(self) -> tuple[str, ...]:
+        """Keys in `optimizer.state[p]` that the rule reads: numbers come last."""
         has = (self.accumulates, self.keeps_scale, self.counts_steps)
         numbers = zip((NORM_SQ, SCALE, STEP), has, strict=True)
         return (*self.states, *(key for key, held in numbers if held))
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys in `optimizer.state[p]`: the rule's tensors, the companion, the numbers."""
+        keys, count = list(self.rule_keys), len(self.states)
+        companion = self.param_storage.companion
+        keys[count:count] = [] if companion is None else [companion]
+        return (*keys, STEP) if self.keeps_step and not self.counts_steps else tuple(keys)
+
     def initial(self, key: str) -> float | str:
         """What a new state is filled with."""
-        index = self.keys.index(key)
+        if key == MASTER:
+            return PARAMETER
+        own = self.rule_keys
+        index = own.index(key) if key in own else len(self.init)
         return self.init[index] if index < len(self.init) else 0.0

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .recipe import GRADIENT, SCALARS, STEP, Recipe
+from .recipe import (
+    COMPENSATION,
+    GRADIENT,
+    MASTER,
+    PARAMETER,
+    SCALARS,
+    SIXTEEN_BITS,
+    STEP,
+    Recipe,
+)
 
 
 def state_dtype(param: Tensor, *, low: bool = False) -> torch.dtype:
@@ -17,9 +26,16 @@ def state_dtype(param: Tensor, *, low: bool = False) -> torch.dtype:
     """
     if low:
         return torch.bfloat16
-    if param.dtype in (torch.bfloat16, torch.float16):
+    if param.dtype in SIXTEEN_BITS:
         return torch.float32
     return param.dtype
+
+
+def kept_dtype(param: Tensor, key: str, recipe: Recipe) -> torch.dtype:
+    """The dtype of one of the recipe's state tensors."""
+    if key in (MASTER, COMPENSATION):
+        return torch.float32 if key == MASTER else param.dtype
+    return state_dtype(param, low=key in recipe.low_states)
 
 
 def empty_states(owners: Sequence[tuple[Tensor, torch.dtype]]) -> list[Tensor]:
@@ -74,18 +90,16 @@ def zero_scalars(key: str, params: Sequence[Tensor]) -> list[Tensor]:
 def new_states(owners: Sequence[tuple[Tensor, str, Recipe]]) -> list[Tensor]:
     """Uninitialised states, and numbers that are 0, for parameters and keys of their recipes."""
     made = {key: iter(zero_scalars(key, [p for p, k, _ in owners if k == key])) for key in SCALARS}
-    kinds = [
-        (p, state_dtype(p, low=key in recipe.low_states))
-        for p, key, recipe in owners
-        if key not in SCALARS
-    ]
+    kinds = [(p, kept_dtype(p, key, recipe)) for p, key, recipe in owners if key not in SCALARS]
     states = iter(empty_states(kinds))
     return [next(made.get(key, states)) for _, key, _ in owners]
 
 
 def fill_state(state: Tensor, value: float | str, param: Tensor, grad_factor: float) -> None:
-    """Fills a new state with a number or, for `GRADIENT`, with what will be descended along."""
-    if value != GRADIENT:
+    """Fills a new state: a number, `PARAMETER` or, for `GRADIENT`, what will be descended along."""
+    if value == PARAMETER:
+        state.copy_(param)
+    elif value != GRADIENT:
         state.fill_(float(value))
     elif param.grad is not None:
         state.copy_(param.grad).mul_(grad_factor)

@@ -15,8 +15,9 @@ from torch.optim.optimizer import (
 )
 
 from ..engine.backends import Engine, make_engine, resolve
-from ..engine.recipe import SCALARS, Policy, Recipe, Scope
-from ..engine.state import new_states
+from ..engine.recipe import SCALARS, ParamStorage, Policy, Recipe, Scope
+from ..engine.state import fill_state, new_states
+from ._precision import check_param_storage, param_storage
 from ._validate import check_choice, check_number
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
@@ -60,6 +61,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         nonfinite: str,
         norm_type: float,
         backend: str,
+        master_weights: bool = False,
+        kahan: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         self.scope = check_scope(scope)
         self.policy = _POLICIES[check_choice("nonfinite", nonfinite, self.policies)]
@@ -68,7 +72,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._engine: Engine | None = None
         self._skipped = 0
         resolve(backend, ())  # refuse an unknown or missing backend before anything is set up
-        super().__init__(params, defaults)
+        precision = {
+            "master_weights": master_weights,
+            "kahan": kahan,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        super().__init__(params, {**defaults, **precision})
 
     # ---- what a subclass provides --------------------------------------------------------------
 
@@ -84,6 +93,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         """How coordinates are selected, for rules that do: numbers as in csrc/cpu/select.h."""
         return None
 
+    def recipes(self) -> list[Recipe]:
+        """The steps of all groups, with how their parameters are kept."""
+        return [self._recipe(group) for group in self.param_groups]
+
+    def _recipe(self, group: dict[str, Any]) -> Recipe:
+        recipe, storage = self.recipe(group), param_storage(group)
+        return recipe if storage == ParamStorage.PLAIN else recipe._replace(param_storage=storage)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        self.check_group(group)
+        check_param_storage(group)
+
     # ---- torch.optim.Optimizer -----------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,7 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         if not isinstance(group.get("params"), Tensor | set):  # torch's own words for a set
             group["params"] = list(group["params"])
-        self.check_group(group)
+        self._check(group)
         count = len(self.param_groups)
         super().add_param_group(group)
         try:
@@ -197,6 +218,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Called by an engine for every step that it turned into a no-op."""
         self._skipped += 1
 
+    @torch.no_grad()
+    def sync_master_weights(self) -> None:
+        """Takes 16-bit parameters as they are now.
+
+        With `master_weights` or `kahan` a step starts from the states that go with a parameter,
+        which know nothing of values that somebody else wrote to it: after `p.copy_(...)` or
+        `model.load_state_dict(...)` call this. Equivalent to::
+
+            state[p]["master_param"] = p.float()        # master_weights
+            state[p]["compensation"] = zeros_like(p)    # kahan
+        """
+        for group, recipe in zip(self.param_groups, self.recipes(), strict=True):
+            key = recipe.param_storage.companion
+            for p in group["params"]:
+                held = self.state.get(p, {}).get(key)
+                if key in recipe.of(p).keys and held is not None:
+                    fill_state(held, recipe.initial(key), p, 1.0)
+
     def param_labels(self) -> list[str]:
         """Each parameter's name, for messages: its own (`named_parameters()`), else its place."""
         labels: list[str] = []
@@ -251,9 +290,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for key, value in old.items():
                     group.setdefault(key, value)
             recipes = {
-                p: recipe
-                for group in self.param_groups
-                for recipe in [self.recipe(group)]
+                p: recipe.of(p)
+                for group, recipe in zip(self.param_groups, self.recipes(), strict=True)
                 for p in group["params"]
             }
             todo = [
@@ -293,8 +331,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, old in zip(groups, self.param_groups, strict=True)
         ]
         for group in merged:
-            self.check_group(group)
-        keys = {key for group in merged for key in self.recipe(group).keys}
+            self._check(group)
+        keys = {key for group in merged for key in self._recipe(group).keys}
         for p, saved in _pairs(self, incoming):
             for key in keys & saved.keys():
                 value = saved[key]

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
-from ._precision import check_state_dtype, low_states
+from ._precision import Precision, check_state_dtype, low_states
 from ._validate import check_number
 
 
@@ -48,6 +49,7 @@ class Adagrad(FusedOptimizer):
         maximize: ascend instead of descend.
         foreach, fused: accepted, because torch.optim.Adagrad has them; without effect.
         differentiable: only False.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -79,6 +81,7 @@ class Adagrad(FusedOptimizer):
         backend: Backend = "auto",
         differentiable: bool = False,
         fused: bool | None = None,
+        **precision: Unpack[Precision],
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not supported: the step writes in place")
@@ -95,7 +98,13 @@ class Adagrad(FusedOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=norm_type,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
-from ._precision import check_state_dtype, low_states
+from ._precision import Precision, check_state_dtype, low_states
 from ._validate import check_flag, check_number
 
 
@@ -52,6 +53,7 @@ class Adam(FusedOptimizer):
         foreach, fused: accepted, because torch's class has them; without effect.
         capturable, differentiable: only False.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` instead (AdamW).
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -84,6 +86,7 @@ class Adam(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **precision: Unpack[Precision],
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not supported: the step writes in place")
@@ -103,7 +106,13 @@ class Adam(FusedOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=norm_type,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -176,6 +185,7 @@ class AdamW(Adam):
         maximize: ascend instead of descend.
         foreach, fused: accepted, because torch's class has them; without effect.
         capturable, differentiable: only False.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -207,6 +217,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **precision: Unpack[Precision],
     ) -> None:
         super().__init__(
             params,
@@ -227,6 +238,7 @@ class AdamW(Adam):
             backend=backend,
             capturable=capturable,
             differentiable=differentiable,
+            **precision,
         )
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._precision import Precision
 from ._validate import check_below_one, check_flag, check_number
 from .adam import check_betas
 
@@ -25,9 +27,16 @@ class _AdaptiveNorm(FusedOptimizer):
         scope: ScopeName,
         nonfinite: NonFinite,
         backend: Backend,
+        **precision: Unpack[Precision],
     ) -> None:
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=2.0, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=2.0,
+            backend=backend,
+            **precision,
         )
 
     def accumulator(self, group: dict[str, Any]) -> tuple[float, float, float]:
@@ -118,6 +127,7 @@ class MAdagradNorm(_AdaptiveNorm):
             `pysmooth.ClipSGD`. The accumulator has the same scope. clip="value" only
             coordinate-wise.
         maximize: ascend instead of descend.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -146,6 +156,7 @@ class MAdagradNorm(_AdaptiveNorm):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -161,7 +172,9 @@ class MAdagradNorm(_AdaptiveNorm):
             "clip_eps": clip_eps,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, backend=backend)
+        super().__init__(
+            params, defaults, scope=scope, nonfinite=nonfinite, backend=backend, **precision
+        )
 
     def accumulator(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """(beta1, keep, admit)."""
@@ -254,6 +267,7 @@ class AdamNorm(_AdaptiveNorm):
         coordinate_wise, eps, weight_decay: as in `pysmooth.MAdagradNorm`.
         max_norm, clip, scope, clip_eps, nonfinite, backend: as there.
         maximize: ascend instead of descend.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -282,6 +296,7 @@ class AdamNorm(_AdaptiveNorm):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -297,7 +312,9 @@ class AdamNorm(_AdaptiveNorm):
             "clip_eps": clip_eps,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, backend=backend)
+        super().__init__(
+            params, defaults, scope=scope, nonfinite=nonfinite, backend=backend, **precision
+        )
 
     def accumulator(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """(beta1, keep, admit)."""

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..engine.recipe import ClipSpec, Recipe, Scope
 from ._base import FusedOptimizer, check_scope
 from ._clip import Backend, ScopeName
+from ._precision import Precision
 from ._residual import ResidualPolicy
 from ._validate import check_flag, check_number, check_seed
 
@@ -58,6 +60,7 @@ class Clip21SGD2M(FusedOptimizer):
             `NonFiniteGradientError`, or take such coordinates as "zero". The first two read all
             gradients once more.
         backend: "auto", "cpu" or "eager".
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -84,6 +87,7 @@ class Clip21SGD2M(FusedOptimizer):
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         self.stage_scopes = (check_scope(scope), Scope.GLOBAL)
         defaults = {
@@ -97,7 +101,13 @@ class Clip21SGD2M(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=2.0, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=2.0,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -150,6 +160,7 @@ class Clip21(FusedOptimizer):
 
     Args:
         params, lr, tau, weight_decay, scope, maximize, nonfinite, backend: as in `Clip21SGD2M`.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -172,11 +183,18 @@ class Clip21(FusedOptimizer):
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         self.stage_scopes = (check_scope(scope), Scope.GLOBAL)
         defaults = {"lr": lr, "tau": tau, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=2.0, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=2.0,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..engine.recipe import ClipMode, ClipSpec, Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._precision import Precision
 from ._validate import check_flag, check_number
 
 
@@ -64,6 +66,15 @@ class ClipSGD(FusedOptimizer):
         norm_type: order of the norm, positive or `float("inf")`.
         backend: "cpu" (native kernels), "eager" (plain torch, any device), or "auto", the fastest
             of them for the parameters' device; see `resolved_backend`.
+        precision: at most one of these, for the group's bfloat16 and float16 parameters (others are
+            not affected; see docs/methods/low-precision.md):
+
+            - `master_weights=True`: steps change a float32 copy, `state[p]["master_param"]`, and
+              the parameter is written from it, rounded to nearest. 4 bytes per parameter.
+            - `kahan=True`: `state[p]["compensation"]`, of the parameter's dtype, holds what its
+              rounding lost; the value is the sum of both. 2 bytes per parameter.
+            - `stochastic_rounding=True`: bfloat16 only: rounded up or down at random, right in the
+              mean. By a hash of step, tensor and element: runs are reproducible. No memory.
         foreach: accepted, because torch.optim.SGD has it; without effect.
         fused: likewise.
         differentiable: only False.
@@ -99,6 +110,7 @@ class ClipSGD(FusedOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
+        **precision: Unpack[Precision],
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not supported: the step writes in place")
@@ -116,7 +128,13 @@ class ClipSGD(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=norm_type,
+            backend=backend,
+            **precision,
         )
 
     @classmethod

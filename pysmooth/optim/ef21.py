@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..compressors import Compressor
 from ..engine.recipe import GRADIENT, ClipSpec, Recipe
 from ._base import check_scope
 from ._clip import Backend, ScopeName
+from ._precision import Precision
 from ._residual import CompressedOptimizer, ResidualPolicy, floats
 from ._validate import check_choice, check_flag, check_number
 
@@ -61,6 +63,7 @@ class EF21(CompressedOptimizer):
             `NonFiniteGradientError`, or take such coordinates as "zero". The first two read all
             gradients once more.
         backend: "auto", "cpu" or "eager".
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -86,6 +89,7 @@ class EF21(CompressedOptimizer):
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         self.set_compressor(compressor, check_scope(scope))
         self.normalize = normalize
@@ -93,7 +97,13 @@ class EF21(CompressedOptimizer):
         check_flag("normalize", normalize)
         defaults = {"lr": lr, "eta": eta, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=2.0, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=2.0,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

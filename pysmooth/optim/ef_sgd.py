@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..compressors import Compressor, ScaledSign
 from ..engine.recipe import ClipSpec, Recipe
 from ..engine.state import state_dtype
 from ..reference.compress import scaled_sign
 from ._clip import Backend
+from ._precision import Precision
 from ._residual import CompressedOptimizer, ResidualPolicy, floats
 from ._validate import check_below_one, check_flag, check_number
 
@@ -57,6 +59,7 @@ class EFSGD(CompressedOptimizer):
             "raise" `NonFiniteGradientError`, or take such coordinates as "zero". The first two read
             all gradients once more.
         backend: "auto", "cpu" or "eager".
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -77,6 +80,7 @@ class EFSGD(CompressedOptimizer):
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         self.set_compressor(compressor)
         defaults = {
@@ -86,7 +90,13 @@ class EFSGD(CompressedOptimizer):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope="global", nonfinite=nonfinite, norm_type=2.0, backend=backend
+            params,
+            defaults,
+            scope="global",
+            nonfinite=nonfinite,
+            norm_type=2.0,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe, Scope
 from ._base import FusedOptimizer, check_scope
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._precision import Precision
 from ._validate import check_number
 
 
@@ -45,6 +47,7 @@ class NormalizedSGD(FusedOptimizer):
         max_norm, clip, clip_eps, nonfinite, norm_type, backend: the clip before the momentum and
             what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -70,6 +73,7 @@ class NormalizedSGD(FusedOptimizer):
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         self.stage_scopes = (check_scope(scope), Scope.GLOBAL)
         defaults = {
@@ -83,7 +87,13 @@ class NormalizedSGD(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=norm_type,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe, Scope
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._precision import Precision
 from ._validate import check_flag, check_number
 from .adam import check_betas
 
@@ -45,6 +47,7 @@ class SignSGD(FusedOptimizer):
         max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
             what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -72,6 +75,7 @@ class SignSGD(FusedOptimizer):
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -84,7 +88,13 @@ class SignSGD(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=norm_type,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -140,6 +150,7 @@ class Lion(FusedOptimizer):
         max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
             what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
+        precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
         ValueError: an argument is out of range, parameters share memory or overlap themselves.
@@ -164,6 +175,7 @@ class Lion(FusedOptimizer):
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -175,7 +187,13 @@ class Lion(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, norm_type=norm_type, backend=backend
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm_type=norm_type,
+            backend=backend,
+            **precision,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

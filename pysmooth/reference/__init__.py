@@ -8,8 +8,9 @@ from __future__ import annotations
 from .accumulator import accumulate
 from .clip import clip_coefficient, scale_, total_norm
 from .random import round_stochastically
-from .rules import EAGER_RULES, RULES, EagerRule, compute_dtype, gradient_in
+from .rules import EAGER_RULES, RULES, EagerRule, gradient_in
 from .staged import Member, Passes
+from .storage import Storage, compute_dtype
 
 __all__ = [
     "EAGER_RULES",
@@ -17,6 +18,7 @@ __all__ = [
     "EagerRule",
     "Member",
     "Passes",
+    "Storage",
     "accumulate",
     "clip_coefficient",
     "compute_dtype",

@@ -22,7 +22,8 @@ def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     for m, c in zip(members, sent, strict=True):
         lr = m.hyper["lr"]
         # In two steps, as the fused pass takes them: along the old estimate, then along what came.
-        out.append(m.p * (1 - lr * m.hyper["weight_decay"]) - lr * m.states[0] - lr * c)
+        moved = m.p * (1 - lr * m.hyper["weight_decay"]) - lr * m.states[0]
+        out.append(m.storage.settled_param(moved) - lr * c)
         m.states[0].add_(c)
     return _step(members, passes, out)
 

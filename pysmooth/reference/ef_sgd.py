@@ -13,20 +13,20 @@ HYPER = ("lr", "momentum", "weight_decay", "codec", "level")
 SIGN_HYPER = ("lr", "momentum", "weight_decay")
 
 
-def _corrected(m: Member, residual: Tensor) -> Tensor:
-    """What goes into the compressor; updates the momentum where there is one."""
+def _take_in(m: Member, residual: Tensor) -> None:
+    """Keeps what goes into the compressor: as it is stored, so that this is what is sent."""
     g = m.g
     if m.hyper["weight_decay"] != 0:
         g = g + m.hyper["weight_decay"] * m.p
     for buffer in m.states[1:]:
         g = buffer.copy_(m.hyper["momentum"] * buffer + g)
-    return residual + m.hyper["lr"] * g
+    m.states[0].copy_(m.storage.settled_state(0, residual + m.hyper["lr"] * g))
 
 
 def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """Returns the new parameters; updates the residual, and the momentum where there is one."""
     for m in members:
-        m.states[0].copy_(_corrected(m, m.states[0]))
+        _take_in(m, m.states[0])
     sending = [m for m in members if m.hyper["lr"] != 0]
     sent = passes.compress(sending, [m.states[0] for m in sending])
     new = {m.number: m.p for m in members}
@@ -40,8 +40,7 @@ def sign_step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """The same for the scaled sign, with what went into it and its scale as states."""
     for m in members:
         assert m.scale is not None
-        v = m.states[0]
-        v.copy_(_corrected(m, v - compress.scaled_sign(v, m.scale)))
+        _take_in(m, m.states[0] - compress.scaled_sign(m.states[0], m.scale))
         m.scale.zero_()
     sending = [m for m in members if m.hyper["lr"] != 0]
     sent = passes.compress(sending, [m.states[0] for m in sending])

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from . import accumulator, adagrad, adam, clip21, ef21, ef_sgd, normalized_sgd, scale, sgd, sign
 from .staged import Staged
+from .storage import compute_dtype
 
 if TYPE_CHECKING:
     from ..engine.recipe import ClipSpec
 
 Update = Callable[..., Tensor]
-
-
-def compute_dtype(param: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def gradient_in(

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .storage import Storage
+
 
 class Compressor(Protocol):
     """What error feedback needs of a compressor."""
@@ -32,6 +34,7 @@ class Member:
         number: its place among all parameters of the optimizer.
         group: its group's place.
         scale: what it keeps of the last step's first pass, for rules that do; changed in place.
+        storage: what becomes of values that a pass stores.
     """
 
     p: Tensor
@@ -42,7 +45,8 @@ class Member:
     step: int
     number: int
     group: int
-    scale: Tensor | None = None
+    scale: Tensor | None
+    storage: Storage
 
 
 @dataclass
