@@ -101,6 +101,16 @@ METHODS = {
             states=1,
         ),
         Method(
+            "agc_sgd_momentum",
+            ((0, 2), (2, 1)),
+            _optimizer(lambda p: pysmooth.ClipSGD(p.params, p.lr, momentum=0.9, clip="agc")),
+            {rivals.EAGER: Written(written.agc_momentum, 1).eager},
+            compiled=Written(written.agc_momentum, 1).compiled,
+            clips=True,
+            states=1,
+            models=(),
+        ),
+        Method(
             "clip_adagrad",
             ((0, 1), (2, 1)),
             _optimizer(lambda p: pysmooth.Adagrad(p.params, p.lr, eps=1e-10, max_norm=p.max_norm)),

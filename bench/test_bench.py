@@ -41,6 +41,7 @@ def test_models_have_their_published_sizes(model: str, parameters: int) -> None:
         ("clip_grad_norm (clipped)", 3),
         ("clip_sgd", 4),
         ("clip_sgd_momentum", 6),
+        ("agc_sgd_momentum", 7),
         ("clip_adagrad", 6),
         ("clip_adamw", 8),
         ("clip_adamw-bf16-states", 6),

@@ -64,6 +64,18 @@ def _clipped(grads: list[Tensor], max_norm: float) -> list[Tensor]:
     return list(torch._foreach_mul(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0)))
 
 
+def agc_momentum(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Adaptive gradient clipping and momentum, one tensor at a time."""
+    for p, g, m in zip(params, grads, states[0], strict=True):
+        rows = tuple(range(1, p.dim())) if p.dim() > 1 else None
+        norm = torch.linalg.vector_norm(p, dim=rows, keepdim=True).clamp(min=1e-3)
+        coef = (0.01 * norm / torch.linalg.vector_norm(g, dim=rows, keepdim=True)).clamp(max=1.0)
+        m.mul_(0.9).add_(g * coef)
+        p.sub_(lr * m)
+
+
 def adagrad(
     params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
 ) -> None:

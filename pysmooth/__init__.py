@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import compressors
+from ._agc import agc_
 from ._clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from ._errors import BackendError, NonFiniteGradientError
 from .compressors import (
@@ -73,6 +74,7 @@ __all__ = [
     "SignSGD",
     "Signum",
     "TopK",
+    "agc_",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "compressors",

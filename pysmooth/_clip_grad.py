@@ -166,6 +166,12 @@ def _scale_in_torch(grads: list[Tensor], max_norm: float, norm: Tensor) -> None:
     coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if coef.device.type == "cpu" and float(coef) == 1.0:
         return  # nothing to clip; on other devices, finding that out would mean to wait for them
+    check_scalable(grads)
+    reference.scale_(grads, coef)
+
+
+def check_scalable(grads: list[Tensor]) -> None:
+    """Refuses gradients that cannot be scaled in place."""
     for i, g in enumerate(grads):
         check_layout(g, f"gradient {i}")
     check_memory(
@@ -174,7 +180,6 @@ def _scale_in_torch(grads: list[Tensor], max_norm: float, norm: Tensor) -> None:
         "in place; clone it first",
         shared="gradients {} and {} share memory and cannot be scaled in place",
     )
-    reference.scale_(grads, coef)
 
 
 def _scalar(norm: float, wide: bool) -> Tensor:

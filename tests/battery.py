@@ -95,6 +95,7 @@ REGISTRY: tuple[Entry, ...] = (
             "smooth": {"lr": 0.1, "max_norm": 2.0, "clip": "smooth", "scope": "tensor"},
             "normalize": {"lr": 0.1, "clip": "normalize", "scope": "group", "momentum": 0.9},
             "value": {"lr": 0.1, "clip": "value", "max_norm": 0.5, "maximize": True},
+            "agc": {"lr": 0.1, "clip": "agc", "momentum": 0.9, "maximize": True},
             "decoupled": {
                 "lr": 0.1,
                 "weight_decay": 0.1,
@@ -155,6 +156,7 @@ REGISTRY: tuple[Entry, ...] = (
             "main": {"lr": 0.01, "max_norm": 1.0, "weight_decay": 0.1},
             "amsgrad": {"lr": 0.01, "amsgrad": True, "clip": "value", "max_norm": 0.5},
             "skip": {"lr": 0.01, "nonfinite": "skip", "norm_type": 1.0, "max_norm": 50.0},
+            "agc": {"lr": 0.01, "clip": "agc", "agc_factor": 0.1, "agc_eps": 0.5},
         },
         _moments,
         twin=torch.optim.AdamW,
@@ -190,6 +192,7 @@ REGISTRY: tuple[Entry, ...] = (
             "plain": {"lr": 0.1, "momentum": 0.0},
             "tensor": {"lr": 0.1, "scope": "tensor", "eps": 1e-3, "momentum": 0.5},
             "group": {"lr": 0.1, "scope": "group", "clip": "value", "max_norm": 0.5},
+            "agc": {"lr": 0.1, "clip": "agc"},
         },
         lambda _: ("momentum_buffer",),
         joint=True,
@@ -201,6 +204,7 @@ REGISTRY: tuple[Entry, ...] = (
         {
             "main": {"lr": 0.1, "b_init": 0.5, "max_norm": 1.0, "weight_decay": 0.1},
             "delayed": {"lr": 0.1, "b_init": 0.5, "delayed": True, "scope": "tensor"},
+            "agc": {"lr": 0.1, "b_init": 0.01, "clip": "agc"},
             "coordinates": {"lr": 0.1, "b_init": 0.1, "coordinate_wise": True, "reweight": 0.5},
         },
         lambda kwargs: ("exp_avg_sq",) if kwargs.get("coordinate_wise") else (),

@@ -311,6 +311,7 @@ def plan(**changes: Any) -> _cpu.Plan:
         "stage_scopes": [],
         "low_states": [0],
         "param_storage": [0],
+        "by_rows": [False],
         "select": None,
     }
     return _cpu.Plan(**{**arguments, **changes})

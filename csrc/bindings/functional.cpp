@@ -17,12 +17,14 @@ namespace {
 struct GradList {
   Pipeline pipeline;
   std::deque<Layout> layouts;
+  std::deque<RowCut> rows;
   std::vector<py::object> grads;
 
   // Not the chunks: they hint at how much work the next call will have.
   void clear() {
     pipeline.slots.clear();
     layouts.clear();
+    rows.clear();
     grads.clear();
   }
 };
@@ -64,6 +66,29 @@ void add(GradList* list, py::object grad) {
   list->grads.push_back(std::move(grad));
   if (slot.numel == 0) slot.active = false;
   list->pipeline.slots.push_back(slot);
+}
+
+// The gradient that was added last is to be clipped by the rows of its parameter. Signs do not
+// matter: neither do lazy ones.
+void cut_last(GradList* list, py::handle param) {
+  const size_t index = list->grads.size() - 1;
+  Slot& slot = list->pipeline.slots[index];
+  const auto read = [&](py::handle tensor, const std::string& name, DLTensor* d) {
+    shared_reader().read(tensor.ptr(), d, [&] { return name; });
+    Signature form;
+    form.assign(*d);
+    return RealView::of(form, name);
+  };
+  const std::string of = std::to_string(index);
+  DLTensor d;
+  const RealView grad = read(list->grads[index], "gradient " + of, &d);
+  const RealView view = read(param, "the parameter of gradient " + of, &d);
+  if (view.shape != grad.shape)
+    throw py::value_error("gradient " + of + " does not have its parameter's shape");
+  RowCut& cut = list->rows.emplace_back();
+  cut.of_param(view, d.ndim, d.data, "the parameter of gradient " + of);
+  cut.of_grad(grad, {grad.strides.data()}, "gradient " + of);
+  slot.rows = &cut.shape;
 }
 
 // The usual case, found out quickly: every gradient is one dense block, and no two of them meet.
@@ -156,10 +181,25 @@ class Call {
       py::gil_scoped_release nogil;
       run_step(&p, threads);
     }
-    py::list written;
-    for (size_t t = 0; t < list_.grads.size(); ++t)
-      if (p.slots[t].active) written.append(list_.grads[t]);
-    increment_version(written);
+    note_written([&](size_t t) { return p.slots[t].active; });
+  }
+
+  void clip_rows(double factor, double eps, int threads) {
+    check_writable(list_);
+    Pipeline& p = list_.pipeline;
+    p.norm_type = 2.0;
+    p.always_norm = p.skip_unit_coef = true;
+    set_coef(1.0);
+    p.groups[0].clip.mode = ClipMode::agc;
+    p.groups[0].clip.max_norm = factor;
+    p.groups[0].clip.eps = eps;
+    p.cut_chunks();
+    {
+      py::gil_scoped_release nogil;
+      run_step(&p, threads);
+    }
+    p.groups[0].clip = {};
+    note_written([&](size_t t) { return p.slots[t].active && p.coefs[t] != 1.0; });
   }
 
   NormResult result() const {
@@ -170,6 +210,13 @@ class Call {
   }
 
  private:
+  template <class Of>
+  void note_written(Of was) {
+    py::list written;
+    for (size_t t = 0; t < list_.grads.size(); ++t)
+      if (was(t)) written.append(list_.grads[t]);
+    increment_version(written);
+  }
   static GradList& shared() {
     thread_local auto* const list = new GradList();  // leaked: it may hold Python objects
     return *list;
@@ -221,6 +268,19 @@ py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_ty
     if (!unchanged) call.scale(coef, threads);
   }
   return py::make_tuple(out.norm, out.has_f64, true);
+}
+
+// Scales each row of the gradients by its own coefficient.
+void agc(const py::list& params, double factor, double eps, int threads) {
+  Call call;
+  GradGetter grad_of;
+  for (const py::handle p : params) {
+    py::object grad = grad_of(p.ptr());
+    if (grad.is_none()) continue;
+    add(&call.list(), std::move(grad));
+    cut_last(&call.list(), p);
+  }
+  call.clip_rows(factor, eps, threads);
 }
 
 void scale(const py::list& tensors, double coef, int threads) {
@@ -316,6 +376,7 @@ void bind_functional(py::module_& m) {
   m.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("threads"));
   m.def("clip_grad_norm", &clip_grad_norm, py::arg("params"), py::arg("max_norm"),
         py::arg("norm_type"), py::arg("error_if_nonfinite"), py::arg("threads"));
+  m.def("agc", &agc, py::arg("params"), py::arg("factor"), py::arg("eps"), py::arg("threads"));
   m.def("scale", &scale, py::arg("tensors"), py::arg("coef"), py::arg("threads"));
   m.def("fill_zero", &fill_zero, py::arg("tensors"), py::arg("threads"));
   m.def("probe_mix", &probe_mix, py::arg("rw"), py::arg("r"), py::arg("threads"));

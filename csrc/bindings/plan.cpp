@@ -37,7 +37,8 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
            std::vector<std::string> names, const std::vector<bool>& first,
            const py::list& state_roots, int scope, int policy, double norm_type,
            const std::vector<int>& stage_scopes, const py::object& select,
-           const std::vector<int>& low_states, const std::vector<int>& param_storage)
+           const std::vector<int>& low_states, const std::vector<int>& param_storage,
+           const std::vector<bool>& by_rows)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -48,7 +49,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
   const size_t n = params.size();
   if (state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
       groups.size() != n || names_.size() != n || first.size() != n || low_states.size() != n ||
-      param_storage.size() != n)
+      param_storage.size() != n || by_rows.size() != n)
     throw py::value_error("Plan: all lists must be as long as params");
   pipeline_.slots.resize(n);
   pipeline_.scope = static_cast<Scope>(scope);
@@ -88,6 +89,11 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     slot.param_dtype = view.dtype;
     slot.param = d.data;
     slot.first = first[t];
+    if (by_rows[t]) {
+      shapes_[t].rows = std::make_unique<RowCut>();
+      shapes_[t].rows->of_param(view, d.ndim, d.data, name());
+      slot.rows = &shapes_[t].rows->shape;
+    }
     read_storage(t, param_storage[t]);
     read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]), low_states[t]);
   }
@@ -239,6 +245,7 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
       !merge_layout(ndim, view.shape.data(), {view.strides.data()}, &s.grad_layout))
     throw py::value_error(name + " has more than " + std::to_string(kMaxDims) +
                           " dimensions that cannot be merged");
+  if (s.rows != nullptr) s.rows->of_grad(view, strides, name);
   slot.layout = s.layout.linear() ? nullptr : &s.layout;
   slot.grad_layout = s.grad_layout.linear() ? nullptr : &s.grad_layout;
   e.grad_known = true;
@@ -371,12 +378,12 @@ void bind_plan(py::module_& m) {
                     const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const py::list&, int, int,
                     double, const std::vector<int>&, const py::object&, const std::vector<int>&,
-                    const std::vector<int>&>(),
+                    const std::vector<int>&, const std::vector<bool>&>(),
            py::kw_only(), py::arg("params"), py::arg("state_dicts"), py::arg("state_keys"),
            py::arg("rules"), py::arg("groups"), py::arg("names"), py::arg("first"),
            py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
            py::arg("stage_scopes"), py::arg("select"), py::arg("low_states"),
-           py::arg("param_storage"))
+           py::arg("param_storage"), py::arg("by_rows"))
       .def("selections", &Plan::selections)
       .def("step", &Plan::step)
       .def("norms", &Plan::norms)

@@ -8,7 +8,7 @@
 #include <deque>
 #include <memory>
 
-#include "bindings/tensor_reader.h"
+#include "bindings/row_cut.h"
 #include "cpu/run.h"
 
 namespace pysmooth {
@@ -20,7 +20,7 @@ class Plan {
        std::vector<std::string> names, const std::vector<bool>& first, const py::list& state_roots,
        int scope, int policy, double norm_type, const std::vector<int>& stage_scopes,
        const py::object& select, const std::vector<int>& low_states,
-       const std::vector<int>& param_storage);
+       const std::vector<int>& param_storage, const std::vector<bool>& by_rows);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
   // `hypers` and `clips` the numbers of each group. Returns an Outcome.
@@ -55,6 +55,7 @@ class Plan {
   struct Shape {
     RealView view;
     Layout layout, grad_layout;
+    std::unique_ptr<RowCut> rows;  // of tensors that are clipped by rows
   };
 
   std::string what(const char* kind, size_t t) const { return kind + (" '" + names_[t] + "'"); }

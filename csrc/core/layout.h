@@ -32,10 +32,11 @@ struct Layout {
   }
 };
 
-// Builds the merged layout of `operands` tensors of one shape. False if it needs too many
-// dimensions to be held.
-inline bool merge_layout(int ndim, const int64_t* shape, const std::vector<const int64_t*>& strides,
-                         Layout* out) {
+// The order in which dimensions are walked, outermost first; those of size 1 are left out.
+// `rows_first`: the first dimension is the outermost, wherever it lies.
+inline std::vector<int> walk_order(int ndim, const int64_t* shape,
+                                   const std::vector<const int64_t*>& strides,
+                                   bool rows_first = false) {
   const int operands = static_cast<int>(strides.size());
   std::vector<int> order;
   for (int d = 0; d < ndim; ++d)
@@ -44,13 +45,22 @@ inline bool merge_layout(int ndim, const int64_t* shape, const std::vector<const
     return strides[k][d] < 0 ? -strides[k][d] : strides[k][d];
   };
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    if (rows_first && (a == 0 || b == 0)) return a == 0 && b != 0;
     for (int k = 0; k < operands; ++k)
       if (magnitude(k, a) != magnitude(k, b)) return magnitude(k, a) > magnitude(k, b);
     return false;
   });
+  return order;
+}
+
+// Builds the merged layout of `operands` tensors of one shape. False if it needs too many
+// dimensions to be held.
+inline bool merge_layout(int ndim, const int64_t* shape, const std::vector<const int64_t*>& strides,
+                         Layout* out, bool rows_first = false) {
+  const int operands = static_cast<int>(strides.size());
   *out = Layout{};
   out->operands = operands;
-  for (const int d : order) {
+  for (const int d : walk_order(ndim, shape, strides, rows_first)) {
     const int last = out->ndim - 1;
     bool merges = last >= 0;
     for (int k = 0; merges && k < operands; ++k)

@@ -13,7 +13,8 @@ int64_t apply_low(const ApplyArgs& a) {
   constexpr unsigned kLow = Rule::kLowStates;
   constexpr int W = kFloats;
   using io = vector_io<float>;
-  bool fits = a.stochastic == kLow << 2 && a.layout == nullptr && a.companion == 0;
+  bool fits = a.stochastic == kLow << 2 && a.layout == nullptr && a.companion == 0 &&
+              a.rows.coefs == nullptr;
   for (int k = 0; k < 2 + Rule::kStates; ++k)
     fits = fits && (has(kLow << 2, k) || a.dtype[k] == DType::f32);
   if (!fits) return 0;

@@ -28,6 +28,7 @@ KernelTable assemble(const char* isa, KernelTable reduce, KernelTable apply, Ker
                      KernelTable probe) {
   apply.isa = isa;
   apply.reduce = reduce.reduce;
+  apply.reduce_rows = reduce.reduce_rows;
   apply.sources = source.sources;
   apply.probe = probe.probe;
   return apply;

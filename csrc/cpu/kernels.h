@@ -26,8 +26,19 @@ struct ReduceArgs {
   double power;
 };
 using ReduceFn = Partial (*)(const ReduceArgs&);
+// Sums of squares of rows of `row` elements, which lie one after another: one number for each row
+// that the chunk holds a part of. Returns their sum.
+using RowsFn = Partial (*)(const ReduceArgs&, int64_t row, double* sums);
 
 // ---- apply -------------------------------------------------------------------------------------
+
+// What operand `operand` is multiplied by as it is read: element i, in the order that the tensor is
+// walked in, by coefs[i / run % rows].
+struct RowCoefs {
+  const double* coefs = nullptr;  // null: by nothing
+  int64_t rows = 1, run = 1;
+  int operand = 1;
+};
 
 struct ApplyArgs {
   void* param;  // what rules compute with: the master of a parameter that has one
@@ -43,6 +54,7 @@ struct ApplyArgs {
   unsigned stochastic;  // operands, as bits, that are rounded stochastically: bfloat16 ones
   NoiseKey noise;
   uint64_t* signs;  // a bit per element of the chunk, set where negative; null: none are kept
+  RowCoefs rows;
 };
 using ApplyFn = void (*)(const ApplyArgs&);
 
@@ -128,6 +140,7 @@ using ProbeFn = double (*)(const ProbeArgs&);
 struct KernelTable {
   const char* isa;
   const ReduceFn (*reduce)[kDTypes];  // [reduction][dtype]
+  const RowsFn* reduce_rows;          // [dtype]
   const RuleInfo* rules;
   const SourceInfo* sources;  // in the order of rules
   int rule_count;

@@ -34,6 +34,21 @@ Partial reduce(const ReduceArgs& a) {
   return total;
 }
 
+template <class T>
+Partial reduce_rows(const ReduceArgs& a, int64_t row, double* sums) {
+  Partial total;
+  int64_t left = row - a.begin % row;
+  for (int64_t done = 0; done < a.length; left = row) {
+    const int64_t n = left < a.length - done ? left : a.length - done;
+    const Partial part =
+        reduce<Reduction::sum_squares, T>({a.data, a.layout, a.begin + done, n, 2.0});
+    *sums++ = part.value;
+    combine<Reduction::sum_squares>(&total, part);
+    done += n;
+  }
+  return total;
+}
+
 template <Reduction kind>
 void fill(ReduceFn* row) {
   row[static_cast<int>(DType::f32)] = reduce<kind, float>;
@@ -50,8 +65,12 @@ KernelTable reduce_table() {
   fill<Reduction::min_abs>(functions[static_cast<int>(Reduction::min_abs)]);
   fill<Reduction::count_nonzero>(functions[static_cast<int>(Reduction::count_nonzero)]);
   fill<Reduction::sum_power>(functions[static_cast<int>(Reduction::sum_power)]);
+  // In the order of DType.
+  static const RowsFn rows[kDTypes] = {reduce_rows<float>, reduce_rows<double>, reduce_rows<bf16>,
+                                       reduce_rows<f16>};
   KernelTable table{};
   table.reduce = functions;
+  table.reduce_rows = rows;
   return table;
 }
 

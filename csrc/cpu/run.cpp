@@ -42,22 +42,24 @@ double finish(Reduction kind, double norm_type, double value) {
   return value;
 }
 
-void reduce_chunk(Pipeline* p, ReduceFn const (*table)[kDTypes], Reduction kind, int64_t i) {
+void reduce_chunk(Pipeline* p, const KernelTable& table, Reduction kind, int64_t i) {
   const Chunk& chunk = p->chunks[i];
   const Slot& slot = p->slots[static_cast<size_t>(chunk.tensor)];
   if (!slot.active) return;
+  Partial& partial = p->partials[static_cast<size_t>(i)];
+  if (slot.rows != nullptr) partial = reduce_rows(p, table.reduce_rows, i);
+  if (slot.rows != nullptr && kind == Reduction::sum_squares) return;
   const ReduceArgs args{slot.grad, slot.grad_layout, chunk.begin, chunk.length, p->norm_type};
-  p->partials[static_cast<size_t>(i)] =
-      table[static_cast<int>(kind)][static_cast<int>(slot.grad_dtype)](args);
+  partial = table.reduce[static_cast<int>(kind)][static_cast<int>(slot.grad_dtype)](args);
 }
 
 void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   const Slot& slot = p->slots[static_cast<size_t>(p->chunks[i].tensor)];
   const RuleInfo& rule = rules[slot.rule];
   if (!slot.active || !rule.applies) return;
+  if (p->skip_unit_coef && p->coefs[static_cast<size_t>(p->chunks[i].tensor)] == 1.0) return;
   ApplyArgs args = args_of(*p, rule, p->chunks[i]);
   args.signs = p->staged.signs_of(i);
-  if (p->skip_unit_coef && args.scalars.grad_coef == 1.0) return;
   rule.apply[compute_of(slot.param_dtype)](args);
 }
 
@@ -67,7 +69,7 @@ size_t unit_of(const Pipeline& p, size_t t) {
 }
 
 // The squared norms that rules accumulate, of the clipped gradients of a scope unit's tensors that
-// keep one; `squares` are their sums of squares before the clip. Every such tensor keeps the number
+// keep one; `squares` are their sums of squares, after the clip. Every such tensor keeps the number
 // for itself, with or without a gradient, so that all members of a unit (in a group) agree; one
 // that just joined takes it from one that was there. A unit without a gradient has no step.
 void accumulate(Pipeline* p, const RuleInfo* rules, const std::vector<double>& squares) {
@@ -77,8 +79,7 @@ void accumulate(Pipeline* p, const RuleInfo* rules, const std::vector<double>& s
   for (size_t t = 0; t < tensors; ++t) {
     const Slot& slot = p->slots[t];
     if (!slot.active || slot.norm_sq == nullptr) continue;
-    const double coef = p->coefs[t] * p->unscale;
-    sums[unit_of(*p, t)] += coef * coef * squares[t];
+    sums[unit_of(*p, t)] += squares[t];
     moves[unit_of(*p, t)] = 1;
   }
   std::vector<const Slot*> veterans(p->groups.size(), nullptr);
@@ -140,8 +141,13 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
   for (size_t t = 0; t < tensors; ++t) {
     if (!p->slots[t].active) continue;
     const auto g = static_cast<size_t>(p->slots[t].group);
-    p->coefs[t] = p->scope == Scope::tensor ? clip_coefficient(p->groups[g].clip, p->norms[t])
-                                            : group_coefs[g];
+    p->coefs[t] = p->slots[t].rows != nullptr ? smallest_coef(*p, static_cast<int64_t>(t))
+                  : p->scope == Scope::tensor ? clip_coefficient(p->groups[g].clip, p->norms[t])
+                                              : group_coefs[g];
+    if (!p->accumulates) continue;
+    const double coef = p->coefs[t] * p->unscale;
+    squares[t] = p->slots[t].rows != nullptr ? clipped_squares(*p, static_cast<int64_t>(t))
+                                             : coef * coef * squares[t];
   }
   if (p->accumulates) accumulate(p, rules, squares);
 }
@@ -170,7 +176,14 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
   const Slot& slot = p.slots[t];
   const Group& group = p.groups[static_cast<size_t>(slot.group)];
   ApplyArgs args;
-  const double coef = (p.reduced ? p.coefs[t] : 1.0) * p.unscale;
+  double coef = (p.reduced ? p.coefs[t] : 1.0) * p.unscale;
+  if (slot.rows != nullptr) {
+    coef = 1.0;  // and the rest by rows
+    args.rows.coefs = &p.rows.coefs[p.rows.coefs_at[t]];
+    args.rows.rows = slot.rows->rows;
+    args.rows.run = slot.rows->run;
+    args.rows.operand = rule.reads_grad ? 1 : 0;
+  }
   args.scalars.grad_coef = group.maximize ? -coef : coef;
   args.scalars.clip_value = group.clip_value;
   args.scalars.first = slot.first;
@@ -227,6 +240,7 @@ void Pipeline::cut_chunks() {
   chunks.clear();
   for (const Slot& slot : slots) chunks.add(slot.numel);
   partials.assign(static_cast<size_t>(chunks.size()), Partial{});
+  size_rows(this);
 }
 
 Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
@@ -242,7 +256,8 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
     if (gather && !gather()) return Outcome::stale;
     derive_groups(p, table.rules);
     if (p->reduced) {
-      for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table.reduce, kind, i);
+      for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table, kind, i);
+      for (int64_t i = 0; p->rows.any() && i < p->chunks.size(); ++i) finish_rows(p, i);
       finalize(p, table.rules, kind);
     }
     prepare_stages(p, table);
@@ -272,9 +287,13 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
       if (gathered) {
         if (p->reduced) {
           for (int share = omp_get_thread_num(); share < threads; share += team)
-            schedule->run(share, kReducePass,
-                          [&](int64_t i) { reduce_chunk(p, table.reduce, kind, i); });
+            schedule->run(share, kReducePass, [&](int64_t i) { reduce_chunk(p, table, kind, i); });
 #pragma omp barrier
+          if (p->rows.any()) {
+            for (int share = omp_get_thread_num(); share < threads; share += team)
+              schedule->run(share, kRowsPass, [&](int64_t i) { finish_rows(p, i); });
+#pragma omp barrier
+          }
 #pragma omp single
           finalize(p, table.rules, kind);
         }

@@ -11,6 +11,7 @@
 #include "core/math/clip.h"
 #include "core/step.h"
 #include "cpu/kernels.h"
+#include "cpu/rows.h"
 #include "cpu/select.h"
 
 namespace pysmooth {
@@ -42,6 +43,7 @@ struct Slot {
   float* steps = nullptr;          // how many steps were applied; null where nobody asks
   const Layout* layout = nullptr;  // of parameter, gradient, states together; null: linear
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
+  const RowShape* rows = nullptr;       // null: not clipped by rows
 };
 
 struct Group {
@@ -103,6 +105,8 @@ struct Pipeline {
 
   void cut_chunks();
 
+  // Coefficients per row.
+  Rows rows;
   // The passes before apply, and selection.
   Staged staged;
 };

@@ -19,8 +19,15 @@ constexpr int64_t kStaticElements = int64_t{1} << 22;
 constexpr int64_t kGrab = 4;
 
 // The passes of a step, each with a counter of its own.
-enum PassName : int { kReducePass, kApplyPass, kSourcePass, kSecondSourcePass, kSelectedPass };
-constexpr int kPasses = 5;
+enum PassName : int {
+  kReducePass,
+  kRowsPass,
+  kApplyPass,
+  kSourcePass,
+  kSecondSourcePass,
+  kSelectedPass,
+  kPasses
+};
 
 class Schedule {
  public:

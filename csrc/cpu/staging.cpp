@@ -152,6 +152,21 @@ void Staging<C>::read(unsigned set) {
   if (adds) add_run(room_[0], room_[args_.companion], count);
 }
 
+// The coefficients of rows, where they differ.
+template <class C>
+void Staging<C>::scale_rows() {
+  const RowCoefs& r = args_.rows;
+  C* const x = room_[r.operand];
+  const int64_t first = args_.begin + done_;
+  int64_t row = row_of(r, first), left = r.run - first % r.run;
+  for (int64_t i = 0; i < count; left = r.run) {
+    const C coef = static_cast<C>(r.coefs[row]);
+    const int64_t end = left < count - i ? i + left : count;
+    for (; i < end; ++i) x[i] *= coef;
+    row = row + 1 == r.rows ? 0 : row + 1;
+  }
+}
+
 // Noise depends on where an element is in the order that the tensor is walked in, and not on how
 // the walk is cut up.
 template <class C>
@@ -249,6 +264,10 @@ void Gathering<C>::read(const Candidate* chosen, int count) {
   }
   if (args_.storage == ParamStorage::kahan && has(touch_.reads, 0))
     add_run(room_[0], room_[args_.companion], count);
+  const RowCoefs& r = args_.rows;
+  if (r.coefs == nullptr || !has(touch_.reads, r.operand)) return;
+  for (int i = 0; i < count; ++i)
+    room_[r.operand][i] *= static_cast<C>(r.coefs[row_of(r, args_.begin + chosen[i].index)]);
 }
 
 template <class C>

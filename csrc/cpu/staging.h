@@ -25,6 +25,8 @@ inline void* base_of(const ApplyArgs& a, int k) {
   return k == 0 ? a.param : k == 1 ? const_cast<void*>(a.grad) : a.state[k - 2];
 }
 
+PYSMOOTH_HD int64_t row_of(const RowCoefs& r, int64_t i) { return i / r.run % r.rows; }
+
 // Of the elements from `first` on.
 PYSMOOTH_HD vu32 noise_places(uint32_t first) {
   vu32 out;
@@ -59,6 +61,7 @@ class Staging {
     constexpr DType kNative = sizeof(C) == 8 ? DType::f64 : DType::f32;
     for (int k = 0; k < kMaxOperands; ++k)
       if (has(touch_.reads | touch_.writes, k) && args.dtype[k] != kNative) foreign_ |= 1u << k;
+    if (args.rows.coefs != nullptr) foreign_ |= touch.reads & 1u << args.rows.operand;
   }
 
   PYSMOOTH_HD bool next() {
@@ -78,6 +81,7 @@ class Staging {
             has(staged_, k) ? room_[k] : static_cast<C*>(base_of(args_, k)) + args_.begin + done_;
     if (args_.storage == ParamStorage::master) operand[args_.companion] = operand[0];
     if ((staged_ & touch_.reads) != 0) read(staged_ & touch_.reads);
+    if (args_.rows.coefs != nullptr && has(touch_.reads, args_.rows.operand)) scale_rows();
     return true;
   }
 
@@ -96,6 +100,7 @@ class Staging {
     return foreign_ == 0 && args_.layout == nullptr && count < lanes_of<C>;
   }
   void read(unsigned set);
+  void scale_rows();
   void write_back();
   void fill_noise(int pair);
 

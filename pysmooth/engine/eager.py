@@ -114,10 +114,15 @@ class EagerEngine:
         for unit, norm in zip(units, norms, strict=True):
             for i in unit:
                 g, p, _ = live[i]
-                if recipes[g].clip.mode != ClipMode.NONE:
+                if recipes[g].clip.mode == ClipMode.AGC and p.numel() > 0:
+                    assert p.grad is not None
+                    coef = reference.agc_coefficients(recipes[g].clip, p, p.grad, unscale)
+                elif recipes[g].clip.mode != ClipMode.NONE:
                     coef = reference.clip_coefficient(recipes[g].clip, norm)
-                    coefs[i] = coef
-                    every[position[id(p)]] = coef.double()
+                else:
+                    continue
+                coefs[i] = coef
+                every[position[id(p)]] = coef.double().min()
         device = norms[0].device if norms else torch.device("cpu")
         if norms:
             self._norms = torch.stack([n.to(device, torch.float64) for n in norms])
@@ -234,9 +239,10 @@ def _accumulate(
     for (g, p, _), coef in zip(live, coefs, strict=True):
         if not recipes[g].accumulates or p.numel() == 0:
             continue
-        square = _grad(p).double().square().sum()
+        clipped = _grad(p).double()
         if coef is not None:
-            square = square * coef.to(p.device).double().square()
+            clipped = clipped * coef.to(p.device).double()
+        square = clipped.square().sum()
         u = unit_of(g, p)
         sums[u] = sums[u] + square.to(sums[u].device) if u in sums else square
     new = {p for (_, p, _), first in zip(live, fresh, strict=True) if first}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import NonFiniteGradientError
-from .recipe import SCALARS, Recipe
+from .recipe import SCALARS, ClipMode, Recipe
 from .state import fill_state, new_states, version_roots
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class NativeEngine:
                 select=optimizer.select_spec(),
                 low_states=[_low_states(recipe) for recipe in own],
                 param_storage=[int(recipe.param_storage) for recipe in own],
+                by_rows=[recipe.clip.mode == ClipMode.AGC for recipe in own],
             )
         except BaseException:
             self._discard_fresh(optimizer)
@@ -186,7 +187,8 @@ class NativeEngine:
 
 def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
     """What a plan is built for, apart from tensors."""
-    return (len(optimizer.state), *((r.rule, r.low_states, r.param_storage) for r in recipes))
+    forms = ((r.rule, r.low_states, r.param_storage, r.clip.mode == ClipMode.AGC) for r in recipes)
+    return (len(optimizer.state), *forms)
 
 
 def _low_states(recipe: Recipe) -> int:

@@ -48,6 +48,7 @@ class ClipMode(IntEnum):
     SMOOTH = 2
     NORMALIZE = 3
     SMOOTHNESS = 4
+    AGC = 5
 
 
 class ParamStorage(IntEnum):
@@ -72,6 +73,7 @@ class ClipSpec(NamedTuple):
     """What becomes of one group's gradients before the rule, in the order the kernels take it.
 
     `value` bounds the coordinates, after the coefficient; negative: no bound. `maximize` negates.
+    For AGC `max_norm` is in units of the parameter's norm, and `eps` the least that counts as such.
     """
 
     mode: ClipMode = ClipMode.NONE

@@ -203,7 +203,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def last_clip_coef(self) -> Tensor | None:
         """What each parameter's gradient was multiplied by in the last step; None as above.
 
-        Shape (number of parameters,), in the order of `param_groups`.
+        Shape (number of parameters,), in the order of `param_groups`. For clip="agc" the smallest
+        of the tensor's rows: 1 where none was clipped.
         """
         coefs = self._engine.coefs() if self._engine is not None else None
         if coefs is None:

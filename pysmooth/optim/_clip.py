@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine.recipe import ClipMode, ClipSpec
 from ._validate import check_choice, check_flag, check_number
 
-Clip = Literal["hard", "smooth", "normalize", "value", "none"]
+Clip = Literal["hard", "smooth", "normalize", "value", "agc", "none"]
 ScopeName = Literal["global", "group", "tensor"]
 NonFinite = Literal["propagate", "skip", "raise"]
 Backend = Literal["auto", "cpu", "eager"]
@@ -20,6 +20,7 @@ _MODES = {
     "smooth": ClipMode.SMOOTH,
     "normalize": ClipMode.NORMALIZE,
     "value": ClipMode.NONE,  # per coordinate, as gradients are read: no norm is taken
+    "agc": ClipMode.AGC,
     "none": ClipMode.NONE,
 }
 
@@ -29,9 +30,13 @@ def check_clip(group: dict[str, Any]) -> None:
     check_number("clip_eps", group["clip_eps"])
     check_flag("maximize", group["maximize"])
     clip = check_choice("clip", group["clip"], _MODES)
+    check_number("agc_factor", group["agc_factor"], strict=True)
+    check_number("agc_eps", group["agc_eps"])
     if group["max_norm"] is None:
         return
     check_number("max_norm", group["max_norm"], strict=True)
+    if clip == "agc":
+        raise ValueError("max_norm must be None for clip='agc', which takes agc_factor")
     if clip == "normalize" and group["max_norm"] == math.inf:
         raise ValueError("max_norm must be finite for clip='normalize'")
     if clip == "value":
@@ -45,6 +50,9 @@ def check_clip(group: dict[str, Any]) -> None:
 def clip_spec(group: dict[str, Any]) -> ClipSpec:
     """What becomes of the group's gradients before the update rule."""
     mode, max_norm, maximize = _MODES[group["clip"]], group["max_norm"], group["maximize"]
+    if mode == ClipMode.AGC:
+        factor, eps = float(group["agc_factor"]), float(group["agc_eps"])
+        return ClipSpec(mode, factor, eps, maximize=maximize)
     if mode == ClipMode.NORMALIZE and max_norm is None:
         max_norm = 1.0
     if max_norm is None:

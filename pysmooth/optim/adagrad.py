@@ -41,8 +41,8 @@ class Adagrad(FusedOptimizer):
         weight_decay: added to the clipped gradient, times the parameter; at least 0.
         initial_accumulator_value: what `sum` starts from, at least 0.
         eps: added to the root, at least 0.
-        max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
-            what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
+            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         state_dtype: torch.bfloat16 keeps `sum` in 2 bytes instead of 4, rounded stochastically
             (by a hash of step, tensor and element: runs are reproducible, and the mean is right
             where rounding to nearest would stall). None, or torch.float32: as under State.
@@ -74,6 +74,8 @@ class Adagrad(FusedOptimizer):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
@@ -94,6 +96,8 @@ class Adagrad(FusedOptimizer):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
             "state_dtype": state_dtype,
         }

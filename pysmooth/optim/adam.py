@@ -43,8 +43,8 @@ class Adam(FusedOptimizer):
         eps: added to the denominator, at least 0.
         weight_decay: added to the clipped gradient, times the parameter; at least 0.
         amsgrad: divide by the largest second moment so far.
-        max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
-            what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
+            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         state_dtype: torch.bfloat16 keeps `exp_avg` and `exp_avg_sq` in 2 bytes instead of 4,
             rounded stochastically (by a hash of step, tensor and element: runs are reproducible,
             and the mean is right where rounding to nearest would stall). None, or torch.float32:
@@ -76,6 +76,8 @@ class Adam(FusedOptimizer):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
@@ -102,6 +104,8 @@ class Adam(FusedOptimizer):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
             "state_dtype": state_dtype,
         }
@@ -176,8 +180,8 @@ class AdamW(Adam):
         eps: added to the denominator, at least 0.
         weight_decay: the parameter shrinks by `lr * weight_decay`, times itself; at least 0.
         amsgrad: divide by the largest second moment so far.
-        max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
-            what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
+            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         state_dtype: torch.bfloat16 keeps `exp_avg` and `exp_avg_sq` in 2 bytes instead of 4,
             rounded stochastically (by a hash of step, tensor and element: runs are reproducible,
             and the mean is right where rounding to nearest would stall). None, or torch.float32:
@@ -208,6 +212,8 @@ class AdamW(Adam):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
@@ -230,6 +236,8 @@ class AdamW(Adam):
             clip=clip,
             scope=scope,
             clip_eps=clip_eps,
+            agc_factor=agc_factor,
+            agc_eps=agc_eps,
             decoupled_weight_decay=True,
             state_dtype=state_dtype,
             maximize=maximize,

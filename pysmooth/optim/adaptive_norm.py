@@ -123,9 +123,9 @@ class MAdagradNorm(_AdaptiveNorm):
         coordinate_wise: one accumulator per coordinate.
         eps: added to the root, coordinate-wise only.
         weight_decay: decoupled, at least 0.
-        max_norm, clip, scope, clip_eps, nonfinite, backend: the clip inside the step, as in
-            `pysmooth.ClipSGD`. The accumulator has the same scope. clip="value" only
-            coordinate-wise.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, backend: the clip inside
+            the step, as in `pysmooth.ClipSGD`. The accumulator has the same scope. clip="value"
+            only coordinate-wise.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -153,6 +153,8 @@ class MAdagradNorm(_AdaptiveNorm):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 0.0,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         backend: Backend = "auto",
@@ -170,6 +172,8 @@ class MAdagradNorm(_AdaptiveNorm):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
         }
         super().__init__(
@@ -265,7 +269,7 @@ class AdamNorm(_AdaptiveNorm):
         reweight: factor of new squares, greater than 0.
         delayed: divide by the accumulator without this step's gradient (AdamD-Norm).
         coordinate_wise, eps, weight_decay: as in `pysmooth.MAdagradNorm`.
-        max_norm, clip, scope, clip_eps, nonfinite, backend: as there.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, backend: as there.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -293,6 +297,8 @@ class AdamNorm(_AdaptiveNorm):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 0.0,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         backend: Backend = "auto",
@@ -310,6 +316,8 @@ class AdamNorm(_AdaptiveNorm):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
         }
         super().__init__(

@@ -48,9 +48,13 @@ class ClipSGD(FusedOptimizer):
             - "smooth": 1 / (1 + \|\|g\|\| / max_norm)
             - "normalize": max_norm / (\|\|g\|\| + clip_eps), 0 where g = 0
             - "value": each coordinate clamped to [-max_norm, max_norm]; real parameters only
+            - "agc": each row by its own min(1, agc_factor * max(\|\|p\|\|, agc_eps) / \|\|g\|\|),
+              of Euclidean norms: see `pysmooth.agc_`. `max_norm` must be None.
             - "none": 1
         scope: the norm is taken over all groups together ("global"), each group, or each tensor.
         clip_eps: added to the norm, as in `torch.nn.utils.clip_grad_norm_`; 0 for theory.
+        agc_factor, agc_eps: of clip="agc"; `scope` and `norm_type` do not matter to it. The norms
+            take two reads, of parameters and gradients.
         momentum: momentum factor. With it, `state[p]["momentum_buffer"]` is kept: 4 bytes per
             parameter (float32 also for 16-bit parameters), 8 for float64.
         dampening: dampening of the momentum.
@@ -86,7 +90,7 @@ class ClipSGD(FusedOptimizer):
 
     Sources: smooth clipping and the step size eta / (L0 + L1 \|\|g\|\|) under
     (L0,L1)-smoothness, arXiv:1905.11881 and arXiv:2409.14989; clipping under heavy tails,
-    arXiv:2505.20817.
+    arXiv:2505.20817; adaptive gradient clipping, arXiv:2102.06171.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class ClipSGD(FusedOptimizer):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
@@ -119,6 +125,8 @@ class ClipSGD(FusedOptimizer):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "smoothness": None,
             "momentum": momentum,
             "dampening": dampening,

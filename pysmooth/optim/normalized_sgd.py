@@ -44,8 +44,8 @@ class NormalizedSGD(FusedOptimizer):
         scope: over what the momentum's norm is taken: "global" (all groups together), "group" or
             "tensor"; and likewise the gradient's, where it is clipped.
         eps: added to the norm; 0 by default, as the theory has it.
-        max_norm, clip, clip_eps, nonfinite, norm_type, backend: the clip before the momentum and
-            what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the clip
+            before the momentum and what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -69,6 +69,8 @@ class NormalizedSGD(FusedOptimizer):
         max_norm: float | None = None,
         clip: Clip = "hard",
         clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
@@ -84,6 +86,8 @@ class NormalizedSGD(FusedOptimizer):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
         }
         super().__init__(

@@ -44,8 +44,8 @@ class SignSGD(FusedOptimizer):
         scaled: multiply the signs by the mean magnitude of what they are taken of, per tensor.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay`, times itself; at
             least 0.
-        max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
-            what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
+            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -71,6 +71,8 @@ class SignSGD(FusedOptimizer):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
@@ -85,6 +87,8 @@ class SignSGD(FusedOptimizer):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
         }
         super().__init__(
@@ -147,8 +151,8 @@ class Lion(FusedOptimizer):
         betas: weights of the interpolation and of the momentum, each in [0, 1).
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay`, times itself; at
             least 0.
-        max_norm, clip, scope, clip_eps, nonfinite, norm_type, backend: the clip inside the step and
-            what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
+            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -171,6 +175,8 @@ class Lion(FusedOptimizer):
         clip: Clip = "hard",
         scope: ScopeName = "global",
         clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
@@ -184,6 +190,8 @@ class Lion(FusedOptimizer):
             "max_norm": max_norm,
             "clip": clip,
             "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
         }
         super().__init__(

@@ -6,7 +6,7 @@ This is the oracle that the kernels are tested against, and what `backend="eager
 from __future__ import annotations
 
 from .accumulator import accumulate
-from .clip import clip_coefficient, scale_, total_norm
+from .clip import agc_coefficients, clip_coefficient, scale_, total_norm
 from .random import round_stochastically
 from .rules import EAGER_RULES, RULES, EagerRule, gradient_in
 from .staged import Member, Passes
@@ -20,6 +20,7 @@ __all__ = [
     "Passes",
     "Storage",
     "accumulate",
+    "agc_coefficients",
     "clip_coefficient",
     "compute_dtype",
     "gradient_in",

@@ -55,6 +55,26 @@ def clip_coefficient(clip: ClipSpec, norm: Tensor) -> Tensor:
     return torch.ones_like(norm)
 
 
+def agc_coefficients(clip: ClipSpec, p: Tensor, grad: Tensor, unscale: float) -> Tensor:
+    """What each row of a gradient is multiplied by; see `pysmooth.agc_`.
+
+    Of shape (rows, 1, ...), to go with the gradient; () where the whole tensor is one row.
+    """
+    dtype = norm_dtype([p, grad])
+    norms = [_row_norms(t, dtype) for t in (p, grad)]
+    bound = clip.max_norm * norms[0].clamp(min=clip.eps)
+    norm = norms[1] * unscale
+    return torch.where(norm == 0, 1.0, (bound / norm).clamp(max=1.0))
+
+
+def _row_norms(t: Tensor, dtype: torch.dtype) -> Tensor:
+    by_rows = t.dim() >= 2
+    real = torch.view_as_real(t.resolve_conj().resolve_neg()) if t.is_complex() else t
+    dims = tuple(range(1, real.dim())) if by_rows else None
+    norms: Tensor = torch.linalg.vector_norm(real.to(dtype), dim=dims, keepdim=by_rows)
+    return norms
+
+
 def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
     """Multiplies every tensor by `coef`, in place, the product in float32 or wider."""
     for t in tensors:
