@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ class Method:
     momentum: float = 0.0
     clips: bool = False  # whether the norm exceeds max_norm
     compiled: Callable[[Problem], tuple[Step, float]] | None = None  # with seconds to compile
-    states: int = 0
+    states: float = 0  # in float32 values per parameter
     models: tuple[str, ...] | None = None  # in a default run; None: all
+    dtype: str | None = None  # of DTYPES, if it is for one only
 
     @property
     def streams(self) -> int:
@@ -76,6 +78,13 @@ _CLIP_RIVALS: dict[str, Callable[[Problem], Step]] = {
     "torch for-loop": _torch_clip(False),
     "torch foreach": _torch_clip(True),
 }
+
+
+def _adamw_bf16(**kwargs: Any) -> Callable[[Problem], tuple[Step, str]]:
+    return _optimizer(
+        lambda p: pysmooth.AdamW(p.params, p.lr, weight_decay=0.01, max_norm=p.max_norm, **kwargs)
+    )
+
 
 METHODS = {
     m.name: m
@@ -160,6 +169,29 @@ METHODS = {
             clips=True,
             states=1,
             models=(),
+        ),
+        # Of bfloat16 parameters. What torch fuses for these keeps bfloat16 states, and stalls. Two
+        # values of 16 bits are one stream, and what is left over is another.
+        *(
+            Method(
+                f"clip_adamw-bf16-params-{name}",
+                ((0, 1), apply),
+                _adamw_bf16(**kwargs),
+                {
+                    "torch fused": rivals.torch_adamw(fused=True),
+                    rivals.MASTERS: rivals.torch_adamw_masters,
+                },
+                clips=True,
+                states=states,
+                models=(),
+                dtype="bf16",
+            )
+            for name, apply, states, kwargs in (
+                ("master", (3, 1), 3.0, {"master_weights": True}),
+                ("kahan", (3, 1), 2.5, {"kahan": True}),
+                ("stochastic", (2, 2), 2.0, {"stochastic_rounding": True}),
+                ("all", (1, 2), 1.0, {"stochastic_rounding": True, "state_dtype": torch.bfloat16}),
+            )
         ),
         Method(
             "clip_adam_norm",

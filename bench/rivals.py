@@ -160,6 +160,25 @@ def torch_adamw(**kind: Any) -> Callable[[Problem], Step]:
     return lambda p: _torch_step(p, torch.optim.AdamW(p.params, lr=p.lr, weight_decay=0.01, **kind))
 
 
+def torch_adamw_masters(problem: Problem) -> Step:
+    """Fused AdamW on float32 copies, as mixed precision is written by hand: out, step, and back."""
+    params = [p.detach() for p in problem.params]
+    masters = [torch.nn.Parameter(p.float()) for p in params]
+    for m in masters:
+        m.grad = torch.empty_like(m)
+    optimizer = torch.optim.AdamW(masters, lr=problem.lr, weight_decay=0.01, fused=True)
+
+    def step() -> None:
+        clip_grad_norm_(problem.params, problem.max_norm)  # in 16 bits: the fastest place
+        with torch.no_grad():
+            grads = [p.grad for p in problem.params if p.grad is not None]
+            torch._foreach_copy_([m.grad for m in masters if m.grad is not None], grads)
+            optimizer.step()
+            torch._foreach_copy_(params, [m.detach() for m in masters])
+
+    return step
+
+
 RIVALS: dict[str, Callable[[Problem], Step]] = {
     "torch for-loop": torch_loop,
     "torch foreach": torch_foreach,
@@ -168,5 +187,6 @@ RIVALS: dict[str, Callable[[Problem], Step]] = {
 COMPILED = "torch.compile"
 EAGER = "eager"
 IN_PLACE = "eager, in place"
+MASTERS = "torch fused, masters"
 DEEPSPEED = "DeepSpeed CPU"
-NAMES = [*RIVALS, EAGER, IN_PLACE, DEEPSPEED, COMPILED]
+NAMES = [*RIVALS, EAGER, IN_PLACE, MASTERS, DEEPSPEED, COMPILED]

@@ -101,7 +101,8 @@ def measure(
 ) -> dict[str, Any]:
     """One method on one model: pysmooth, every rival, and the floor, interleaved."""
     shapes = MODELS[model]()
-    problem = make_problem(shapes, method, options.dtype, options.device)
+    dtype = method.dtype or options.dtype
+    problem = make_problem(shapes, method, dtype, options.device)
     step, backend = method.ours(problem)
     clock = device_clock(options.device)
     start = clock()
@@ -132,7 +133,7 @@ def measure(
 
     # The floor is measured in float32 on as many bytes as the method's own streams have.
     floor = bandwidth.Floor(numel(shapes), options.device)
-    probes = floor.contestants(method) if options.dtype == "fp32" else {}
+    probes = floor.contestants(method) if dtype == "fp32" else {}
     small_steps = numel(shapes) < 10_000_000
     timed = interleave(
         {**contestants, **probes},
@@ -146,7 +147,7 @@ def measure(
         "model": model,
         "parameters": numel(shapes),
         "tensors": len(shapes),
-        "dtype": options.dtype,
+        "dtype": dtype,
         "backend": backend,
         "streams": method.streams,
         "floor_ms": None,

@@ -12,6 +12,8 @@
 //                 where at least 0, else -1; the driver keeps them as bits
 //   kKeepsScale   true if it wants to know stage[0] of the step before
 //   kLowStates    states, as bits, that may be kept in bfloat16
+//   kKeepsValue   true if the value of pass 0 is what it leaves in state 0: what is summed up,
+//                 selected and sent is then what was stored, however it was rounded
 //   derive()      what depends on hyper-parameters and step count alone: once for all tensors
 //   Hyper<T>      the constants of one tensor's update, in the compute type
 //   prepare<T>()  makes them from the hyper-parameters and the scalars
@@ -73,6 +75,7 @@ struct RuleDefaults {
   static constexpr bool kSendsSigns = false;
   static constexpr bool kKeepsScale = false;
   static constexpr unsigned kLowStates = 0;
+  static constexpr bool kKeepsValue = false;
   static constexpr int kStages = 0;
   static constexpr bool kSelects = false;
   static constexpr bool kApplies = true;

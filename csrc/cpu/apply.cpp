@@ -54,7 +54,7 @@ template <class Rule, class C>
 void apply(const ApplyArgs& args) {
   using Use = UseApply<Rule>;
   ApplyArgs a = args;
-  if constexpr (Rule::kLowStates != 0 && sizeof(C) == 4) {
+  if constexpr (Rule::kLowStates != 0 && Rule::kStages == 0 && sizeof(C) == 4) {
     static_assert(Rule::kLowStates < 4u, "one word of noise serves two states");
     const int64_t done = a.stochastic != 0 ? apply_low<Rule>(a) : 0;
     a.begin += done;

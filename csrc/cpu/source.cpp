@@ -2,6 +2,8 @@
 // chunk, keeps what it changes, sums its values up and collects the large ones as candidates of a
 // selection. Coordinates that were selected come back one by one.
 
+#include <cstring>
+
 #include "core/rules.h"
 #include "cpu/fold.h"
 #include "cpu/port.h"
@@ -81,6 +83,11 @@ SourceResult source(const ApplyArgs& a, const SourceTask& task) {
       port.template store<Use>(x, i);
     }
     run.commit();
+    if constexpr (Rule::kKeepsValue && kStage == 0)
+      if (has(a.stochastic, 2)) {
+        run.reread(2);
+        std::memcpy(out, run.operand[2], static_cast<size_t>(run.count) * sizeof(C));
+      }
     filled += static_cast<int>(run.count);
     if (filled < kBlockElements && done + filled < a.length) continue;
     if constexpr (Rule::kSendsSigns && kStage == 0)

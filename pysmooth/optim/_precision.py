@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.recipe import ParamStorage
-from ._validate import check_flag
+from ._validate import check_choice, check_flag
 
 
 class Precision(TypedDict, total=False):
@@ -68,11 +68,22 @@ def check_state_dtype(group: dict[str, Any]) -> None:
     dtype = group["state_dtype"]
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"state_dtype must be None, torch.float32 or torch.bfloat16; got {dtype}")
-    for p in _tensors(group) if dtype is not None else ():
-        if p.is_complex() and dtype == torch.bfloat16:
-            raise ValueError("state_dtype=torch.bfloat16 does not go with complex parameters")
+    if dtype is not None:
+        _check_narrow(group, f"state_dtype={dtype}", low=dtype == torch.bfloat16)
+
+
+def check_residual(group: dict[str, Any]) -> None:
+    """Refuses a `residual` that is unknown, or does not go with the group's parameters."""
+    if check_choice("residual", group["residual"], ("fp32", "bf16")) == "bf16":
+        _check_narrow(group, "residual='bf16'", low=True)
+
+
+def _check_narrow(group: dict[str, Any], what: str, *, low: bool) -> None:
+    for p in _tensors(group):
+        if p.is_complex() and low:
+            raise ValueError(f"{what} does not go with complex parameters")
         if p.dtype in (torch.float64, torch.complex128):
-            raise ValueError(f"state_dtype={dtype} does not go with {p.dtype} parameters")
+            raise ValueError(f"{what} does not go with {p.dtype} parameters")
 
 
 def low_states(group: dict[str, Any], *keys: str) -> tuple[str, ...]:

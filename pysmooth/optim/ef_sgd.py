@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..engine.recipe import ClipSpec, Recipe
 from ..engine.state import state_dtype
 from ..reference.compress import scaled_sign
 from ._clip import Backend
-from ._precision import Precision
+from ._precision import Precision, check_residual
 from ._residual import CompressedOptimizer, ResidualPolicy, floats
 from ._validate import check_below_one, check_flag, check_number
 
@@ -41,9 +41,10 @@ class EFSGD(CompressedOptimizer):
     `residual(p)` gives a parameter's residual.
 
     State: `residual`, and `momentum_buffer` with momentum, 4 bytes per parameter each (float32 also
-    for 16-bit parameters), 8 for float64; both start from 0. `step`, one number per tensor. With
-    `ScaledSign` the state holds `v`, as `compressor_input`, and the `scale` of what was sent,
-    float64 of shape (), instead of their difference: the step then writes it once, not twice.
+    for 16-bit parameters; 2 for the former with `residual="bf16"`), 8 for float64; both start from
+    0. `step`, one number per tensor. With `ScaledSign` the state holds `v`, as `compressor_input`,
+    and the `scale` of what was sent, float64 of shape (), instead of their difference: the step
+    then writes it once, not twice.
 
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
@@ -54,6 +55,9 @@ class EFSGD(CompressedOptimizer):
             `backend="eager"`.
         momentum: decay rate of the momentum, in [0, 1).
         weight_decay: coupled: added to the gradient, before momentum and compression; at least 0.
+        residual: "bf16" keeps `residual` (`compressor_input`) in 2 bytes per parameter, rounded
+            stochastically. v is rounded before it is compressed: what is sent is taken from what is
+            kept, and for selecting compressors c + residual == v holds to the bit all the same.
         maximize: ascend instead of descend.
         nonfinite: what to do where a gradient is not finite: "skip" the step (it is counted),
             "raise" `NonFiniteGradientError`, or take such coordinates as "zero". The first two read
@@ -77,6 +81,7 @@ class EFSGD(CompressedOptimizer):
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        residual: Literal["fp32", "bf16"] = "fp32",
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
         backend: Backend = "auto",
@@ -87,6 +92,7 @@ class EFSGD(CompressedOptimizer):
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
+            "residual": residual,
             "maximize": maximize,
         }
         super().__init__(
@@ -105,32 +111,27 @@ class EFSGD(CompressedOptimizer):
         check_number("weight_decay", group["weight_decay"])
         check_below_one("momentum", group["momentum"])
         check_flag("maximize", group["maximize"])
+        check_residual(group)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
         hyper = floats(group, "lr", "momentum", "weight_decay")
         momentum = ("momentum_buffer",) if hyper[1] != 0 else ()
         suffix = "_momentum" if momentum else ""
-        clip = ClipSpec(maximize=group["maximize"])
-        if isinstance(self.compressor, ScaledSign):
-            return Recipe(
-                "ef_sgd_sign" + suffix,
-                hyper,
-                ("compressor_input", *momentum),
-                clip,
-                counts_steps=True,
-                keeps_scale=True,
-            )
+        signs = isinstance(self.compressor, ScaledSign)
+        kept = "compressor_input" if signs else "residual"
         return Recipe(
-            f"ef_sgd_{self.form()}{suffix}",
-            (*hyper, *self.codec()),
-            ("residual", *momentum),
-            clip,
+            f"ef_sgd_{'sign' if signs else self.form()}{suffix}",
+            hyper if signs else (*hyper, *self.codec()),
+            (kept, *momentum),
+            ClipSpec(maximize=group["maximize"]),
             counts_steps=True,
+            keeps_scale=signs,
+            low_states=(kept,) if group["residual"] == "bf16" else (),
         )
 
     def residual(self, param: Tensor) -> Tensor:
-        """What the parameter's updates still owe: a new tensor, in the state's dtype.
+        """What the parameter's updates still owe: a new tensor, in float32 for 16-bit parameters.
 
         Zero before the first step. `param - residual(param)` follows SGD without compression.
 
@@ -140,11 +141,12 @@ class EFSGD(CompressedOptimizer):
         if not any(param is p for p in self._params()):
             raise KeyError("residual: the tensor is not a parameter of this optimizer")
         state = self.state.get(param, {})
+        dtype = state_dtype(param)
         if "residual" in state:
-            return torch.clone(state["residual"])
+            return torch.Tensor.to(state["residual"], dtype, copy=True)
         if "compressor_input" not in state:
-            return torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
-        v = state["compressor_input"]
+            return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        v = state["compressor_input"].to(dtype)
         real = torch.view_as_real(v) if v.is_complex() else v
         rest = real - scaled_sign(real, state["scale"].to(v.device))
         return torch.view_as_complex(rest) if v.is_complex() else rest

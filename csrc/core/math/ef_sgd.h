@@ -20,7 +20,9 @@ struct EfSgd : RuleDefaults {
               : (kMomentum ? "ef_sgd_dense_momentum" : "ef_sgd_dense");
   static constexpr const char* kHyper[] = {"lr", "momentum", "weight_decay", "codec", "level"};
   static constexpr int kStates = 1 + kMomentum;  // e, then m
-  static constexpr bool kCountsSteps = true;     // random compressors draw by step
+  static constexpr unsigned kLowStates = 1;
+  static constexpr bool kKeepsValue = true;
+  static constexpr bool kCountsSteps = true;  // random compressors draw by step
   static constexpr int kStages = 1;
   static constexpr bool kSelects = kSelect;
   static constexpr bool kApplies = !kSelect;
@@ -85,6 +87,8 @@ struct EfSign : RuleDefaults {
   static constexpr const char* kName = kMomentum ? "ef_sgd_sign_momentum" : "ef_sgd_sign";
   static constexpr const char* kHyper[] = {"lr", "momentum", "weight_decay"};
   static constexpr int kStates = 1 + kMomentum;  // v, then m
+  static constexpr unsigned kLowStates = 1;
+  static constexpr bool kKeepsValue = true;
   static constexpr bool kKeepsScale = true;
   static constexpr bool kSendsSigns = true;
   static constexpr bool kCountsSteps = true;
