@@ -6,6 +6,7 @@ from . import compressors
 from ._agc import agc_
 from ._clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from ._errors import BackendError, NonFiniteGradientError
+from .composition import chain, compose, parts
 from .compressors import (
     QSGD,
     HardThreshold,
@@ -75,8 +76,11 @@ __all__ = [
     "Signum",
     "TopK",
     "agc_",
+    "chain",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "compose",
     "compressors",
     "get_total_norm",
+    "parts",
 ]

@@ -292,11 +292,14 @@ def _member(
         group,
         optimizer.state[p][SCALE] if recipe.keeps_scale else None,
         storage,
+        p.is_complex(),
     )
 
 
 def _apply_staged(optimizer: FusedOptimizer, step: Any, members: list[Member]) -> None:
     scopes = [scope.name.lower() for scope in optimizer.stage_scopes]
-    passes = Passes(scopes, getattr(optimizer, "compressor", None))
+    passes = Passes(
+        scopes, getattr(optimizer, "compressor", None), getattr(optimizer, "chain", None)
+    )
     for m, new in zip(members, step(members, passes), strict=True):
         m.storage.keep(new, m.states)

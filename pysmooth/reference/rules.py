@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import accumulator, adagrad, adam, clip21, ef21, ef_sgd, normalized_sgd, scale, sgd, sign
-from .staged import Staged
+from .staged import Staged, run_chain
 from .storage import compute_dtype
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ RULES: dict[str, EagerRule] = {
 EAGER_RULES: dict[str, EagerRule] = {
     rule.name: rule
     for rule in (
+        EagerRule("chain", ("lr",), 0, None, staged=run_chain),
         _staged("ef_sgd_eager", ef_sgd, 1, counts_steps=True),
         _staged("ef_sgd_eager_momentum", ef_sgd, 2, counts_steps=True),
         _staged("ef21_eager", ef21, 1, counts_steps=True),

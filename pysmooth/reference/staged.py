@@ -12,6 +12,13 @@ from torch import Tensor
 from .storage import Storage
 
 
+class Runnable(Protocol):
+    """A step put together from parts."""
+
+    def run(self, members: Sequence[Member]) -> list[Tensor]:
+        """The new parameters; changes the members' states in place."""
+
+
 class Compressor(Protocol):
     """What error feedback needs of a compressor."""
 
@@ -35,6 +42,7 @@ class Member:
         group: its group's place.
         scale: what it keeps of the last step's first pass, for rules that do; changed in place.
         storage: what becomes of values that a pass stores.
+        is_complex: whether its last dimension is the parts of complex numbers.
     """
 
     p: Tensor
@@ -47,6 +55,7 @@ class Member:
     group: int
     scale: Tensor | None
     storage: Storage
+    is_complex: bool = False
 
 
 @dataclass
@@ -56,10 +65,12 @@ class Passes:
     Attributes:
         scopes: "global", "group" or "tensor", per pass.
         compressor: the optimizer's, if it has one.
+        chain: the parts of an optimizer that is put together from them.
     """
 
     scopes: Sequence[str]
     compressor: Compressor | None
+    chain: Runnable | None = None
 
     def norms(
         self, stage: int, members: Sequence[Member], values: Sequence[Tensor]
@@ -89,6 +100,12 @@ class Passes:
         return self.compressor.numbered(
             ordered, [m.step for m in members], [m.number for m in members]
         )
+
+
+def run_chain(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+    """The rule of an optimizer that is put together from parts."""
+    assert passes.chain is not None
+    return passes.chain.run(members)
 
 
 # Returns the new parameters; changes the members' states in place.
