@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import bandwidth, end_to_end, numerics, rivals, selection
+from . import backward, bandwidth, end_to_end, numerics, rivals, selection
 from .methods import METHODS, make_problem
 from .models import MODELS, numel
 from .suite import Options, measure, run_suite
@@ -221,3 +221,20 @@ def test_a_small_run_writes_the_whole_report(tmp_path: Path) -> None:
         assert row["backend"] in ("cpu", "eager")
         assert all(math.isfinite(c["ratio"]) for c in row["contestants"])
     assert data["environment"]["torch"] == torch.__version__
+
+
+def test_cost_of_a_clip_in_backward() -> None:
+    layer = torch.nn.Linear(40, 30)
+
+    def loss() -> torch.Tensor:
+        out: torch.Tensor = layer(torch.ones(2, 40))
+        return out.square().sum()
+
+    found = backward.measure(list(layer.parameters()), loss, rounds=3)
+    for f in found.values():
+        assert f["backward_ms"] > 0
+        assert f["step_ms"] > 0
+    assert found[backward.PLAIN]["cost_ms"] == 0
+    lines = backward.describe(found)
+    assert len(lines) == 3
+    assert all(name in line for name, line in zip(found, lines, strict=True))

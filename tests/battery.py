@@ -157,6 +157,7 @@ REGISTRY: tuple[Entry, ...] = (
             "amsgrad": {"lr": 0.01, "amsgrad": True, "clip": "value", "max_norm": 0.5},
             "skip": {"lr": 0.01, "nonfinite": "skip", "norm_type": 1.0, "max_norm": 50.0},
             "agc": {"lr": 0.01, "clip": "agc", "agc_factor": 0.1, "agc_eps": 0.5},
+            "in_backward": {"lr": 0.01, "max_norm": 1.0, "norm": "in_backward"},
         },
         _moments,
         twin=torch.optim.AdamW,

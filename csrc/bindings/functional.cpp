@@ -245,7 +245,7 @@ py::tuple grad_norm(const py::list& tensors, double norm_type, int threads) {
 py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_type,
                          bool error_if_nonfinite, int threads) {
   Call call;
-  GradGetter grad_of;
+  AttributeGetter grad_of("grad");
   call.reduce(norm_type, threads, [&](auto take) {
     for (const py::handle p : params) {
       py::object grad = grad_of(p.ptr());
@@ -273,7 +273,7 @@ py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_ty
 // Scales each row of the gradients by its own coefficient.
 void agc(const py::list& params, double factor, double eps, int threads) {
   Call call;
-  GradGetter grad_of;
+  AttributeGetter grad_of("grad");
   for (const py::handle p : params) {
     py::object grad = grad_of(p.ptr());
     if (grad.is_none()) continue;

@@ -37,6 +37,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "pysmooth's CPU kernels: reduce and apply over lists of tensors.";
   py::register_exception<Unsupported>(m, "UnsupportedError", PyExc_TypeError);
   in_forked_child();  // registers the fork handler
+  bind_backward_sums(m);
   bind_plan(m);
   bind_functional(m);
   m.def("rules", &rules);

@@ -38,18 +38,19 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
            const py::list& state_roots, int scope, int policy, double norm_type,
            const std::vector<int>& stage_scopes, const py::object& select,
            const std::vector<int>& low_states, const std::vector<int>& param_storage,
-           const std::vector<bool>& by_rows)
+           const std::vector<bool>& by_rows, const py::list& sums)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
       state_roots_(state_roots),
+      sums_(sums),
       names_(std::move(names)),
       entries_(params.size()),
       grads_(params.size()) {
   const size_t n = params.size();
   if (state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
       groups.size() != n || names_.size() != n || first.size() != n || low_states.size() != n ||
-      param_storage.size() != n || by_rows.size() != n)
+      param_storage.size() != n || by_rows.size() != n || sums.size() != n)
     throw py::value_error("Plan: all lists must be as long as params");
   pipeline_.slots.resize(n);
   pipeline_.scope = static_cast<Scope>(scope);
@@ -64,6 +65,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     param_list_.push_back(params_[t].ptr());
     PyObject* const param = param_list_.back();
     e.state_dict = state_dicts_[t].ptr();
+    if (!sums_[t].is_none()) e.sums = py::cast<BackwardSums*>(sums_[t]);
     if (!PyDict_Check(e.state_dict)) throw py::type_error("Plan: state_dicts must hold dicts");
     const auto name = [&] { return what("parameter", t); };
     DLTensor d;
@@ -298,10 +300,19 @@ void Plan::read_gradient(size_t t) {
     read();
   }
   slot.grad = d.data;
+  if (e.sums != nullptr && trusts_sums_ && slot.rows == nullptr) find_sums(t, d);
+}
+
+void Plan::find_sums(size_t t, const DLTensor& grad) {
+  const auto first = static_cast<size_t>(pipeline_.chunks.first(static_cast<int64_t>(t)));
+  const Kept kept = entries_[t].sums->find(grads_[t], grad, pipeline_.partials.data() + first);
+  pipeline_.slots[t].summed = kept == Kept::valid;
+  if (kept == Kept::tampered) trusts_sums_ = false;
 }
 
 bool Plan::gather() {
   bool all_active = true;
+  for (Slot& slot : pipeline_.slots) slot.summed = false;
   for (size_t t = 0; t < entries_.size(); ++t) {
     grads_[t] = grad_of_(param_list_[t]);
     Slot& slot = pipeline_.slots[t];
@@ -315,6 +326,9 @@ bool Plan::gather() {
     if (!unmoved(t)) return false;
     read_gradient(t);
   }
+  // Whoever wrote to one gradient behind torch's back may have written to others.
+  if (!trusts_sums_)
+    for (Slot& slot : pipeline_.slots) slot.summed = false;
   if (!all_active || !all_active_) note_written();
   all_active_ = all_active;
   return true;
@@ -329,7 +343,7 @@ void Plan::note_written() {
 }
 
 int Plan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
-               int threads, double unscale) {
+               int threads, double unscale, bool trusts_sums) {
   constexpr int kStale = static_cast<int>(Outcome::stale);
   if (!unchanged(param_lists)) return kStale;
   pipeline_.unscale = unscale;
@@ -344,6 +358,7 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
     group.clip_value = py::cast<double>(clip[5]);
     group.maximize = py::cast<bool>(clip[6]);
   }
+  trusts_sums_ = trusts_sums && needs_reduce(pipeline_);
   const auto release = [this](void*) {
     for (py::object& grad : grads_) grad = py::object();
   };
@@ -357,6 +372,11 @@ std::vector<bool> Plan::active() const {
   std::vector<bool> out;
   for (const Slot& slot : pipeline_.slots) out.push_back(slot.active);
   return out;
+}
+
+int64_t Plan::summed() const {
+  return std::count_if(pipeline_.slots.begin(), pipeline_.slots.end(),
+                       [](const Slot& slot) { return slot.active && slot.summed; });
 }
 
 std::vector<std::string> Plan::nonfinite_names() const {
@@ -378,17 +398,18 @@ void bind_plan(py::module_& m) {
                     const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const py::list&, int, int,
                     double, const std::vector<int>&, const py::object&, const std::vector<int>&,
-                    const std::vector<int>&, const std::vector<bool>&>(),
+                    const std::vector<int>&, const std::vector<bool>&, const py::list&>(),
            py::kw_only(), py::arg("params"), py::arg("state_dicts"), py::arg("state_keys"),
            py::arg("rules"), py::arg("groups"), py::arg("names"), py::arg("first"),
            py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
            py::arg("stage_scopes"), py::arg("select"), py::arg("low_states"),
-           py::arg("param_storage"), py::arg("by_rows"))
+           py::arg("param_storage"), py::arg("by_rows"), py::arg("sums"))
       .def("selections", &Plan::selections)
       .def("step", &Plan::step)
       .def("norms", &Plan::norms)
       .def("coefs", &Plan::coefs)
       .def("active", &Plan::active)
+      .def("summed", &Plan::summed)
       .def("nonfinite_names", &Plan::nonfinite_names)
       .def_property_readonly("reduced", &Plan::reduced);
 }

@@ -8,6 +8,7 @@
 #include <deque>
 #include <memory>
 
+#include "bindings/backward_sums.h"
 #include "bindings/row_cut.h"
 #include "cpu/run.h"
 
@@ -20,16 +21,20 @@ class Plan {
        std::vector<std::string> names, const std::vector<bool>& first, const py::list& state_roots,
        int scope, int policy, double norm_type, const std::vector<int>& stage_scopes,
        const py::object& select, const std::vector<int>& low_states,
-       const std::vector<int>& param_storage, const std::vector<bool>& by_rows);
+       const std::vector<int>& param_storage, const std::vector<bool>& by_rows,
+       const py::list& sums);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
-  // `hypers` and `clips` the numbers of each group. Returns an Outcome.
+  // `hypers` and `clips` the numbers of each group; `trusts_sums`: whether sums from backward may
+  // be used. Returns an Outcome.
   int step(const py::list& param_lists, const py::list& hypers, const py::list& clips, int threads,
-           double unscale);
+           double unscale, bool trusts_sums);
 
   std::vector<double> norms() const { return pipeline_.norms; }
   std::vector<double> coefs() const { return pipeline_.coefs; }
   std::vector<bool> active() const;
+  // Of how many gradients the last step had the sums from backward.
+  int64_t summed() const;
   // How many top-k selections there were, and how many needed a second look at the values.
   std::pair<int64_t, int64_t> selections() const {
     return {pipeline_.staged.selections, pipeline_.staged.second_looks};
@@ -45,6 +50,7 @@ class Plan {
   };
   struct Entry {
     PyObject* state_dict = nullptr;       // owned by state_dicts_
+    BackwardSums* sums = nullptr;         // owned by sums_; null: none are taken
     PyObject* keys[kMaxStates + 3] = {};  // owned by state_keys_; numbers come last
     size_t tracked = 0;                   // into tracked_: the parameter, then its states
     int expected_states = 0, states_held = 0;
@@ -74,9 +80,10 @@ class Plan {
   }
   bool unmoved(size_t t) const;  // parameter and states are where and what they were
   void read_gradient(size_t t);
+  void find_sums(size_t t, const DLTensor& grad);
 
-  py::list params_, state_dicts_, state_keys_, state_roots_, written_;
-  GradGetter grad_of_;
+  py::list params_, state_dicts_, state_keys_, state_roots_, sums_, written_;
+  AttributeGetter grad_of_{"grad"};
   std::vector<std::string> names_;
   std::vector<PyObject*> param_list_;  // params_, as C pointers
   std::vector<Entry> entries_;
@@ -85,6 +92,7 @@ class Plan {
   std::vector<py::object> grads_;  // kept alive while the kernels run
   std::vector<size_t> group_sizes_;
   bool all_active_ = false;
+  bool trusts_sums_ = false;
   Pipeline pipeline_;
 };
 

@@ -128,14 +128,12 @@ bool has_lazy_bits(PyObject* tensor) {
   return py::cast<bool>(t.attr("is_conj")()) || py::cast<bool>(t.attr("is_neg")());
 }
 
-void GradGetter::learn(PyTypeObject* type) {
-  static PyObject* const name = PyUnicode_InternFromString("grad");
-  name_ = name;
+void AttributeGetter::learn(PyTypeObject* type) {
   type_ = type;
   get_ = nullptr;
   if (type->tp_getattro != PyObject_GenericGetAttr) return;  // the type has its own idea
   const auto descriptor =
-      py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name));
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
   if (!descriptor) return PyErr_Clear();
   if (Py_TYPE(descriptor.ptr()) != &PyGetSetDescr_Type) return;
   // The descriptor lives as long as the class that defines it, which is torch's own.

@@ -93,21 +93,23 @@ void set_dlpack_enabled(bool enabled);
 // shows neither.
 bool has_lazy_bits(PyObject* tensor);
 
-// Reads `.grad` of many tensors of one type: finds the type's getter once, and calls it directly.
-class GradGetter {
+// Reads an attribute, such as `.grad`, of many tensors of one type: finds the type's getter once,
+// and calls it directly.
+class AttributeGetter {
  public:
+  explicit AttributeGetter(const char* name) : name_(PyUnicode_InternFromString(name)) {}
   py::object operator()(PyObject* tensor) {
     if (Py_TYPE(tensor) != type_) learn(Py_TYPE(tensor));
-    PyObject* const grad =
+    PyObject* const value =
         get_ != nullptr ? get_(tensor, closure_) : PyObject_GetAttr(tensor, name_);
-    if (grad == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(grad);
+    if (value == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value);
   }
 
  private:
   void learn(PyTypeObject* type);
   PyTypeObject* type_ = nullptr;
-  PyObject* name_ = nullptr;
+  PyObject* name_;  // interned
   getter get_ = nullptr;
   void* closure_ = nullptr;
 };

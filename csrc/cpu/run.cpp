@@ -45,12 +45,11 @@ double finish(Reduction kind, double norm_type, double value) {
 void reduce_chunk(Pipeline* p, const KernelTable& table, Reduction kind, int64_t i) {
   const Chunk& chunk = p->chunks[i];
   const Slot& slot = p->slots[static_cast<size_t>(chunk.tensor)];
-  if (!slot.active) return;
+  if (!slot.active || slot.summed) return;
   Partial& partial = p->partials[static_cast<size_t>(i)];
   if (slot.rows != nullptr) partial = reduce_rows(p, table.reduce_rows, i);
   if (slot.rows != nullptr && kind == Reduction::sum_squares) return;
-  const ReduceArgs args{slot.grad, slot.grad_layout, chunk.begin, chunk.length, p->norm_type};
-  partial = table.reduce[static_cast<int>(kind)][static_cast<int>(slot.grad_dtype)](args);
+  partial = reduce_chunk(slot.grad, slot.grad_dtype, slot.grad_layout, chunk, p->norm_type);
 }
 
 void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
@@ -163,13 +162,13 @@ void derive_groups(Pipeline* p, const RuleInfo* rules) {
   }
 }
 
+}  // namespace
+
 bool needs_reduce(const Pipeline& p) {
   if (p.always_norm || p.accumulates || asks_first(p.policy)) return true;
   return std::any_of(p.groups.begin(), p.groups.end(),
                      [](const Group& g) { return g.clip.needs_norm(); });
 }
-
-}  // namespace
 
 ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
   const auto t = static_cast<size_t>(chunk.tensor);
@@ -228,6 +227,15 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
   args.hyper = group.hyper;
   return args;
 }
+
+Partial reduce_chunk(const void* data, DType dtype, const Layout* layout, const Chunk& chunk,
+                     double norm_type) {
+  const auto kind = static_cast<int>(reduction_of(norm_type));
+  return kernels().reduce[kind][static_cast<int>(dtype)](
+      {data, layout, chunk.begin, chunk.length, norm_type});
+}
+
+int default_threads() { return in_forked_child() ? 1 : omp_get_max_threads(); }
 
 bool in_forked_child() {
   static const int registered =

@@ -32,7 +32,8 @@ struct Slot {
   DType param_dtype = DType::f32;
   DType grad_dtype = DType::f32;
   bool active = false;
-  bool first = false;  // no step applied yet: states hold nothing
+  bool first = false;   // no step applied yet: states hold nothing
+  bool summed = false;  // the partials of this step's gradient are there: backward took them
   void* param = nullptr;
   const void* grad = nullptr;
   void* state[kMaxStates] = {};
@@ -120,6 +121,16 @@ using Gather = std::function<bool()>;
 // gathers by itself; a step of few elements then stays on its thread.
 Outcome run_step(Pipeline* pipeline, int threads, const Gather& gather = nullptr);
 constexpr int64_t kSerialElements = 16384;
+
+// Whether a step reads the gradients first, for norms or to see if all of them are finite.
+bool needs_reduce(const Pipeline& pipeline);
+
+// The part of reduce that one chunk of a tensor is.
+Partial reduce_chunk(const void* data, DType dtype, const Layout* layout, const Chunk& chunk,
+                     double norm_type);
+
+// How many threads an operation of torch on the calling thread would use.
+int default_threads();
 
 // Runs body(begin, end) over pieces of [0, count) on the shared thread pool.
 void parallel_ranges(int64_t count, int64_t grain, int threads,

@@ -30,6 +30,9 @@ class Engine(Protocol):
     def selections(self) -> tuple[int, int]:
         """How many selections there were so far, and how many needed a second look."""
 
+    def summed(self) -> int:
+        """For how many gradients the last step used sums that were taken in backward."""
+
     def norms(self) -> list[float] | torch.Tensor | None:
         """The norms that the last step took, or None."""
 

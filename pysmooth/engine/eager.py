@@ -11,7 +11,7 @@ from .. import reference
 from .._errors import NonFiniteGradientError
 from ..reference import Member, Passes, Storage
 from .checks import check_gradient, check_memory, check_state
-from .recipe import NORM_SQ, SCALE, STEP, ClipMode, Policy, Recipe, Scope
+from .recipe import NORM_SQ, SCALE, STEP, ClipMode, Policy, Recipe, Scope, needs_reduce
 from .state import fill_state, new_states
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class EagerEngine:
 
         coefs: list[Tensor | None] = [None] * len(live)
         self._norms = self._coefs = None
-        wanted = optimizer.policy.asks_first or any(r.clip.mode or r.accumulates for r in recipes)
+        wanted = needs_reduce(optimizer.policy, recipes)
         if wanted and not self._reduce(optimizer, recipes, slots, live, coefs, unscale):
             optimizer.count_skipped()
             return
@@ -139,6 +139,10 @@ class EagerEngine:
     def selections(self) -> tuple[int, int]:
         """Selections are made by sorting here: none is counted."""
         return (0, 0)
+
+    def summed(self) -> int:
+        """No sums are taken in backward here."""
+        return 0
 
     def norms(self) -> Tensor | None:
         """Norms of the last step per scope unit; None if it took none."""

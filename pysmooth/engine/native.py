@@ -46,15 +46,16 @@ class NativeEngine:
         threads = torch.get_num_threads()
 
         wanted = _form(optimizer, recipes)
+        numbers = (hypers, clips, threads, unscale, not optimizer.unscaled_by_scaler)
         plan = self._plan
         if plan is None or wanted != self._built_for:
             plan = self._build(optimizer, recipes)
         try:
-            outcome = plan.step(lists, hypers, clips, threads, unscale)
+            outcome = plan.step(lists, *numbers)
             if outcome == STALE:
                 self._discard_fresh(optimizer)
                 plan = self._build(optimizer, recipes)
-                outcome = plan.step(lists, hypers, clips, threads, unscale)
+                outcome = plan.step(lists, *numbers)
                 if outcome == STALE:
                     raise RuntimeError("parameters or states changed while the step was gathered")
         except BaseException:
@@ -74,6 +75,7 @@ class NativeEngine:
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
         self._selections = self.selections()
         self._plan = None
+        optimizer.follow_params()
         params: list[Tensor] = []
         state_dicts: list[dict[str, Any]] = []
         groups: list[int] = []
@@ -114,6 +116,7 @@ class NativeEngine:
                 low_states=[_low_states(recipe) for recipe in own],
                 param_storage=[int(recipe.param_storage) for recipe in own],
                 by_rows=[recipe.clip.mode == ClipMode.AGC for recipe in own],
+                sums=[optimizer.gradient_hook(p) for p in params],
             )
         except BaseException:
             self._discard_fresh(optimizer)
@@ -174,6 +177,10 @@ class NativeEngine:
         now = (0, 0) if self._plan is None else self._plan.selections()
         return (self._selections[0] + now[0], self._selections[1] + now[1])
 
+    def summed(self) -> int:
+        """For how many gradients the last step used sums that were taken in backward."""
+        return 0 if self._plan is None else self._plan.summed()
+
     def norms(self) -> list[float] | None:
         """Norms of the last step per scope unit; None if it took none."""
         last = self._read()
@@ -188,7 +195,7 @@ class NativeEngine:
 def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
     """What a plan is built for, apart from tensors."""
     forms = ((r.rule, r.low_states, r.param_storage, r.clip.mode == ClipMode.AGC) for r in recipes)
-    return (len(optimizer.state), *forms)
+    return (len(optimizer.state), optimizer.hooks_held(), *forms)
 
 
 def _low_states(recipe: Recipe) -> int:

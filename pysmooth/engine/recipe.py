@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -151,3 +152,8 @@ class Recipe(NamedTuple):
         own = self.rule_keys
         index = own.index(key) if key in own else len(self.init)
         return self.init[index] if index < len(self.init) else 0.0
+
+
+def needs_reduce(policy: Policy, recipes: Iterable[Recipe]) -> bool:
+    """Whether a step reads gradients first, for norms or to see if all of them are finite."""
+    return policy.asks_first or any(r.clip.mode or r.accumulates for r in recipes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -14,13 +15,16 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from ..engine.backends import Engine, make_engine, resolve
-from ..engine.recipe import SCALARS, ParamStorage, Policy, Recipe, Scope
+from ..engine.backends import Engine, make_engine, native_module, resolve
+from ..engine.recipe import SCALARS, ClipMode, ParamStorage, Policy, Recipe, Scope, needs_reduce
 from ..engine.state import fill_state, new_states
+from ._hooks import GradientHooks
+from ._managed import refuse_managed
 from ._precision import check_param_storage, param_storage
 from ._validate import check_choice, check_number
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
+_NORMS = ("in_step", "in_backward")
 _POLICIES = {
     "propagate": Policy.PROPAGATE,
     "skip": Policy.SKIP,
@@ -46,6 +50,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     norm_type: float
     # Over what the passes before apply sum up; see csrc/core/rule.h.
     stage_scopes: tuple[Scope, ...] = ()
+    # Whether GradScaler.unscale_ changed the gradients of this step, which torch keeps no count of.
+    unscaled_by_scaler = False
     # torch.amp.GradScaler then sets `grad_scale` and `found_inf` before a step, and deletes them
     # after it: the step divides gradients by the one, unless that is None because they are unscaled
     # already, and does not happen if the other is not 0.
@@ -61,6 +67,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         nonfinite: str,
         norm_type: float,
         backend: str,
+        norm: str = "in_step",
         master_weights: bool = False,
         kahan: bool = False,
         stochastic_rounding: bool = False,
@@ -71,6 +78,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = backend
         self._engine: Engine | None = None
         self._skipped = 0
+        self._norm_in_backward = False
+        self._hooks: GradientHooks | None = None
         resolve(backend, ())  # refuse an unknown or missing backend before anything is set up
         precision = {
             "master_weights": master_weights,
@@ -78,6 +87,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, {**defaults, **precision})
+        self.take_norms(norm)
 
     # ---- what a subclass provides --------------------------------------------------------------
 
@@ -124,6 +134,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             del self.param_groups[count:]
             raise
         self._reset()
+        if count > 0:  # else the constructor does it, when all groups are there
+            self.follow_params()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -177,6 +189,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if self._engine is None:
             self._engine = make_engine(resolve(self._backend, self._params()))
+        if self._hooks is not None and self._hooks.lacking:
+            self.follow_params()
+        self.unscaled_by_scaler = found_inf is not None and scale is None
         self._engine.step(self, 1.0 if scale is None else _reciprocal(scale))
 
     # ---- what can be read after a step ---------------------------------------------------------
@@ -219,6 +234,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Called by an engine for every step that it turned into a no-op."""
         self._skipped += 1
 
+    def sums_from_backward(self) -> int:
+        """For how many gradients the last step used sums that were taken in backward.
+
+        Always 0 for `norm="in_step"` and on the eager backend. Sums are not used, and the gradient
+        is read again, where it changed after backward.
+        """
+        return 0 if self._engine is None else self._engine.summed()
+
     @torch.no_grad()
     def sync_master_weights(self) -> None:
         """Takes 16-bit parameters as they are now.
@@ -247,12 +270,52 @@ class FusedOptimizer(torch.optim.Optimizer):
             labels += names if known else [f"group {index}, parameter {i}" for i in range(count)]
         return labels
 
+    # ---- hooks in backward ---------------------------------------------------------------------
+
+    def take_norms(self, norm: str) -> None:
+        """Decides where gradients are read for their norms: "in_step" or "in_backward"."""
+        if self._hooks is not None:
+            self._hooks.follow(())
+        self._norm_in_backward = check_choice("norm", norm, _NORMS) == "in_backward"
+        recipes = self.recipes()
+        if self._norm_in_backward and any(r.clip.mode == ClipMode.AGC for r in recipes):
+            raise ValueError(
+                "norm='in_backward' does not go with clip='agc', which needs row norms"
+            )
+        if self._norm_in_backward and not needs_reduce(self.policy, recipes):
+            raise ValueError(
+                "norm='in_backward' has nothing to do: no group needs a norm. Set max_norm "
+                "(infinity takes the norm, and clips nothing), or nonfinite to 'skip' or 'raise'"
+            )
+        self.follow_params()
+
+    def follow_params(self) -> None:
+        """Puts the hooks on the parameters that the groups hold now."""
+        if not self._norm_in_backward:
+            return
+        params = self._params()
+        refuse_managed(params, "norm='in_backward'")
+        if resolve(self._backend, params) != "cpu":
+            return  # the eager backend takes its norms in the step
+        if self._hooks is None:
+            self._hooks = GradientHooks(self, partial(native_module().BackwardSums, self.norm_type))
+        self._hooks.follow(params)
+
+    def gradient_hook(self, param: Tensor) -> Any:
+        """The hook that the parameter has for this optimizer, or None."""
+        return None if self._hooks is None else self._hooks.of(param)
+
+    def hooks_held(self) -> int:
+        """How many parameters have a hook."""
+        return 0 if self._hooks is None else len(self._hooks)
+
     # ---- saving and loading --------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans hold addresses: a copy makes its own.
         state: dict[str, Any] = dict(super().__getstate__())
         fused = (self.scope, self.policy, self.norm_type, self._backend, self._skipped)
+        state["_norm_in_backward"] = self._norm_in_backward
         state["_passes"] = (self.stage_scopes, getattr(self, "compressor", None))
         state["_fused"] = fused
         return state
@@ -266,8 +329,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.stage_scopes, compressor = state.pop("_passes")
             if compressor is not None:
                 self.compressor = compressor
+            self._hooks = None  # those of a copy's parameters are made here
         self._reset()
         super().__setstate__(state)
+        self.follow_params()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

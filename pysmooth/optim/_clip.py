@@ -13,6 +13,8 @@ from ._validate import check_choice, check_flag, check_number
 Clip = Literal["hard", "smooth", "normalize", "value", "agc", "none"]
 ScopeName = Literal["global", "group", "tensor"]
 NonFinite = Literal["propagate", "skip", "raise"]
+# Where gradients are read for their norms.
+Norm = Literal["in_step", "in_backward"]
 Backend = Literal["auto", "cpu", "eager"]
 
 _MODES = {

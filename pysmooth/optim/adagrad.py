@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
-from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision, check_state_dtype, low_states
 from ._validate import check_number
 
@@ -41,8 +41,8 @@ class Adagrad(FusedOptimizer):
         weight_decay: added to the clipped gradient, times the parameter; at least 0.
         initial_accumulator_value: what `sum` starts from, at least 0.
         eps: added to the root, at least 0.
-        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
-            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, norm, backend:
+            the clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         state_dtype: torch.bfloat16 keeps `sum` in 2 bytes instead of 4, rounded stochastically
             (by a hash of step, tensor and element: runs are reproducible, and the mean is right
             where rounding to nearest would stall). None, or torch.float32: as under State.
@@ -80,6 +80,7 @@ class Adagrad(FusedOptimizer):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         differentiable: bool = False,
         fused: bool | None = None,
@@ -107,6 +108,7 @@ class Adagrad(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=norm_type,
+            norm=norm,
             backend=backend,
             **precision,
         )

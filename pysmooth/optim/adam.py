@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
-from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision, check_state_dtype, low_states
 from ._validate import check_flag, check_number
 
@@ -43,8 +43,8 @@ class Adam(FusedOptimizer):
         eps: added to the denominator, at least 0.
         weight_decay: added to the clipped gradient, times the parameter; at least 0.
         amsgrad: divide by the largest second moment so far.
-        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
-            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, norm, backend:
+            the clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         state_dtype: torch.bfloat16 keeps `exp_avg` and `exp_avg_sq` in 2 bytes instead of 4,
             rounded stochastically (by a hash of step, tensor and element: runs are reproducible,
             and the mean is right where rounding to nearest would stall). None, or torch.float32:
@@ -83,6 +83,7 @@ class Adam(FusedOptimizer):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         foreach: bool | None = None,
         capturable: bool = False,
@@ -115,6 +116,7 @@ class Adam(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=norm_type,
+            norm=norm,
             backend=backend,
             **precision,
         )
@@ -180,8 +182,8 @@ class AdamW(Adam):
         eps: added to the denominator, at least 0.
         weight_decay: the parameter shrinks by `lr * weight_decay`, times itself; at least 0.
         amsgrad: divide by the largest second moment so far.
-        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
-            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, norm, backend:
+            the clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         state_dtype: torch.bfloat16 keeps `exp_avg` and `exp_avg_sq` in 2 bytes instead of 4,
             rounded stochastically (by a hash of step, tensor and element: runs are reproducible,
             and the mean is right where rounding to nearest would stall). None, or torch.float32:
@@ -218,6 +220,7 @@ class AdamW(Adam):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         foreach: bool | None = None,
         capturable: bool = False,
@@ -243,6 +246,7 @@ class AdamW(Adam):
             maximize=maximize,
             nonfinite=nonfinite,
             norm_type=norm_type,
+            norm=norm,
             backend=backend,
             capturable=capturable,
             differentiable=differentiable,

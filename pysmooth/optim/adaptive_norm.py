@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
-from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision
 from ._validate import check_below_one, check_flag, check_number
 from .adam import check_betas
@@ -26,6 +26,7 @@ class _AdaptiveNorm(FusedOptimizer):
         *,
         scope: ScopeName,
         nonfinite: NonFinite,
+        norm: Norm,
         backend: Backend,
         **precision: Unpack[Precision],
     ) -> None:
@@ -35,6 +36,7 @@ class _AdaptiveNorm(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=2.0,
+            norm=norm,
             backend=backend,
             **precision,
         )
@@ -123,9 +125,9 @@ class MAdagradNorm(_AdaptiveNorm):
         coordinate_wise: one accumulator per coordinate.
         eps: added to the root, coordinate-wise only.
         weight_decay: decoupled, at least 0.
-        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, backend: the clip inside
-            the step, as in `pysmooth.ClipSGD`. The accumulator has the same scope. clip="value"
-            only coordinate-wise.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm, backend: the clip
+            inside the step, as in `pysmooth.ClipSGD`. The accumulator has the same scope.
+            clip="value" only coordinate-wise.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -157,6 +159,7 @@ class MAdagradNorm(_AdaptiveNorm):
         agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -177,7 +180,13 @@ class MAdagradNorm(_AdaptiveNorm):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, backend=backend, **precision
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm=norm,
+            backend=backend,
+            **precision,
         )
 
     def accumulator(self, group: dict[str, Any]) -> tuple[float, float, float]:
@@ -269,7 +278,7 @@ class AdamNorm(_AdaptiveNorm):
         reweight: factor of new squares, greater than 0.
         delayed: divide by the accumulator without this step's gradient (AdamD-Norm).
         coordinate_wise, eps, weight_decay: as in `pysmooth.MAdagradNorm`.
-        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, backend: as there.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm, backend: as there.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -301,6 +310,7 @@ class AdamNorm(_AdaptiveNorm):
         agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -321,7 +331,13 @@ class AdamNorm(_AdaptiveNorm):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, scope=scope, nonfinite=nonfinite, backend=backend, **precision
+            params,
+            defaults,
+            scope=scope,
+            nonfinite=nonfinite,
+            norm=norm,
+            backend=backend,
+            **precision,
         )
 
     def accumulator(self, group: dict[str, Any]) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import ClipSpec, Recipe, Scope
 from ._base import FusedOptimizer, check_scope
-from ._clip import Backend, ScopeName
+from ._clip import Backend, Norm, ScopeName
 from ._precision import Precision
 from ._residual import ResidualPolicy
 from ._validate import check_flag, check_number, check_seed
@@ -59,6 +59,8 @@ class Clip21SGD2M(FusedOptimizer):
         "raise"
             `NonFiniteGradientError`, or take such coordinates as "zero". The first two read all
             gradients once more.
+        norm: "in_backward": whether gradients are finite is seen in backward, as in
+            `pysmooth.ClipSGD`, and the step need not read them for it.
         backend: "auto", "cpu" or "eager".
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -86,6 +88,7 @@ class Clip21SGD2M(FusedOptimizer):
         scope: ScopeName = "global",
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -106,6 +109,7 @@ class Clip21SGD2M(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=2.0,
+            norm=norm,
             backend=backend,
             **precision,
         )
@@ -159,7 +163,8 @@ class Clip21(FusedOptimizer):
     parameters), 8 for float64.
 
     Args:
-        params, lr, tau, weight_decay, scope, maximize, nonfinite, backend: as in `Clip21SGD2M`.
+        params, lr, tau, weight_decay, scope, maximize, nonfinite, norm, backend: as in
+            `Clip21SGD2M`.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
@@ -182,6 +187,7 @@ class Clip21(FusedOptimizer):
         scope: ScopeName = "global",
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -193,6 +199,7 @@ class Clip21(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=2.0,
+            norm=norm,
             backend=backend,
             **precision,
         )

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import ClipMode, ClipSpec, Recipe
 from ._base import FusedOptimizer
-from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision
 from ._validate import check_flag, check_number
 
@@ -68,6 +68,14 @@ class ClipSGD(FusedOptimizer):
             "raise": leave everything as it is and raise `NonFiniteGradientError`, naming the
             parameters. The last two read every gradient once more where no norm is taken.
         norm_type: order of the norm, positive or `float("inf")`.
+        norm: where gradients are read for their norms, on the cpu backend (the eager one reads them
+            in the step, whatever is said here).
+
+            - "in_step": in the step.
+            - "in_backward": as soon as backward has made each, while it is in cache, by a
+              post-accumulate-grad hook; the step then reads gradients once. The bits are the same.
+              A gradient that changed after backward is read in the step again. Not for gradients
+              that DDP or FSDP reduces. See docs/methods/in-backward.md.
         backend: "cpu" (native kernels), "eager" (plain torch, any device), or "auto", the fastest
             of them for the parameters' device; see `resolved_backend`.
         precision: at most one of these, for the group's bfloat16 and float16 parameters (others are
@@ -112,6 +120,7 @@ class ClipSGD(FusedOptimizer):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -141,6 +150,7 @@ class ClipSGD(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=norm_type,
+            norm=norm,
             backend=backend,
             **precision,
         )
@@ -170,10 +180,12 @@ class ClipSGD(FusedOptimizer):
             if name in kwargs:
                 raise TypeError(f"from_smoothness() sets {name} itself")
         pair = _check_smoothness((L0, L1))
+        norm = kwargs.pop("norm", "in_step")
         optimizer = cls(params, eta, clip="none", **kwargs)
         optimizer.defaults["smoothness"] = pair
         for group in optimizer.param_groups:
             group["smoothness"] = pair
+        optimizer.take_norms(norm)
         return optimizer
 
     def check_group(self, group: dict[str, Any]) -> None:

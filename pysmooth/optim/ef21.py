@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ..compressors import Compressor
 from ..engine.recipe import GRADIENT, ClipSpec, Recipe
 from ._base import check_scope
-from ._clip import Backend, ScopeName
+from ._clip import Backend, Norm, ScopeName
 from ._precision import Precision
 from ._residual import CompressedOptimizer, ResidualPolicy, floats
 from ._validate import check_choice, check_flag, check_number
@@ -62,6 +62,8 @@ class EF21(CompressedOptimizer):
         "raise"
             `NonFiniteGradientError`, or take such coordinates as "zero". The first two read all
             gradients once more.
+        norm: "in_backward": whether gradients are finite is seen in backward, as in
+            `pysmooth.ClipSGD`, and the step need not read them for it.
         backend: "auto", "cpu" or "eager".
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -88,6 +90,7 @@ class EF21(CompressedOptimizer):
         scope: ScopeName = "global",
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -102,6 +105,7 @@ class EF21(CompressedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=2.0,
+            norm=norm,
             backend=backend,
             **precision,
         )

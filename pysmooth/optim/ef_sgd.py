@@ -13,7 +13,7 @@ from ..compressors import Compressor, ScaledSign
 from ..engine.recipe import ClipSpec, Recipe
 from ..engine.state import state_dtype
 from ..reference.compress import scaled_sign
-from ._clip import Backend
+from ._clip import Backend, Norm
 from ._precision import Precision, check_residual
 from ._residual import CompressedOptimizer, ResidualPolicy, floats
 from ._validate import check_below_one, check_flag, check_number
@@ -62,6 +62,8 @@ class EFSGD(CompressedOptimizer):
         nonfinite: what to do where a gradient is not finite: "skip" the step (it is counted),
             "raise" `NonFiniteGradientError`, or take such coordinates as "zero". The first two read
             all gradients once more.
+        norm: "in_backward": whether gradients are finite is seen in backward, as in
+            `pysmooth.ClipSGD`, and the step need not read them for it.
         backend: "auto", "cpu" or "eager".
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -84,6 +86,7 @@ class EFSGD(CompressedOptimizer):
         residual: Literal["fp32", "bf16"] = "fp32",
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -101,6 +104,7 @@ class EFSGD(CompressedOptimizer):
             scope="global",
             nonfinite=nonfinite,
             norm_type=2.0,
+            norm=norm,
             backend=backend,
             **precision,
         )

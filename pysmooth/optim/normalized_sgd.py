@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe, Scope
 from ._base import FusedOptimizer, check_scope
-from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision
 from ._validate import check_number
 
@@ -44,8 +44,8 @@ class NormalizedSGD(FusedOptimizer):
         scope: over what the momentum's norm is taken: "global" (all groups together), "group" or
             "tensor"; and likewise the gradient's, where it is clipped.
         eps: added to the norm; 0 by default, as the theory has it.
-        max_norm, clip, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the clip
-            before the momentum and what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, norm, backend: the
+            clip before the momentum and what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -74,6 +74,7 @@ class NormalizedSGD(FusedOptimizer):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -96,6 +97,7 @@ class NormalizedSGD(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=norm_type,
+            norm=norm,
             backend=backend,
             **precision,
         )

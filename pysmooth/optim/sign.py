@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import Recipe, Scope
 from ._base import FusedOptimizer
-from ._clip import Backend, Clip, NonFinite, ScopeName, check_clip, clip_spec
+from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision
 from ._validate import check_flag, check_number
 from .adam import check_betas
@@ -44,8 +44,8 @@ class SignSGD(FusedOptimizer):
         scaled: multiply the signs by the mean magnitude of what they are taken of, per tensor.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay`, times itself; at
             least 0.
-        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
-            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, norm, backend:
+            the clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -76,6 +76,7 @@ class SignSGD(FusedOptimizer):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -97,6 +98,7 @@ class SignSGD(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=norm_type,
+            norm=norm,
             backend=backend,
             **precision,
         )
@@ -151,8 +153,8 @@ class Lion(FusedOptimizer):
         betas: weights of the interpolation and of the momentum, each in [0, 1).
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay`, times itself; at
             least 0.
-        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, backend: the
-            clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, nonfinite, norm_type, norm, backend:
+            the clip inside the step and what goes with it, as in `pysmooth.ClipSGD`.
         maximize: ascend instead of descend.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -180,6 +182,7 @@ class Lion(FusedOptimizer):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         norm_type: float = 2.0,
+        norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
     ) -> None:
@@ -200,6 +203,7 @@ class Lion(FusedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             norm_type=norm_type,
+            norm=norm,
             backend=backend,
             **precision,
         )

@@ -1,0 +1,620 @@
+"""norm="in_backward": the sums that hooks take are those of the step, or they are not used."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from battery import (
+    REGISTRY,
+    Entry,
+    all_params,
+    assert_same_bits,
+    assert_same_snapshot,
+    every_entry,
+    make_params,
+    record_grads,
+    snapshot,
+)
+from torch import Tensor
+
+import pysmooth
+from pysmooth import ClipSGD
+
+Params = list[torch.nn.Parameter]
+Row = list[Tensor]
+
+
+def backward(params: Params, row: list[Tensor | None], **kwargs: Any) -> None:
+    """A backward pass that ends in these gradients."""
+    terms = [(p * g.to(p.dtype)).sum() for p, g in zip(params, row, strict=True) if g is not None]
+    loss = torch.stack([t.real if t.is_complex() else t for t in map(torch.sum, terms)]).sum()
+    loss.backward(**kwargs)
+
+
+def pair(**kwargs: Any) -> tuple[Params, ClipSGD, Params, ClipSGD]:
+    """The same optimizer twice: sums taken in backward, and in the step."""
+    kwargs = {"lr": 0.1, "max_norm": 0.5, "momentum": 0.9, **kwargs}
+    ours, plain = make_params(), make_params()
+    return ours, ClipSGD(ours, norm="in_backward", **kwargs), plain, ClipSGD(plain, **kwargs)
+
+
+def full(params: list[Any]) -> int:
+    """How many have elements: no sums are needed of the others."""
+    return sum(p.numel() > 0 for p in params)
+
+
+# ---- the same bits ------------------------------------------------------------------------------
+
+
+@every_entry
+def test_same_bits_as_in_the_step(entry: Entry) -> None:
+    ours, plain = make_params(), make_params()
+    optimizer = entry.build(ours, "cpu", norm="in_backward")
+    reference = entry.build(plain, "cpu")
+    for i, row in enumerate(record_grads(ours, 4)):
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad(set_to_none=i % 2 == 0)
+            backward(params, row)
+            o.step()
+        assert optimizer.sums_from_backward() == full(ours)
+        assert reference.sums_from_backward() == 0
+        assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
+        assert_same_bits([optimizer.last_clip_coef()], [reference.last_clip_coef()])
+    assert_same_snapshot(snapshot(optimizer), snapshot(reference))
+
+
+def test_every_optimizer_of_the_package_is_in_the_battery() -> None:
+    made = {type(entry.build(make_params([(3,)]), "cpu")) for entry in REGISTRY}
+    known = {
+        getattr(pysmooth, name)
+        for name in pysmooth.__all__
+        if isinstance(getattr(pysmooth, name), type)
+        and issubclass(getattr(pysmooth, name), torch.optim.Optimizer)
+    }
+    assert all(any(issubclass(k, m) or issubclass(m, k) for m in made) for k in known)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64],
+    ids=lambda d: str(d).removeprefix("torch."),
+)
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, float("inf")])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_dtypes_norms_scopes(dtype: torch.dtype, norm_type: float, scope: str) -> None:
+    ours, plain = make_params(dtype=dtype), make_params(dtype=dtype)
+    kwargs = {"lr": 0.1, "max_norm": 0.5, "scope": scope, "norm_type": norm_type}
+    optimizer, reference = ClipSGD(ours, norm="in_backward", **kwargs), ClipSGD(plain, **kwargs)
+    for row in record_grads(ours, 3):
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(params, row)
+            o.step()
+        assert optimizer.sums_from_backward() == full(ours)
+        assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
+    assert_same_bits(ours, plain)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_tensor_that_several_threads_share(threads: int) -> None:
+    torch.set_num_threads(threads)
+    gradient = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    found = []
+    for norm in ("in_backward", "in_step"):
+        p = torch.nn.Parameter(torch.zeros_like(gradient))
+        optimizer = ClipSGD([p], 0.1, max_norm=1.0, norm=norm)
+        (p * gradient).sum().backward()
+        optimizer.step()
+        assert optimizer.sums_from_backward() == (norm == "in_backward")
+        found += [optimizer.last_norm(), p]
+    assert_same_bits(found[:2], found[2:])
+    exact = torch.linalg.vector_norm(gradient.double())
+    assert float(found[0]) == pytest.approx(float(exact), rel=1e-6)
+
+
+# ---- gradients that change after backward -------------------------------------------------------
+
+
+def in_place(ps: Params) -> None:
+    ps[0].grad.mul_(3.0)
+
+
+def behind_the_counter(ps: Params) -> None:
+    ps[0].grad.data.mul_(3.0)
+
+
+def through_numpy(ps: Params) -> None:
+    ps[4].grad.numpy()[...] *= 3.0
+
+
+def replaced(ps: Params) -> None:
+    ps[0].grad = ps[0].grad * 3.0
+
+
+def replaced_where_it_was(ps: Params) -> None:
+    """The allocator gives the same memory again, and the version starts from 0 again."""
+    values, at = 3.0 * ps[4].grad, ps[4].grad.data_ptr()
+    ps[4].grad = None
+    tries = [values.clone() for _ in range(100)]
+    ps[4].grad = next((t for t in tries if t.data_ptr() == at), None)
+    if ps[4].grad is None:
+        pytest.skip("the allocator gave other memory")
+
+
+def deleted(ps: Params) -> None:
+    ps[0].grad = None
+
+
+def of_another_form(ps: Params) -> None:
+    ps[0].grad = ps[0].grad.t().contiguous().t()
+
+
+def memory_swapped(ps: Params) -> None:
+    ps[0].grad.data = ps[0].grad.data * 3.0
+
+
+def clipped_by_torch(ps: Params) -> None:
+    torch.nn.utils.clip_grad_norm_(ps, 0.1)
+
+
+def clipped_by_pysmooth(ps: Params) -> None:
+    pysmooth.clip_grad_norm_(ps, 0.1)
+
+
+def zeroed(ps: Params) -> None:
+    for p in ps:
+        p.grad.zero_()
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (in_place, 5),
+        (behind_the_counter, 0),
+        (through_numpy, 0),
+        (replaced, 5),
+        (replaced_where_it_was, 5),
+        (deleted, 5),
+        (of_another_form, 5),
+        (memory_swapped, 5),
+        (clipped_by_torch, 0),
+        (clipped_by_pysmooth, 0),
+        (zeroed, 0),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_changed_gradient_is_read_again(change: Callable[[Params], None], kept: int) -> None:
+    ours, optimizer, plain, reference = pair()
+    for i, row in enumerate(record_grads(ours, 3)):
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(params, row)
+            if i == 1:
+                change(params)
+            o.step()
+        assert optimizer.sums_from_backward() == (kept if i == 1 else full(ours))
+        assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
+    assert_same_bits(ours, plain)
+
+
+@pytest.mark.parametrize("leading", [0.0, -0.0])
+def test_scaling_shows_behind_leading_zeros(leading: float) -> None:
+    """As in an embedding's gradient, whose first rows were not used."""
+    gradient = torch.full((70_000,), leading)
+    gradient[30_000:30_010] = gradient[69_000:] = 1.0
+    p = torch.nn.Parameter(torch.zeros(70_000))
+    optimizer = ClipSGD([p], 0.1, max_norm=1.0, norm="in_backward")
+    for factor in (1.0, 2.0):
+        p.grad = None
+        (p * gradient).sum().backward()
+        p.grad.data.mul_(factor)
+        optimizer.step()
+        assert optimizer.sums_from_backward() == (factor == 1.0)
+        norm = float(factor * torch.linalg.vector_norm(gradient.double()))
+        assert float(optimizer.last_norm()) == pytest.approx(norm, rel=1e-6)
+
+
+def test_a_hook_of_the_user_after_ours() -> None:
+    ours, optimizer, plain, reference = pair()
+    for p in (ours[0], plain[0]):
+        p.register_post_accumulate_grad_hook(lambda q: in_place([q]))
+    for row in record_grads(ours, 2):
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(params, row)
+            o.step()
+    assert optimizer.sums_from_backward() == full(ours) - 1
+    assert_same_bits(ours, plain)
+
+
+# ---- several backward passes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulated_gradients(set_to_none: bool) -> None:
+    ours, optimizer, plain, reference = pair()
+    rows = record_grads(ours, 6)
+    for i in range(0, 6, 2):
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad(set_to_none=set_to_none)
+            backward(params, rows[i], retain_graph=True)
+            backward(params, rows[i + 1])
+            o.step()
+        assert optimizer.sums_from_backward() == full(ours)
+        assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
+    assert_same_bits(ours, plain)
+
+
+def test_one_graph_backward_twice() -> None:
+    p = torch.nn.Parameter(torch.ones(40))
+    optimizer = ClipSGD([p], 0.1, max_norm=float("inf"), norm="in_backward")
+    loss = (3 * p).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.sums_from_backward() == 1
+    assert float(optimizer.last_norm()) == pytest.approx(6 * 40**0.5, rel=1e-6)
+
+
+def test_a_step_without_a_backward_before_it() -> None:
+    """The sums are still those of the gradient that is still there."""
+    ours, optimizer, plain, reference = pair()
+    row = record_grads(ours, 1)[0]
+    for params, o in ((ours, optimizer), (plain, reference)):
+        backward(params, row)
+        o.step()
+        o.step()
+    assert optimizer.sums_from_backward() == full(ours)
+    assert_same_bits(ours, plain)
+
+
+def test_parameters_outside_this_backward_pass() -> None:
+    ours, optimizer, plain, reference = pair()
+    rows = record_grads(ours, 4)
+    for i, row in enumerate(rows):
+        part = [g if (i + k) % 3 else None for k, g in enumerate(row)]
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(params, part)
+            o.step()
+        assert optimizer.sums_from_backward() == sum(g is not None and g.numel() > 0 for g in part)
+    assert_same_bits(ours, plain)
+
+
+def test_closure() -> None:
+    ours, optimizer, plain, reference = pair()
+    for row in record_grads(ours, 2):
+        for params, o in ((ours, optimizer), (plain, reference)):
+
+            def closure(params: Params = params, o: ClipSGD = o, row: Row = row) -> float:
+                o.zero_grad()
+                backward(params, row)
+                return 1.0
+
+            assert o.step(closure) == 1.0
+        assert optimizer.sums_from_backward() == full(ours)
+    assert_same_bits(ours, plain)
+
+
+def test_backward_on_another_thread() -> None:
+    ours, optimizer, plain, reference = pair()
+    for row in record_grads(ours, 2):
+        optimizer.zero_grad()
+        worker = threading.Thread(target=backward, args=(ours, row))
+        worker.start()
+        worker.join()
+        reference.zero_grad()
+        backward(plain, row)
+        optimizer.step()
+        reference.step()
+        assert optimizer.sums_from_backward() == full(ours)
+    assert_same_bits(ours, plain)
+
+
+# ---- policies, scaler ---------------------------------------------------------------------------
+
+
+@every_entry
+def test_skip_and_raise_read_nothing_again(entry: Entry) -> None:
+    for policy in ("skip", "raise"):
+        params = make_params()
+        named = [(f"layer{i}.weight", p) for i, p in enumerate(params)]
+        optimizer = entry.build(named, "cpu", nonfinite=policy, norm="in_backward")
+        good, bad = record_grads(params, 2)
+        bad[2][3] = float("nan")
+        backward(params, good)
+        optimizer.step()
+        before = snapshot(optimizer)
+        optimizer.zero_grad()
+        backward(params, bad)
+        if policy == "skip":
+            optimizer.step()
+            assert optimizer.skipped_steps() == 1
+        else:
+            with pytest.raises(pysmooth.NonFiniteGradientError, match=r"in 'layer2.weight'$"):
+                optimizer.step()
+        assert_same_snapshot(snapshot(optimizer), before)
+        assert optimizer.sums_from_backward() == full(params)
+
+
+@pytest.mark.parametrize("how", ["fused", "unscale", "unscale, then no scaler"])
+@pytest.mark.parametrize("make", [
+    lambda p, **k: ClipSGD(p, 0.1, max_norm=0.5, **k),
+    lambda p, **k: pysmooth.AdagradNorm(p, 0.1, b_init=0.5, max_norm=0.5, **k),
+    lambda p, **k: pysmooth.EF21(p, 0.1, pysmooth.TopK(ratio=0.2), init="full", **k),
+])  # fmt: skip
+def test_grad_scaler(make: Any, how: str) -> None:
+    """torch counts no version where GradScaler.unscale_ writes."""
+    ours, plain = make_params(), make_params()
+    optimizer, reference = make(ours, norm="in_backward"), make(plain)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1000.0) for _ in range(2)]
+    for row in record_grads(ours, 3):
+        for params, o, scaler in zip((ours, plain), (optimizer, reference), scalers, strict=True):
+            o.zero_grad()
+            scale = float(scaler.scale(torch.ones(())))
+            backward(params, [scale * g for g in row])
+            if how != "fused":
+                scaler.unscale_(o)
+            if how == "unscale, then no scaler":
+                o.step()
+            else:
+                scaler.step(o)
+            scaler.update()
+        assert optimizer.sums_from_backward() == (full(ours) if how == "fused" else 0)
+        assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
+    assert_same_snapshot(snapshot(optimizer), snapshot(reference))
+
+
+# ---- parameters that come and go, copies --------------------------------------------------------
+
+
+def held(param: Tensor) -> int:
+    return len(param._post_accumulate_grad_hooks or ())
+
+
+def test_frozen_parameters_join_when_they_are_trained() -> None:
+    ours, optimizer, plain, reference = pair()
+    for frozen in (ours[0], plain[0]):
+        frozen.requires_grad_(False)
+    params = make_params()
+    params[0].requires_grad_(False)
+    optimizer = ClipSGD(params, 0.1, max_norm=0.5, momentum=0.9, norm="in_backward")
+    for i, row in enumerate(record_grads(ours, 5)):
+        if i == 2:
+            for p in (params[0], plain[0]):
+                p.requires_grad_(True)
+        part = [None if i < 2 and k == 0 else g for k, g in enumerate(row)]
+        for some, o in ((params, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(some, part)
+            o.step()
+        # Its first gradient comes before its hook.
+        assert optimizer.sums_from_backward() == full(ours) - (i <= 2)
+    assert_same_bits(params, plain)
+
+
+def test_new_group_and_replaced_parameter() -> None:
+    params = make_params([(5,), (70_000,), (3,)])
+    optimizer = ClipSGD(params[:2], 0.1, max_norm=1.0, norm="in_backward")
+    optimizer.add_param_group({"params": params[2:]})
+    backward(params, record_grads(params, 1)[0])
+    optimizer.step()
+    assert optimizer.sums_from_backward() == 3
+    new = torch.nn.Parameter(torch.ones(5))
+    optimizer.param_groups[0]["params"][0] = new
+    for expected in (2, 3):  # its hook comes with the step that finds it
+        optimizer.zero_grad()
+        now = [new, *params[1:]]
+        backward(now, record_grads(now, 1)[0])
+        optimizer.step()
+        assert optimizer.sums_from_backward() == expected
+    assert [held(p) for p in (*params, new)] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "load_state_dict"])
+def test_a_copy_has_hooks_of_its_own(how: str) -> None:
+    ours, optimizer, _, _ = pair()
+    rows = record_grads(ours, 4)
+    backward(ours, rows[0])
+    optimizer.step()
+    if how == "deepcopy":
+        other = copy.deepcopy(optimizer)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(optimizer))
+    else:
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+        other = ClipSGD(twins, 0.1, max_norm=0.5, momentum=0.9, norm="in_backward")
+        other.load_state_dict(optimizer.state_dict())
+    copies = all_params(other)
+    assert [held(p) for p in (*ours, *copies)] == [1] * 2 * len(ours)
+    for row in rows[1:]:
+        for params, o in ((ours, optimizer), (copies, other)):
+            o.zero_grad()
+            backward(params, row)
+            o.step()
+            assert o.sums_from_backward() == full(ours)
+    assert_same_snapshot(snapshot(optimizer), snapshot(other))
+
+
+def test_hooks_go_with_the_optimizer_and_do_not_hold_it() -> None:
+    params, optimizer, _, _ = pair()
+    second = ClipSGD(params, 0.1, max_norm=1.0, norm="in_backward")
+    backward(params, record_grads(params, 1)[0])
+    optimizer.step()
+    second.step()
+    assert second.sums_from_backward() == full(params)
+    gone = weakref.ref(optimizer)
+    gc.collect()
+    gc.disable()  # counting references is enough: there is no cycle
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert [held(p) for p in params] == [1] * len(params)
+    del second
+    gc.collect()
+    assert not any(held(p) for p in params)
+    kept = [weakref.ref(p) for p in params]
+    del params
+    assert not any(ref() for ref in kept)
+
+
+def test_sums_keep_no_gradient_alive() -> None:
+    params, optimizer, _, _ = pair()
+    for _ in range(2):
+        backward(params, record_grads(params, 1)[0])
+        gradients = [weakref.ref(p.grad) for p in params]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not any(ref() for ref in gradients)
+
+
+# ---- what the hook cannot read, and what is refused ---------------------------------------------
+
+
+def test_sparse_gradients_are_refused_by_the_step() -> None:
+    table = torch.nn.Embedding(10, 3, sparse=True)
+    optimizer = ClipSGD(
+        table.named_parameters(), 0.1, max_norm=1.0, norm="in_backward", backend="cpu"
+    )
+    table(torch.tensor([1, 2])).sum().backward()
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"parameter .weight. has layout torch\.sparse"):
+        optimizer.step()
+    assert_same_snapshot(snapshot(optimizer), before)
+
+
+def test_strided_and_expanded_gradients() -> None:
+    """sum() makes an expanded gradient; a channels_last convolution one of its own strides."""
+    ours, plain = make_params([(6, 5), (4, 3, 3, 3)]), make_params([(6, 5), (4, 3, 3, 3)])
+    kwargs = {"lr": 0.1, "max_norm": 0.5}
+    optimizer, reference = ClipSGD(ours, norm="in_backward", **kwargs), ClipSGD(plain, **kwargs)
+    for _ in range(2):
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad()
+            x = torch.ones(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+            loss = params[0].sum() + torch.nn.functional.conv2d(x, params[1]).square().sum()
+            loss.backward()
+            params[0].grad = torch.ones(6, 1).expand(6, 5)
+            o.step()
+    assert_same_bits(ours, plain)
+
+
+def test_complex_gradient_with_a_lazy_bit() -> None:
+    found = []
+    for norm in ("in_backward", "in_step"):
+        (p,) = make_params([(9,)], dtype=torch.complex64)
+        optimizer = ClipSGD([p], 0.1, max_norm=0.5, norm=norm)
+        p.real.sum().backward()
+        p.grad = p.grad.conj()
+        optimizer.step()
+        found.append(p)
+    assert_same_bits(found[:1], found[1:])
+
+
+def test_the_eager_backend_takes_its_norms_in_the_step() -> None:
+    ours, plain = make_params(), make_params()
+    kwargs = {"lr": 0.1, "max_norm": 0.5, "backend": "eager"}
+    optimizer, reference = ClipSGD(ours, norm="in_backward", **kwargs), ClipSGD(plain, **kwargs)
+    for row in record_grads(ours, 2):
+        for params, o in ((ours, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(params, row)
+            o.step()
+    assert_same_bits(ours, plain)
+    assert optimizer.sums_from_backward() == 0
+    assert not any(held(p) for p in ours)
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="norm must be one of in_step, in_backward; got 'soon'"):
+        ClipSGD(make_params(), 0.1, max_norm=1.0, norm="soon")
+    params = make_params()
+    for make in (
+        lambda: ClipSGD(params, 0.1, norm="in_backward"),
+        lambda: ClipSGD(params, 0.1, max_norm=1.0, clip="value", norm="in_backward"),
+        lambda: pysmooth.EFSGD(
+            params, 0.1, pysmooth.TopK(k=1), nonfinite="zero", norm="in_backward"
+        ),
+    ):
+        with pytest.raises(ValueError, match="norm='in_backward' has nothing to do"):
+            make()
+    with pytest.raises(ValueError, match="norm='in_backward' does not go with clip='agc'"):
+        ClipSGD(params, 0.1, clip="agc", norm="in_backward")
+    assert not any(held(p) for p in params)
+    smooth = ClipSGD.from_smoothness(params, L0=1.0, L1=1.0, norm="in_backward")
+    backward(params, record_grads(params, 1)[0])
+    smooth.step()
+    assert smooth.sums_from_backward() == full(params)
+    smooth.param_groups[0].update(smoothness=None, clip="agc", max_norm=None)
+    smooth.step()  # sums of whole gradients are of no use
+    assert smooth.sums_from_backward() == 0
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed package")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_parameters_of_ddp_are_refused() -> None:
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    ClipSGD(model.parameters(), 0.1, max_norm=1.0, norm="in_backward")
+    late = ClipSGD(model.parameters(), 0.1, max_norm=1.0, norm="in_backward")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="does not go with DistributedDataParallel"):
+        ClipSGD(wrapped.parameters(), 0.1, max_norm=1.0, norm="in_backward")
+    wrapped(torch.ones(1, 3)).sum().backward()
+    before = snapshot(late)
+    with pytest.raises(ValueError, match="does not go with DistributedDataParallel"):
+        late.step()
+    assert_same_snapshot(snapshot(late), before)
+    ClipSGD(wrapped.parameters(), 0.1, max_norm=1.0).step()  # in the step all is reduced
+    ClipSGD(other.parameters(), 0.1, max_norm=1.0, norm="in_backward")
+
+
+@pytest.mark.filterwarnings("ignore")  # FSDP has remarks about a world of one process
+@pytest.mark.usefixtures("process_group")
+def test_parameters_of_fsdp_are_refused() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh))
+    with pytest.raises(ValueError, match="does not go with DTensor"):
+        ClipSGD([p], 0.1, max_norm=1.0, norm="in_backward", backend="eager")
+    sharded = FullyShardedDataParallel(
+        torch.nn.Linear(3, 2), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="does not go with FullyShardedDataParallel"):
+        ClipSGD(sharded.parameters(), 0.1, max_norm=1.0, norm="in_backward")
+
+
+def test_a_compiled_model() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Tanh())
+    twin = copy.deepcopy(model)
+    optimizer = ClipSGD(model.parameters(), 0.1, max_norm=0.1, norm="in_backward")
+    reference = ClipSGD(twin.parameters(), 0.1, max_norm=0.1)
+    for m, o in ((torch.compile(model, backend="eager"), optimizer), (twin, reference)):
+        for _ in range(2):
+            o.zero_grad()
+            m(torch.ones(3, 8)).sum().backward()
+            o.step()
+    assert optimizer.sums_from_backward() == 2
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
