@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from .reference import compress as codec
+from .reference.order import flatten, unflatten
 
 SelectScope = Literal["tensor", "global", "block"]
 SignScope = Literal["tensor", "global"]
 _SCOPES: dict[str, int] = {"tensor": 0, "global": 1, "block": 2}
 Select = tuple[int, int, float, int, int, bool, int]
+Dense = tuple[int, float, int]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Compressor:
         return None
 
     @property
-    def dense(self) -> tuple[float, float] | None:
-        """For the others, kind and parameter, as csrc/core/codec.h has them. None: eager only."""
+    def dense(self) -> Dense | None:
+        """For the others, which codec: kind, level and seed, as csrc/core/codec.h has them."""
         return None
 
     @property
@@ -106,9 +108,9 @@ class Identity(Compressor):
         return 32 * d
 
     @property
-    def dense(self) -> tuple[float, float]:
+    def dense(self) -> Dense:
         """Kind 0."""
-        return (0.0, 0.0)
+        return (0, 0.0, 0)
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         return x.clone()
@@ -262,9 +264,9 @@ class ScaledSign(Compressor):
         return d + 32
 
     @property
-    def dense(self) -> tuple[float, float]:
+    def dense(self) -> Dense:
         """Kind 1."""
-        return (1.0, 0.0)
+        return (1, 0.0, 0)
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         return codec.scaled_sign(x, x.double().abs().sum() / len(x))
@@ -293,9 +295,9 @@ class HardThreshold(Compressor):
         return 33 * d
 
     @property
-    def dense(self) -> tuple[float, float]:
+    def dense(self) -> Dense:
         """Kind 2."""
-        return (2.0, float(self.threshold))
+        return (2, float(self.threshold), 0)
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         return torch.where(x.abs() >= self.threshold, x, 0.0)
@@ -308,7 +310,7 @@ class QSGD(Compressor):
     Which one is drawn. Unbiased: omega = min(d / levels^2, sqrt(d) / levels). Per tensor.
 
     Args:
-        levels: at least 1.
+        levels: from 1 to 2^20.
         seed: of the rounding, from 0 to 2^64 - 1.
 
     Source: arXiv:1610.02132.
@@ -319,7 +321,7 @@ class QSGD(Compressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_integer("levels", self.levels, 1)
+        _check_integer("levels", self.levels, 1, 2**20)
         _check_seed(self.seed)
 
     def omega(self, d: int) -> float:
@@ -329,6 +331,11 @@ class QSGD(Compressor):
     def bits(self, d: int) -> int:
         """A float, and a sign and a level per coordinate."""
         return 32 + d * (1 + self.levels.bit_length())
+
+    @property
+    def dense(self) -> Dense:
+        """Kind 3."""
+        return (3, float(self.levels), self.seed)
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         return codec.qsgd(x, self.levels, seed=self.seed, step=step, tensor_id=tensor_id)
@@ -358,36 +365,13 @@ class NaturalCompression(Compressor):
         """Sign and exponent."""
         return 9 * d
 
+    @property
+    def dense(self) -> Dense:
+        """Kind 4."""
+        return (4, 0.0, self.seed)
+
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         return codec.natural(x, seed=self.seed, step=step, tensor_id=tensor_id)
-
-
-# ---- the order of elements -----------------------------------------------------------------------
-
-
-def flatten(x: Tensor) -> Tensor:
-    """The elements in the order of memory, real, in the dtype that is computed in."""
-    if x.is_complex():
-        x = torch.view_as_real(x)
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return wide.permute(_order(x)).reshape(-1)
-
-
-def unflatten(like: Tensor, flat: Tensor) -> Tensor:
-    """A new tensor with `like`'s shape, dtype and layout, whose elements in order are `flat`."""
-    out = torch.empty_like(like, memory_format=torch.preserve_format)
-    real = torch.view_as_real(out) if like.is_complex() else out
-    base = torch.view_as_real(like) if like.is_complex() else like
-    order = _order(base)
-    inverse = [order.index(d) for d in range(base.dim())]
-    real.copy_(flat.reshape([base.shape[d] for d in order]).permute(inverse))
-    return out
-
-
-def _order(x: Tensor) -> list[int]:
-    """Dimensions, outermost in memory first."""
-    strides = x.stride()
-    return sorted(range(x.dim()), key=lambda d: -strides[d])
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -409,9 +393,11 @@ def _check_count(ratio: object, k: object) -> None:
         raise ValueError(f"ratio must be in (0, 1]; got {ratio!r}")
 
 
-def _check_integer(name: str, value: object, low: int) -> None:
+def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}; got {value!r}")
 
 
 def _check_seed(seed: object) -> None:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 import pysmooth
-from pysmooth.compressors import HardThreshold, Identity, RandK, ScaledSign, TopK
+from pysmooth.compressors import (
+    QSGD,
+    HardThreshold,
+    Identity,
+    NaturalCompression,
+    RandK,
+    ScaledSign,
+    TopK,
+)
 
 BACKENDS = ("cpu", "eager")
 
@@ -271,8 +279,13 @@ REGISTRY: tuple[Entry, ...] = (
         {
             "main": {"lr": 0.1, "tau": 2.0, "beta_hat": 0.5, "weight_decay": 0.1},
             "zero": {"lr": 0.1, "tau": 0.5, "scope": "group", "nonfinite": "zero"},
+            "noise": {"lr": 0.1, "tau": 2.0, "beta_hat": 0.5, "noise_std": 0.3, "seed": 5},
         },
-        lambda _: ("grad_estimate", "momentum_buffer"),
+        lambda kwargs: (
+            "grad_estimate",
+            "momentum_buffer",
+            *(("server_estimate",) if kwargs.get("noise_std") else ()),
+        ),
         ulp=4.0,
         clips=False,
     ),
@@ -292,6 +305,9 @@ REGISTRY: tuple[Entry, ...] = (
             "top_k_global": {"lr": 0.1, "compressor": TopK(k=40, scope="global")},
             "top_k_block": {"lr": 0.1, "compressor": TopK(ratio=0.1, scope="block", block_size=64)},
             "rand_k": {"lr": 0.1, "compressor": RandK(ratio=0.1, scaled=False, seed=3)},
+            # Seeds for which no draw falls between a rounded value and the oracle's.
+            "natural": {"lr": 0.1, "compressor": NaturalCompression(seed=1), "momentum": 0.5},
+            "qsgd": {"lr": 0.1, "compressor": QSGD(256, seed=1), "nonfinite": "zero"},
             "sign": {"lr": 0.1, "compressor": ScaledSign(), "maximize": True},
             "sign_momentum": {
                 "lr": 0.1,
@@ -324,6 +340,8 @@ REGISTRY: tuple[Entry, ...] = (
             "rand_k": {"lr": 0.1, "compressor": RandK(k=5, scaled=False), "init": "zero"},
             "sign": {"lr": 0.1, "compressor": ScaledSign(), "normalize": True, "scope": "tensor"},
             "identity": {"lr": 0.1, "compressor": Identity(), "eta": 0.5, "init": "full"},
+            "natural": {"lr": 0.1, "compressor": NaturalCompression(seed=1), "normalize": True},
+            "qsgd": {"lr": 0.1, "compressor": QSGD(256, seed=1), "eta": 0.3},
         },
         lambda kwargs: (
             "grad_estimate",

@@ -21,7 +21,16 @@ import pysmooth
 from pysmooth import chain, compose
 from pysmooth import parts as p
 from pysmooth.composition import ComposedOptimizer, fused_table
-from pysmooth.compressors import QSGD, HardThreshold, Identity, RandK, ScaledSign, TopK
+from pysmooth.compressors import (
+    QSGD,
+    Compressor,
+    HardThreshold,
+    Identity,
+    NaturalCompression,
+    RandK,
+    ScaledSign,
+    TopK,
+)
 
 CLIP = p.Clip(1.0)
 SPARSE = TopK(ratio=0.05)
@@ -59,6 +68,8 @@ FUSED: dict[str, tuple[tuple[p.Part, ...], type]] = {
     "ef top-k": ((p.Compress(SPARSE),), pysmooth.EFSGD),
     "ef rand-k": ((p.Compress(RandK(ratio=0.1, scaled=False, seed=3)),), pysmooth.EFSGD),
     "ef sign": ((p.Momentum(0.5), p.Compress(ScaledSign())), pysmooth.EFSGD),
+    "ef natural": ((p.Momentum(0.5), p.Compress(NaturalCompression(seed=1))), pysmooth.EFSGD),
+    "ef21 qsgd": ((p.Compress(QSGD(256, seed=1), "ef21"),), pysmooth.EF21),
     "ef21": ((p.Compress(SPARSE, "ef21"), p.Decay(0.1, True)), pysmooth.EF21),
     "ef21 full": ((p.Compress(SPARSE, "ef21", "first"),), pysmooth.EF21),
     "ef21 sgdm": ((p.Average(0.7, "first"), p.Compress(SPARSE, "ef21")), pysmooth.EF21),
@@ -288,7 +299,7 @@ def test_policies(backend: Any) -> None:
         ((p.Momentum(), CLIP), r"part 2, Clip, is in the way: nothing can follow"),
         ((CLIP, p.Sign(), p.ScaleByAdam()), r"part 3, ScaleByAdam, is in the way: nothing can"),
         ((CLIP, p.Compress(SPARSE)), r"part 1, Clip, is in the way of Compress"),
-        ((p.Compress(QSGD(4)),), r"part 1, Compress: QSGD has no kernel"),
+        ((p.Compress(Compressor()),), r"part 1, Compress: Compressor has no kernel"),
         (
             (p.Average(0.9, "first"), p.Sign()),
             r"part 1, Average: it starts from 'first'",

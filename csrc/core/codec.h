@@ -1,19 +1,35 @@
-// Compressors that look at one coordinate, given a scale that was taken over all of them: C(x).
+// Compressors that look at one coordinate, given a number that was made of all of them: C(x).
 //
 //   identity        x
 //   scaled_sign     scale, or -scale where x < 0; scale is the mean of |x|
 //   hard_threshold  x where |x| >= level, else 0
+//   qsgd            n step with x's sign, n drawn from the two integers next to |x| / step;
+//                   step is the norm of all over the number of levels
+//   natural         one of the two powers of two next to |x|, drawn, with x's sign
+//
+// What is drawn has the mean x: bits are cut off where a uniform number is at least what they are.
 #pragma once
 
 #include "core/rule.h"
 
 namespace pysmooth {
 
-enum class CodecKind : int { identity = 0, scaled_sign = 1, hard_threshold = 2 };
+enum class CodecKind : int { identity, scaled_sign, hard_threshold, qsgd, natural };
+
+PYSMOOTH_HD constexpr CodecKind codec_kind(double kind) {
+  return static_cast<CodecKind>(static_cast<int>(kind));
+}
 
 PYSMOOTH_HD constexpr Sum codec_sum(double kind) {
-  return static_cast<CodecKind>(static_cast<int>(kind)) == CodecKind::scaled_sign ? Sum::abs
-                                                                                  : Sum::none;
+  const CodecKind k = codec_kind(kind);
+  return k == CodecKind::scaled_sign ? Sum::abs : k == CodecKind::qsgd ? Sum::squares : Sum::none;
+}
+
+// Of the four hyper-parameters that describe a codec: kind, level, and the halves of a seed.
+PYSMOOTH_HD constexpr Draw codec_draw(const double* h) {
+  const CodecKind k = codec_kind(h[0]);
+  const bool draws = k == CodecKind::qsgd || k == CodecKind::natural;
+  return draw_of(draws ? Draw::bits : Draw::none, h[2], h[3]);
 }
 
 }  // namespace pysmooth
@@ -25,24 +41,67 @@ PYSMOOTH_HD V scaled_sign(V x, T scale) {
   return ops<V>::select(x >= V{}, V{} + scale, V{} - scale);
 }
 
+template <class V, class T>
+PYSMOOTH_HD V natural(V x, V drawn) {
+  using O = ops<V>;
+  using Word = typename O::Word;
+  using Part = typename word_of<T>::type;
+  constexpr int kDigits = word_of<T>::kDigits;
+  constexpr Part kUnit = Part{1} << kDigits, kDigitMask = kUnit - 1u;
+  constexpr Part kExponent = (~Part{0} >> 1) & ~kDigitMask;
+  const Word bits = O::bits(x);
+  const Word uniform = O::bits(drawn) >> (8 * static_cast<int>(sizeof(T)) - kDigits);
+  const Word down = bits & ~kDigitMask;
+  const Word up = down + kUnit;
+  Word out = O::select(uniform < (bits & kDigitMask), up, down);
+  out = O::select((out & kExponent) == kExponent, down, out);               // an overflow
+  return O::number(O::select((bits & kExponent) == kExponent, bits, out));  // infinity, NaN
+}
+
+template <class V, class T>
+PYSMOOTH_HD V dithered(V x, V drawn, T step, T inverse, T levels) {
+  using O = ops<V>;
+  using Part = typename word_of<T>::type;
+  constexpr int kDigits = word_of<T>::kDigits;
+  constexpr Part kOne = ((Part{1} << (8 * sizeof(T) - 2 - kDigits)) - 1u) << kDigits;  // 1.0
+  const V one = V{} + T(1), top = V{} + levels;
+  V y = magnitude_of<V>(x) * inverse;
+  y = O::select(y > top, top, y);
+  const V low = O::floor(y);
+  const typename O::Word digits =
+      O::bits(drawn) >> (8 * static_cast<int>(sizeof(T)) - kDigits) | kOne;
+  const V uniform = O::number(digits) - one;
+  const V sent = O::select(uniform < y - low, low + one, low) * step;
+  return O::select(x < V{}, -sent, sent);
+}
+
 template <class T>
 struct Codec {
   CodecKind kind;
-  T level, scale;
+  T level, scale, inverse;
 
-  PYSMOOTH_HD Codec(double kind_, double level_, double scale_)
-      : kind(static_cast<CodecKind>(static_cast<int>(kind_))),
-        level(static_cast<T>(level_)),
-        scale(static_cast<T>(scale_)) {}
+  // h: kind and level; sum: what was taken over all coordinates.
+  PYSMOOTH_HD Codec(const double* h, double sum)
+      : kind(codec_kind(h[0])),
+        level(static_cast<T>(h[1])),
+        scale(static_cast<T>(sum)),
+        inverse(0) {
+    if (kind != CodecKind::qsgd) return;
+    // Where a step is too small for a normal number nothing is sent; none is infinite.
+    constexpr double kTiny = sizeof(T) == 4 ? 1.1754943508222875e-38 : 2.2250738585072014e-308;
+    constexpr double kMost = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
+    const double step = sum / h[1];
+    scale = static_cast<T>(step < kTiny ? 0.0 : step > kMost ? kMost : step);
+    inverse = static_cast<T>(step < kTiny ? 0.0 : 1.0 / (step > kMost ? kMost : step));
+  }
 
   template <class V>
-  PYSMOOTH_HD V operator()(V x) const {
-    const V zero{};
+  PYSMOOTH_HD V operator()(V x, V drawn) const {
     if (kind == CodecKind::scaled_sign) return scaled_sign<V, T>(x, scale);
-    if (kind == CodecKind::hard_threshold) {
-      const V magnitude = ops<V>::select(x < zero, -x, x);
-      return ops<V>::select(magnitude >= zero + level, x, zero);
-    }
+    if (kind == CodecKind::hard_threshold)
+      return ops<V>::select(magnitude_of<V>(x) >= V{} + level, x, V{});
+    if (kind == CodecKind::qsgd) return dithered<V, T>(x, drawn, scale, inverse, level);
+    if (kind == CodecKind::natural) return natural<V, T>(x, drawn);
     return x;
   }
 };

@@ -8,21 +8,39 @@
 
 namespace pysmooth {
 
-struct Words {
-  uint32_t word[4];
+// Four words, or four vectors of them.
+template <class U>
+struct WordsOf {
+  U word[4];
+};
+using Words = WordsOf<uint32_t>;
+
+// A product in full: its lower word, and the upper one.
+struct Multiply {
+  PYSMOOTH_HD uint32_t operator()(uint32_t a, uint32_t b, uint32_t* upper) const {
+    const uint64_t product = uint64_t{a} * b;
+    *upper = static_cast<uint32_t>(product >> 32);
+    return static_cast<uint32_t>(product);
+  }
 };
 
-PYSMOOTH_HD Words philox(Words counter, uint32_t key0, uint32_t key1) {
+template <class U, class Product = Multiply>
+PYSMOOTH_HD WordsOf<U> philox(WordsOf<U> counter, uint32_t key0, uint32_t key1,
+                              Product multiply = {}) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53u} * counter.word[0];
-    const uint64_t b = uint64_t{0xCD9E8D57u} * counter.word[2];
-    counter = {{static_cast<uint32_t>(b >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(b),
-                static_cast<uint32_t>(a >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(a)}};
+    U upper_a, upper_b;
+    const U a = multiply(counter.word[0], 0xD2511F53u, &upper_a);
+    const U b = multiply(counter.word[2], 0xCD9E8D57u, &upper_b);
+    counter = {{upper_b ^ counter.word[1] ^ key0, b, upper_a ^ counter.word[3] ^ key1, a}};
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
   return counter;
 }
+
+// The words of elements 4 b to 4 b + 3 come from the counter (b, step, tensor). Where an element
+// needs 64 bits the lower half comes from a second word, of tensor + kSecondWord.
+constexpr uint32_t kSecondWord = 1u << 31;
 
 PYSMOOTH_HD uint32_t mix32(uint32_t x) {
   x ^= x >> 16;
@@ -39,7 +57,7 @@ struct NoiseKey {
 
   NoiseKey() = default;
   PYSMOOTH_HD NoiseKey(uint32_t step, uint32_t tensor) {
-    const Words words = philox({{0, 0, step, tensor}}, 0x6A09E667u, 0xBB67AE85u);
+    const Words words = philox(Words{{0, 0, step, tensor}}, 0x6A09E667u, 0xBB67AE85u);
     first = words.word[0];
     second = words.word[1];
   }
@@ -80,7 +98,7 @@ class Permutation {
     const auto key0 = static_cast<uint32_t>(seed) ^ 0x9E3779B9u;
     const auto key1 = static_cast<uint32_t>(seed >> 32);
     for (uint32_t block = 0; block < 2; ++block) {
-      const Words words = philox({{block, 0, step, tensor}}, key0, key1);
+      const Words words = philox(Words{{block, 0, step, tensor}}, key0, key1);
       for (uint32_t i = 0; i < 4 && 4 * block + i < 6; ++i) key_[4 * block + i] = words.word[i];
     }
   }

@@ -26,14 +26,20 @@
 //                 chosen coordinate, and again() gives a value once more after the pass
 //   kApplies      false if nothing is left to do for apply
 //   kApply, kPass, kSelected   the streams that apply, each pass and selected() touch
+//
+// and, for a rule that draws random numbers,
+//   draw()        what apply and the passes whose streams say so are handed for each element
 // The driver of each backend owns loading and storing, dtypes, tails and layouts, and what becomes
 // of the gradient before a rule sees it (clip, clamp, sign); a rule never sees a pointer. See
 // math/sgd.h.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <type_traits>
 
 #include "core/config.h"
+#include "core/half.h"
 
 namespace pysmooth {
 
@@ -47,7 +53,21 @@ enum class Sum : int { none = 0, abs = 1, squares = 2 };
 struct Streams {
   bool reads_param = true, writes_param = true, reads_grad = true;
   unsigned reads_state = ~0u, writes_state = ~0u;
+  bool draws = false;  // what draw() says
 };
+
+// What is drawn for each element, by seed, step, tensor and element: random bits, as many as the
+// compute type has, or a standard normal number, the same float in every compute type.
+struct Draw {
+  enum Kind : int { none = 0, bits = 1, normal = 2 };
+  Kind kind = none;
+  uint64_t seed = 0;
+};
+
+// A hyper-parameter is a double: seeds come in halves.
+PYSMOOTH_HD constexpr Draw draw_of(Draw::Kind kind, double seed_low, double seed_high) {
+  return {kind, static_cast<uint64_t>(seed_low) | static_cast<uint64_t>(seed_high) << 32};
+}
 
 // What apply is told about a tensor, apart from the hyper-parameters.
 struct Scalars {
@@ -84,6 +104,7 @@ struct RuleDefaults {
   static constexpr Streams kSelected{};
   PYSMOOTH_HD static bool reads_param(const double* /*hyper*/, int /*stage*/) { return true; }
   PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::none; }
+  PYSMOOTH_HD static Draw draw(const double* /*hyper*/) { return {}; }
   PYSMOOTH_HD static bool selects_nothing(const double* /*hyper*/) { return false; }
   PYSMOOTH_HD static double accumulate(const double* /*hyper*/, double norm_sq,
                                        double /*sum_squares*/) {
@@ -98,14 +119,45 @@ struct Lane {
   V param;
   V grad;
   V state[kStates > 0 ? kStates : 1];
+  V drawn;  // a number, or bits in the place of one
+};
+
+// The unsigned integer that has a number's bits, and how many of them are digits.
+template <class C>
+struct word_of;
+template <>
+struct word_of<float> {
+  using type = uint32_t;
+  static constexpr int kDigits = 23;
+};
+template <>
+struct word_of<double> {
+  using type = uint64_t;
+  static constexpr int kDigits = 52;
 };
 
 // The few operations that read differently on scalars and on SIMD vectors; backends specialise it.
 template <class V>
 struct ops {
-  PYSMOOTH_HD static V select(bool mask, V yes, V no) { return mask ? yes : no; }
+  using Word = typename word_of<V>::type;
+  template <class T>
+  PYSMOOTH_HD static T select(bool mask, T yes, T no) {
+    return mask ? yes : no;
+  }
   PYSMOOTH_HD static V sqrt(V x) { return std::sqrt(x); }
+  PYSMOOTH_HD static V floor(V x) { return std::floor(x); }
+  PYSMOOTH_HD static Word bits(V x) { return bits_as<Word>(x); }
+  PYSMOOTH_HD static V number(Word bits) { return bits_as<V>(bits); }
+  // The word as an integer with a sign, rounded.
+  PYSMOOTH_HD static V whole(Word x) {
+    return static_cast<V>(static_cast<std::make_signed_t<Word>>(x));
+  }
 };
+
+template <class V>
+PYSMOOTH_HD V magnitude_of(V x) {
+  return ops<V>::select(x < V{}, -x, x);
+}
 
 // NaN passes through, as it does in torch.clamp.
 template <class V>

@@ -61,10 +61,11 @@ void apply(const ApplyArgs& args) {
     a.length -= done;
   }
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
-  Staging<C> run(a, touch_of<Rule>(Use::kStreams), Staging<C>::kNoLimit);
+  Drawing<C, Use::kStreams.draws> drawing(a, Rule::draw(a.hyper));
+  Staging<C> run(a, touch_of<Rule>(Use::kStreams), drawing.most(Staging<C>::kNoLimit));
   [[maybe_unused]] int64_t done = 0;
   while (run.next()) {
-    const Port<Rule, C> port(run.operand, a.scalars);
+    const Port<Rule, C> port(run.operand, a.scalars, drawing.next(run.count));
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i);
       if constexpr (Rule::kSendsSigns) x.grad = load_signs<C>(a.signs, done + i);

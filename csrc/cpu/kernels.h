@@ -53,7 +53,8 @@ struct ApplyArgs {
   Scalars scalars;
   unsigned stochastic;  // operands, as bits, that are rounded stochastically: bfloat16 ones
   NoiseKey noise;
-  uint64_t* signs;  // a bit per element of the chunk, set where negative; null: none are kept
+  uint32_t step, tensor;  // steps that the tensor has seen, and its number: what is drawn
+  uint64_t* signs;        // a bit per element of the chunk, set where negative; null: none are kept
   RowCoefs rows;
 };
 using ApplyFn = void (*)(const ApplyArgs&);

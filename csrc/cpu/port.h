@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cpu/draw.h"
 #include "cpu/staging.h"
 
 PYSMOOTH_KERNELS_BEGIN
@@ -15,8 +16,10 @@ struct Port {
   // A copy: a compiler that sees the buffers escape would load these pointers again and again.
   C* at[2 + Rule::kStates];
   const GradientIn<C> take;
+  const C* const drawn;  // null: nothing is
 
-  PYSMOOTH_HD Port(C* const* operand, const Scalars& scalars) : take(scalars) {
+  PYSMOOTH_HD Port(C* const* operand, const Scalars& scalars, const C* drawn_ = nullptr)
+      : take(scalars), drawn(drawn_) {
     for (int k = 0; k < 2 + Rule::kStates; ++k) at[k] = operand[k];
   }
 
@@ -29,6 +32,8 @@ struct Port {
     if constexpr ((kUse.reads & 2u) != 0) x.grad = take(io::load(at[1] + i));
     for (int k = 0; k < Rule::kStates; ++k)
       if (kUse.reads >> (2 + k) & 1u) x.state[k] = io::load(at[2 + k] + i);
+    if constexpr (Use::kStreams.draws)
+      if (drawn != nullptr) x.drawn = io::load(drawn + i);
     return x;
   }
   template <class Use>

@@ -219,8 +219,9 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
     std::swap(args.dtype[0], args.dtype[args.companion]);
   }
   if (slot.storage == ParamStorage::stochastic) args.stochastic |= 1u;
-  if (args.stochastic != 0)
-    args.noise = NoiseKey(static_cast<uint32_t>(*slot.steps), static_cast<uint32_t>(t));
+  args.step = slot.steps == nullptr ? 0u : static_cast<uint32_t>(*slot.steps);
+  args.tensor = static_cast<uint32_t>(t);
+  if (args.stochastic != 0) args.noise = NoiseKey(args.step, args.tensor);
   args.layout = slot.layout;
   args.begin = chunk.begin;
   args.length = chunk.length;

@@ -69,13 +69,15 @@ SourceResult source(const ApplyArgs& a, const SourceTask& task) {
   constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   // Some rules need the parameter for weight decay only.
   const bool reads_param = task.reads_param || (kUse.writes & 1u) != 0;
-  Staging<C> run(a, {reads_param ? kUse.reads : kUse.reads & ~1u, kUse.writes}, kBlockElements);
+  Drawing<C, Use::kStreams.draws> drawing(a, Rule::draw(a.hyper));
+  Staging<C> run(a, {reads_param ? kUse.reads : kUse.reads & ~1u, kUse.writes},
+                 drawing.most(kBlockElements));
   alignas(64) C values[kBlockElements];
   SourceResult result;
   int64_t done = 0;
   int filled = 0;
   while (run.next()) {
-    const Port<Rule, C> port(run.operand, a.scalars);
+    const Port<Rule, C> port(run.operand, a.scalars, drawing.next(run.count));
     C* const out = values + filled;
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i, reads_param);

@@ -53,24 +53,35 @@ PYSMOOTH_HD V sqrt_each(V x) {
   return out;
 }
 
-template <>
-struct ops<vec<float>> {
-  using V = vec<float>;
-  template <class Mask>
-  PYSMOOTH_HD static V select(Mask mask, V yes, V no) {
+template <class V, class C>
+PYSMOOTH_HD V floor_each(V x) {
+  V out{};
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes_of<C>; ++i) out[i] = std::floor(x[i]);
+  return out;
+}
+
+template <class C>
+struct vector_ops {
+  using V = vec<C>;
+  using Word = vec<typename word_of<C>::type>;
+  template <class Mask, class T>
+  PYSMOOTH_HD static T select(Mask mask, T yes, T no) {
     return mask ? yes : no;
   }
-  PYSMOOTH_HD static V sqrt(V x) { return sqrt_each<V, float>(x); }
+  PYSMOOTH_HD static V sqrt(V x) { return sqrt_each<V, C>(x); }
+  PYSMOOTH_HD static V floor(V x) { return floor_each<V, C>(x); }
+  PYSMOOTH_HD static Word bits(V x) { return bits_as<Word>(x); }
+  PYSMOOTH_HD static V number(Word bits) { return bits_as<V>(bits); }
+  PYSMOOTH_HD static V whole(Word x) {
+    using Signed = vec<std::make_signed_t<typename word_of<C>::type>>;
+    return __builtin_convertvector(bits_as<Signed>(x), V);
+  }
 };
 template <>
-struct ops<vec<double>> {
-  using V = vec<double>;
-  template <class Mask>
-  PYSMOOTH_HD static V select(Mask mask, V yes, V no) {
-    return mask ? yes : no;
-  }
-  PYSMOOTH_HD static V sqrt(V x) { return sqrt_each<V, double>(x); }
-};
+struct ops<vec<float>> : vector_ops<float> {};
+template <>
+struct ops<vec<double>> : vector_ops<double> {};
 
 // One bit per lane of a comparison's result.
 template <class Mask>

@@ -20,7 +20,7 @@ class CompressedOptimizer(FusedOptimizer):
 
     def set_compressor(self, compressor: object, norm_scope: Scope = Scope.GLOBAL) -> None:
         """Takes the compressor in; `norm_scope` is of the norm that a rule takes after it."""
-        if not isinstance(compressor, Compressor):
+        if not isinstance(compressor, Compressor) or not (compressor.select or compressor.dense):
             raise TypeError(f"compressor must be one of pysmooth.compressors; got {compressor!r}")
         self.compressor = compressor
         self.stage_scopes = (Scope[compressor.scale_scope.upper()], norm_scope)
@@ -29,15 +29,14 @@ class CompressedOptimizer(FusedOptimizer):
         """How coordinates are selected, where they are."""
         return self.compressor.select
 
-    def codec(self) -> tuple[float, float]:
-        """Kind and parameter of a dense compressor, as csrc/core/codec.h numbers them."""
-        return self.compressor.dense or (0.0, 0.0)
+    def codec(self) -> tuple[float, ...]:
+        """A dense compressor as hyper-parameters: kind, level, and the halves of a seed."""
+        kind, level, seed = self.compressor.dense or (0, 0.0, 0)
+        return (float(kind), level, *halves(seed))
 
     def form(self) -> str:
-        """How the rule uses the compressor: "dense", "select", or "eager", where no kernel can."""
-        if self.compressor.select is not None:
-            return "select"
-        return "eager" if self.compressor.dense is None else "dense"
+        """How the rule uses the compressor."""
+        return "dense" if self.compressor.select is None else "select"
 
     def selections(self) -> tuple[int, int]:
         """How many top-k selections the steps have made, and how many took a second look.
@@ -52,3 +51,8 @@ class CompressedOptimizer(FusedOptimizer):
 def floats(group: dict[str, Any], *names: str) -> tuple[float, ...]:
     """The group's values of these names."""
     return tuple(float(group[name]) for name in names)
+
+
+def halves(seed: int) -> tuple[float, float]:
+    """A seed of 64 bits as two numbers that a float holds."""
+    return float(seed & 0xFFFFFFFF), float(seed >> 32)

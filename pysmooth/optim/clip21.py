@@ -12,7 +12,7 @@ from ..engine.recipe import ClipSpec, Recipe, Scope
 from ._base import FusedOptimizer, check_scope
 from ._clip import Backend, Norm, ScopeName
 from ._precision import Precision
-from ._residual import ResidualPolicy
+from ._residual import ResidualPolicy, floats, halves
 from ._validate import check_flag, check_number, check_seed
 
 
@@ -37,8 +37,8 @@ class Clip21SGD2M(FusedOptimizer):
     With `noise_std` the server's copy of the estimate, which the parameter follows, also receives
     `beta_hat` times Gaussian noise in every step, as for differential privacy; the worker's own
     stays free of it. It is a state more, `server_estimate`, and server_estimate - grad_estimate is
-    beta_hat times the sum of the noise. No privacy budget is counted here. Noise needs
-    `backend="eager"`.
+    beta_hat times the sum of the noise. No privacy budget is counted here. The noise is drawn in
+    float32 whatever the parameter's dtype is, and is the same on every backend.
 
     State: `grad_estimate` and `momentum_buffer`, both start from 0: 8 bytes per parameter (float32
     also for 16-bit parameters), 16 for float64.
@@ -128,20 +128,14 @@ class Clip21SGD2M(FusedOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
-        names = ("lr", "tau", "beta", "beta_hat", "weight_decay")
-        hyper = tuple(float(group[name]) for name in names)
+        hyper = floats(group, "lr", "tau", "beta", "beta_hat", "weight_decay", "noise_std")
+        hyper += halves(int(group["seed"]))
         clip = ClipSpec(maximize=group["maximize"])
         states = ("grad_estimate", "momentum_buffer")
-        noise, seed = float(group["noise_std"]), int(group["seed"])
-        if noise == 0:
+        if group["noise_std"] == 0:
             return Recipe("clip21_sgd2m", hyper, states, clip)
-        return Recipe(
-            "clip21_sgd2m_noise",
-            (*hyper, noise, float(seed & 0xFFFFFFFF), float(seed >> 32)),
-            (*states, "server_estimate"),
-            clip,
-            counts_steps=True,
-        )
+        noisy = (*states, "server_estimate")
+        return Recipe("clip21_sgd2m_noise", hyper, noisy, clip, counts_steps=True)
 
 
 class Clip21(FusedOptimizer):
@@ -213,5 +207,6 @@ class Clip21(FusedOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
-        hyper = (float(group["lr"]), float(group["tau"]), 1.0, 1.0, float(group["weight_decay"]))
+        lr, tau, weight_decay = floats(group, "lr", "tau", "weight_decay")
+        hyper = (lr, tau, 1.0, 1.0, weight_decay, 0.0, 0.0, 0.0)  # beta, beta_hat; no noise
         return Recipe("clip21", hyper, ("grad_estimate",), ClipSpec(maximize=group["maximize"]))

@@ -45,10 +45,7 @@ class EF21(CompressedOptimizer):
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
             `pysmooth.ClipSGD`.
         lr: step size, or length of the step with `normalize`; at least 0.
-        compressor: one of `pysmooth.compressors`. `TopK`, `RandK`, `ScaledSign`, `HardThreshold`
-        and
-            `Identity` are fused on the cpu backend; `QSGD` and `NaturalCompression` need
-            `backend="eager"`.
+        compressor: one of `pysmooth.compressors`.
         normalize: divide the step by the estimate's norm.
         eta: weight of the new gradient in the momentum, in (0, 1]; None: no momentum.
         init: the estimate before the first step: "compressed": 0, so that the first step leaves it

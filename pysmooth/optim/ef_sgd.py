@@ -50,9 +50,7 @@ class EFSGD(CompressedOptimizer):
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
             `pysmooth.ClipSGD`.
         lr: learning rate, at least 0.
-        compressor: one of `pysmooth.compressors`. `TopK`, `RandK`, `ScaledSign`, `HardThreshold`
-            and `Identity` are fused on the cpu backend; `QSGD` and `NaturalCompression` need
-            `backend="eager"`.
+        compressor: one of `pysmooth.compressors`.
         momentum: decay rate of the momentum, in [0, 1).
         weight_decay: coupled: added to the gradient, before momentum and compression; at least 0.
         residual: "bf16" keeps `residual` (`compressor_input`) in 2 bytes per parameter, rounded

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from . import random
+from .order import unflatten
 from .staged import Member, Passes
 
-HYPER = ("lr", "tau", "beta", "beta_hat", "weight_decay")
-NOISY_HYPER = (*HYPER, "noise_std", "seed_low", "seed_high")
+HYPER = (
+    *("lr", "tau", "beta", "beta_hat", "weight_decay"),
+    *("noise_std", "seed_low", "seed_high"),
+)
 
 
 def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
@@ -25,8 +28,8 @@ def noisy(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     for m, u in zip(members, _clipped(members, passes), strict=True):
         seed = int(m.hyper["seed_low"]) | int(m.hyper["seed_high"]) << 32
         noise = random.normal(m.p.numel(), seed=seed, step=m.step, tensor_id=m.number)
-        noise = noise.to(m.p).reshape(m.p.shape) * m.hyper["noise_std"]
-        m.states[2].add_((u + noise) * m.hyper["beta_hat"])
+        noise = unflatten(m.p, noise.to(m.p)) * m.hyper["noise_std"]
+        m.states[2].add_((noise + u) * m.hyper["beta_hat"])
     return [_moved(m, m.states[2]) for m in members]
 
 
@@ -50,6 +53,6 @@ def _clipped(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     for m, distance, norm in zip(members, distances, norms, strict=True):
         tau = m.hyper["tau"]
         coef = torch.where(norm > tau, tau / norm, torch.where(norm.isnan(), norm, 1.0))
-        out.append(distance * coef)
+        out.append(distance * coef.to(distance.dtype))
         m.states[0].add_(out[-1] * m.hyper["beta_hat"])
     return out

@@ -35,15 +35,21 @@ def scaled_sign(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def qsgd(x: Tensor, levels: int, *, seed: int, step: int, tensor_id: int) -> Tensor:
-    """|x| rounded at random to one of the next two multiples of ||x|| / levels."""
-    norm = x.double().square().sum().sqrt().to(x.dtype)
-    if float(norm) == 0:
-        return torch.zeros_like(x)
-    y = x.abs() * levels / norm
+    """|x| rounded at random to one of the next two multiples of ||x|| / levels.
+
+    Where that is too small for a normal number nothing is left; it is never infinite.
+    """
+    info = torch.finfo(x.dtype)
+    unit = x.double().square().sum().sqrt() / levels
+    small = unit < info.tiny
+    unit = unit.clamp(max=info.max)
+    inverse = torch.where(small, 0.0, 1.0 / unit).to(x.dtype)
+    unit = torch.where(small, 0.0, unit).to(x.dtype)
+    y = x.abs() * inverse
+    y = torch.where(y > levels, levels, y)
     low = y.floor()
-    r = random.words(len(x), seed=seed, step=step, tensor_id=tensor_id)
-    u = (r >> 8).to(x.dtype) * 2.0**-24
-    out = norm * ((low + (u < y - low).to(x.dtype)) / levels)
+    drawn = random.bits(len(x), x.dtype, seed=seed, step=step, tensor_id=tensor_id).to(x.device)
+    out = torch.where(random.uniform(drawn) < y - low, low + 1, low) * unit
     return torch.where(x < 0, -out, out)
 
 
@@ -55,15 +61,11 @@ def natural(x: Tensor, *, seed: int, step: int, tensor_id: int) -> Tensor:
     """
     integer, digits = _BITS[x.dtype]
     bits = x.view(integer)
-    mantissa = bits & ((1 << digits) - 1)
-    lower = bits & ~((1 << digits) - 1)
-    r = random.words(len(x), seed=seed, step=step, tensor_id=tensor_id)
-    if digits == 23:
-        u = r >> 9
-    else:
-        more = random.words(len(x), seed=seed, step=step, tensor_id=tensor_id | 1 << 31)
-        u = r << 20 | more >> 12
-    up = (u < mantissa).to(integer) << digits
-    rounded = (lower + up).view(x.dtype)
+    cut = bits & ((1 << digits) - 1)
+    lower = bits - cut
+    drawn = random.bits(len(x), x.dtype, seed=seed, step=step, tensor_id=tensor_id).to(x.device)
+    kept = x.element_size() * 8 - digits  # as an integer without sign: shift, and mask
+    up = (drawn >> kept & ((1 << digits) - 1)) < cut
+    rounded = (lower + (up.to(integer) << digits)).view(x.dtype)
     rounded = torch.where(torch.isinf(rounded), lower.view(x.dtype), rounded)
     return torch.where(torch.isfinite(x), rounded, x)

@@ -9,17 +9,23 @@ from torch import Tensor
 
 from .staged import Member, Passes
 
-HYPER = ("lr", "eta", "weight_decay", "normalize", "codec", "level")
+HYPER = (
+    *("lr", "eta", "weight_decay", "normalize"),
+    *("codec", "level", "seed_low", "seed_high"),
+)
 
 
-def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+def dense(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """Returns the new parameters; updates the estimate and the momenta."""
-    targets = smoothed(members)
-    sent = passes.compress(
-        members, [w - m.states[0] for m, w in zip(members, targets, strict=True)]
-    )
+    for m, c in zip(members, _sent(members, passes), strict=True):
+        m.states[0].add_(c)
+    return _step(members, passes, [_along(m) for m in members])
+
+
+def select(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+    """The same for compressors that select."""
     out = []
-    for m, c in zip(members, sent, strict=True):
+    for m, c in zip(members, _sent(members, passes), strict=True):
         lr = m.hyper["lr"]
         # In two steps, as the fused pass takes them: along the old estimate, then along what came.
         moved = m.p * (1 - lr * m.hyper["weight_decay"]) - lr * m.states[0]
@@ -40,11 +46,19 @@ def plus(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     other = passes.norms(0, members, [w - c for w, c in zip(targets, direct, strict=True)])
     for m, a, b, h, c in zip(members, error, other, moved, direct, strict=True):
         m.states[0].copy_(torch.where(b < a, c, h))
-    out = [
-        m.p * (1 - m.hyper["lr"] * m.hyper["weight_decay"]) - m.hyper["lr"] * m.states[0]
-        for m in members
-    ]
-    return _step(members, passes, out)
+    return _step(members, passes, [_along(m) for m in members])
+
+
+def _along(m: Member) -> Tensor:
+    return m.p * (1 - m.hyper["lr"] * m.hyper["weight_decay"]) - m.hyper["lr"] * m.states[0]
+
+
+def _sent(members: Sequence[Member], passes: Passes) -> list[Tensor]:
+    """C(w - h), the momenta being brought up to date."""
+    targets = smoothed(members)
+    return passes.compress(
+        members, [w - m.states[0] for m, w in zip(members, targets, strict=True)]
+    )
 
 
 def smoothed(members: Sequence[Member]) -> list[Tensor]:
@@ -66,6 +80,6 @@ def _step(members: Sequence[Member], passes: Passes, plain: list[Tensor]) -> lis
     for m, norm, p in zip(members, norms, plain, strict=True):
         lr = m.hyper["lr"]
         size = torch.where(norm == 0, 0.0, lr / norm)
-        step = m.p * (1 - lr * m.hyper["weight_decay"]) - size * m.states[0]
+        step = m.p * (1 - lr * m.hyper["weight_decay"]) - size.to(m.p.dtype) * m.states[0]
         out.append(step if m.hyper["normalize"] else p)
     return out

@@ -23,5 +23,5 @@ def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     for m, norm in zip(members, norms, strict=True):
         lr = m.hyper["lr"]
         size = torch.where(norm == 0, 0.0, lr / (norm + m.hyper["eps"]))
-        out.append(m.p * (1 - lr * m.hyper["weight_decay"]) - size * m.states[0])
+        out.append(m.p * (1 - lr * m.hyper["weight_decay"]) - size.to(m.p.dtype) * m.states[0])
     return out

@@ -5,7 +5,7 @@ Philox4x32-10 (Salmon et al., SC 2011) and permutations keyed by it. 32-bit word
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,14 +42,70 @@ def words(count: int, *, seed: int, step: int, tensor_id: int) -> Tensor:
     return torch.stack(drawn, dim=1).reshape(-1)[:count]
 
 
+def bits(count: int, dtype: torch.dtype, *, seed: int, step: int, tensor_id: int) -> Tensor:
+    """Random bits of integers as wide as `dtype`: a word each, or two, the second drawn apart."""
+    upper = words(count, seed=seed, step=step, tensor_id=tensor_id)
+    if dtype != torch.float64:
+        return torch.where(upper > _WORD >> 1, upper - (_WORD + 1), upper).to(torch.int32)
+    return upper << 32 | words(count, seed=seed, step=step, tensor_id=tensor_id | 1 << 31)
+
+
+def uniform(drawn: Tensor) -> Tensor:
+    """Random bits as numbers in [0, 1): as many digits as fit beside the exponent of 1."""
+    if drawn.dtype == torch.int32:
+        return (drawn >> 9 & 0x7FFFFF | 0x3F800000).view(torch.float32) - 1
+    return (drawn >> 12 & (1 << 52) - 1 | 0x3FF << 52).view(torch.float64) - 1
+
+
+# -2 ln(1 + f) = f^2 - 2 f + f^3 (...), sin(y) = y + y^3 (...), cos(y) = 1 - y^2 / 2 + y^4 (...)
+_LOG = (
+    *(-0.6666663, 0.5000162, -0.40004572, 0.33249104),
+    *(-0.28362402, 0.2625757, -0.25763178, 0.15718919),
+)
+_SIN = (-0.16666655, 0.008332178, -0.00019517296)
+_COS = (0.041666646, -0.0013887368, 2.4438448e-05)
+
+
 def normal(count: int, *, seed: int, step: int, tensor_id: int) -> Tensor:
-    """Standard normal numbers in float64: Box-Muller on the words of two elements each."""
-    pairs = words(4 * ((count + 1) // 2), seed=seed, step=step, tensor_id=tensor_id).view(-1, 4)
-    u = ((pairs[:, 0] << 20 | pairs[:, 1] >> 12) + 1).double() * 2.0**-52  # in (0, 1]
-    angle = (pairs[:, 2] << 20 | pairs[:, 3] >> 12).double() * (2.0**-52 * 2 * math.pi)
-    radius = (-2 * u.log()).sqrt()
-    drawn = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
-    return drawn.reshape(-1)[:count]
+    """Standard normal numbers in float32, none larger than 6.7, from a word each."""
+    drawn = words(count + count % 2, seed=seed, step=step, tensor_id=tensor_id)
+    return box_muller(drawn.view(-1, 2)).reshape(-1)[:count]
+
+
+def box_muller(pairs: Tensor) -> Tensor:
+    """Pairs of normal numbers from pairs of words.
+
+    Twin of csrc/core/math/normal.h to the bit: nothing but sums, products and square roots.
+    """
+    first, second = pairs[:, 0], pairs[:, 1]
+    # u = 2^e * (1 + f), in (0, 1]
+    u = ((first >> 1).float() + 0.5) * 2.0**-31
+    whole = u.view(torch.int32)
+    e = whole - 0x3F3504F3 >> 23
+    f = (whole - (e << 23)).view(torch.float32) - 1
+    square = f * f
+    log = square * (f * _polynomial(_LOG, f)) + square - f * 2 - e.float() * 1.3862944
+    radius = log.double().sqrt().float()  # torch's own, in float32, is not always rounded right
+    # The angle's quarter turns, and what is left of it, in [-pi / 4, pi / 4].
+    turns = second + (1 << 29) >> 30
+    y = (second - (turns << 30)).float() * 1.4629181e-09
+    z = y * y
+    sin = y * z * _polynomial(_SIN, z) + y
+    cos = z * z * _polynomial(_COS, z) - z * 0.5 + 1
+    odd = turns & 1 == 1
+    left, up = (turns + 1) & 2 != 0, turns & 2 != 0
+    across, along = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
+    across = torch.where(left, -across, across) * radius
+    along = torch.where(up, -along, along) * radius
+    return torch.stack([across, along], dim=1)
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """The polynomial, by Horner's rule."""
+    out = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        out = out * x + c
+    return out
 
 
 def permutation(count: int, size: int, *, seed: int, step: int, tensor_id: int) -> Tensor:

@@ -94,8 +94,7 @@ def _staged(
     name: str, module: Any, states: int, *, counts_steps: bool = False, staged: Staged | None = None
 ) -> EagerRule:
     step = module.step if staged is None else staged
-    hyper = module.NOISY_HYPER if name.endswith("noise") else module.HYPER
-    return EagerRule(name, hyper, states, None, counts_steps=counts_steps, staged=step)
+    return EagerRule(name, module.HYPER, states, None, counts_steps=counts_steps, staged=step)
 
 
 def _ef_sgd() -> list[EagerRule]:
@@ -119,8 +118,12 @@ def _ef_sgd() -> list[EagerRule]:
 
 def _ef21() -> list[EagerRule]:
     return [
-        _staged(f"ef21_{form}{suffix}", ef21, states, counts_steps=True)
-        for form in ("dense", "select", "select_normalized")
+        _staged(f"ef21_{form}{suffix}", ef21, states, counts_steps=True, staged=staged)
+        for form, staged in (
+            ("dense", ef21.dense),
+            ("select", ef21.select),
+            ("select_normalized", ef21.select),
+        )
         for states, suffix in ((1, ""), (2, "_m"), (3, "_2m"))
     ]
 
@@ -156,6 +159,7 @@ RULES: dict[str, EagerRule] = {
         _staged("normalized_sgd", normalized_sgd, 1),
         _staged("clip21", clip21, 1),
         _staged("clip21_sgd2m", clip21, 2),
+        _staged("clip21_sgd2m_noise", clip21, 3, counts_steps=True, staged=clip21.noisy),
         *_ef_sgd(),
         *_ef21(),
     )
@@ -166,12 +170,6 @@ EAGER_RULES: dict[str, EagerRule] = {
     rule.name: rule
     for rule in (
         EagerRule("chain", ("lr",), 0, None, staged=run_chain),
-        _staged("ef_sgd_eager", ef_sgd, 1, counts_steps=True),
-        _staged("ef_sgd_eager_momentum", ef_sgd, 2, counts_steps=True),
-        _staged("ef21_eager", ef21, 1, counts_steps=True),
-        _staged("ef21_eager_m", ef21, 2, counts_steps=True),
-        _staged("ef21_eager_2m", ef21, 3, counts_steps=True),
-        _staged("clip21_sgd2m_noise", clip21, 3, counts_steps=True, staged=clip21.noisy),
         _staged("ef21_plus", ef21, 1, counts_steps=True, staged=ef21.plus),
         _staged("ef21_plus_m", ef21, 2, counts_steps=True, staged=ef21.plus),
     )

@@ -1,32 +1,41 @@
 // Clip21 on one worker: what is clipped is not the gradient but its distance to an estimate h,
 //
 //   v = (1 - beta) * v + beta * g             (Clip21Sgd2m; v = g for Clip21)
-//   u = clip(v - h)                           (over a whole scope: u = (v - h) * min(1, tau /
-//   norm)) h = h + beta_hat * u                      (beta_hat = 1 for Clip21) p = (1 - lr *
-//   weight_decay) * p - lr * h
+//   u = clip(v - h)                           (over a whole scope: (v - h) * min(1, tau / norm))
+//   h = h + beta_hat * u                      (beta_hat = 1 for Clip21)
+//   p = (1 - lr * weight_decay) * p - lr * h
 //
-// Pass 0 takes the norm of v - h.
+// Pass 0 takes the norm of v - h. With noise, p follows the server's estimate instead, a state of
+// its own:
+//
+//   s = s + beta_hat * (u + noise_std * z)    (z standard normal)
 #pragma once
 
 #include "core/rule.h"
 
 PYSMOOTH_KERNELS_BEGIN
 
-template <int kMomentum>  // 0 or 1: whether v is a state of its own
+// kMomentum: 0 or 1, whether v is a state of its own.
+template <int kMomentum, bool kNoise = false>
 struct Clip21 : RuleDefaults {
-  static constexpr const char* kName = kMomentum ? "clip21_sgd2m" : "clip21";
-  static constexpr const char* kHyper[] = {"lr", "tau", "beta", "beta_hat", "weight_decay"};
-  static constexpr int kStates = 1 + kMomentum;  // h, then v
+  static constexpr const char* kName = kNoise      ? "clip21_sgd2m_noise"
+                                       : kMomentum ? "clip21_sgd2m"
+                                                   : "clip21";
+  static constexpr const char* kHyper[] = {"lr",           "tau",       "beta",     "beta_hat",
+                                           "weight_decay", "noise_std", "seed_low", "seed_high"};
+  static constexpr int kStates = 1 + kMomentum + kNoise;  // h, then v, then s
+  static constexpr bool kCountsSteps = kNoise;            // noise is drawn by step
   static constexpr int kStages = 1;
-  static constexpr Streams kPass[1] = {{false, false, true, ~0u, 2u}};
-  static constexpr Streams kApply{true, true, kMomentum == 0, ~0u, 1u};
+  static constexpr Streams kPass[1] = {{false, false, true, 3u, 2u}};
+  static constexpr Streams kApply{true, true, kMomentum == 0, ~0u, 5u, kNoise};
 
   template <class T>
   struct Hyper {
-    T keep, admit, coef, beta_hat, shrink, lr;
+    T keep, admit, coef, beta_hat, shrink, lr, noise;
   };
 
   PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::squares; }
+  PYSMOOTH_HD static Draw draw(const double* h) { return draw_of(Draw::normal, h[6], h[7]); }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
@@ -38,7 +47,8 @@ struct Clip21 : RuleDefaults {
                                           : norm),
             static_cast<T>(h[3]),
             static_cast<T>(1.0 - h[0] * h[4]),
-            static_cast<T>(h[0])};
+            static_cast<T>(h[0]),
+            static_cast<T>(h[5])};
   }
 
   template <class V, class T>
@@ -55,8 +65,11 @@ struct Clip21 : RuleDefaults {
 
   template <class V, class T>
   PYSMOOTH_HD static void update(Lane<V, kStates>& x, const Hyper<T>& h) {
-    x.state[0] = x.state[0] + distance<V, T>(x) * h.coef * h.beta_hat;
-    x.param = x.param * h.shrink - x.state[0] * h.lr;
+    const V u = distance<V, T>(x) * h.coef;
+    x.state[0] = x.state[0] + u * h.beta_hat;
+    constexpr int kLead = kNoise ? 2 : 0;  // what p follows
+    if constexpr (kNoise) x.state[kLead] = x.state[kLead] + (x.drawn * h.noise + u) * h.beta_hat;
+    x.param = x.param * h.shrink - x.state[kLead] * h.lr;
   }
 };
 

@@ -27,15 +27,16 @@ struct Ef21 : RuleDefaults {
       {"ef21_select", "ef21_select_m", "ef21_select_2m"},
       {"ef21_select_normalized", "ef21_select_normalized_m", "ef21_select_normalized_2m"}};
   static constexpr const char* kName = kNames[static_cast<int>(kForm)][kMomenta];
-  static constexpr const char* kHyper[] = {"lr",        "eta",   "weight_decay",
-                                           "normalize", "codec", "level"};
+  static constexpr const char* kHyper[] = {"lr",    "eta",   "weight_decay", "normalize",
+                                           "codec", "level", "seed_low",     "seed_high"};
   static constexpr int kStates = 1 + kMomenta;  // h, then v, then u
   static constexpr bool kCountsSteps = true;    // random compressors draw by step
   static constexpr int kStages = kOnePass ? 1 : 2;
   static constexpr bool kApplies = !kOnePass;
-  static constexpr Streams kPass[2] = {{kOnePass, kOnePass, true, ~0u, ~1u},
-                                       {false, false, !kSelects && kMomenta == 0,
-                                        kSelects ? 1u : 1u | 1u << kMomenta, kSelects ? 0u : 1u}};
+  static constexpr Streams kPass[2] = {
+      {kOnePass, kOnePass, true, ~0u, ~1u},
+      {false, false, !kSelects && kMomenta == 0, kSelects ? 1u : 1u | 1u << kMomenta,
+       kSelects ? 0u : 1u, !kSelects}};
   static constexpr Streams kApply{true, true, false, 1u, 0u};
   static constexpr Streams kSelected{kOnePass, kOnePass, kMomenta == 0, ~0u, 1u};
 
@@ -50,12 +51,14 @@ struct Ef21 : RuleDefaults {
     return h[3] != 0.0 ? Sum::squares : Sum::none;
   }
 
+  PYSMOOTH_HD static Draw draw(const double* h) { return codec_draw(h + 4); }
+
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
     const double norm = s.stage[1];
     const double step = h[3] == 0.0 ? h[0] : norm == 0.0 ? 0.0 : h[0] / norm;
     return {static_cast<T>(1.0 - h[1]), static_cast<T>(h[1]), static_cast<T>(1.0 - h[0] * h[2]),
-            static_cast<T>(h[0]),       static_cast<T>(step), Codec<T>(h[4], h[5], s.stage[0])};
+            static_cast<T>(h[0]),       static_cast<T>(step), Codec<T>(h + 4, s.stage[0])};
   }
 
   // w - h, the momenta being up to date.
@@ -73,7 +76,7 @@ struct Ef21 : RuleDefaults {
       if constexpr (kOnePass) x.param = x.param * h.shrink - x.state[0] * h.lr;
       return distance(x);
     }
-    if constexpr (!kSelects) x.state[0] = x.state[0] + h.codec(distance(x));
+    if constexpr (!kSelects) x.state[0] = x.state[0] + h.codec(distance(x), x.drawn);
     return x.state[0];
   }
 

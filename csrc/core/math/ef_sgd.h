@@ -18,7 +18,8 @@ struct EfSgd : RuleDefaults {
   static constexpr const char* kName =
       kSelect ? (kMomentum ? "ef_sgd_select_momentum" : "ef_sgd_select")
               : (kMomentum ? "ef_sgd_dense_momentum" : "ef_sgd_dense");
-  static constexpr const char* kHyper[] = {"lr", "momentum", "weight_decay", "codec", "level"};
+  static constexpr const char* kHyper[] = {"lr",    "momentum", "weight_decay", "codec",
+                                           "level", "seed_low", "seed_high"};
   static constexpr int kStates = 1 + kMomentum;  // e, then m
   static constexpr unsigned kLowStates = 1;
   static constexpr bool kKeepsValue = true;
@@ -28,7 +29,7 @@ struct EfSgd : RuleDefaults {
   static constexpr bool kApplies = !kSelect;
   // The parameter is read for weight decay only: see reads_param().
   static constexpr Streams kPass[1] = {{true, false, true, ~0u, ~0u}};
-  static constexpr Streams kApply{true, true, false, 1u, 1u};
+  static constexpr Streams kApply{true, true, false, 1u, 1u, !kSelect};
   static constexpr Streams kSelected{true, true, false, 1u, 1u};
 
   template <class T>
@@ -41,13 +42,14 @@ struct EfSgd : RuleDefaults {
   PYSMOOTH_HD static Sum stage_sum(const double* h, int /*stage*/) {
     return kSelect || h[0] == 0.0 ? Sum::none : codec_sum(h[3]);
   }
+  PYSMOOTH_HD static Draw draw(const double* h) { return h[0] == 0.0 ? Draw{} : codec_draw(h + 3); }
   PYSMOOTH_HD static bool reads_param(const double* h, int /*stage*/) { return h[2] != 0.0; }
   PYSMOOTH_HD static bool selects_nothing(const double* h) { return h[0] == 0.0; }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
     return {static_cast<T>(h[0]), static_cast<T>(h[1]), static_cast<T>(h[2]),
-            h[2] != 0.0,          h[0] == 0.0,          Codec<T>(h[3], h[4], s.stage[0])};
+            h[2] != 0.0,          h[0] == 0.0,          Codec<T>(h + 3, s.stage[0])};
   }
 
   template <int kStage, class V, class T>
@@ -73,7 +75,7 @@ struct EfSgd : RuleDefaults {
   template <class V, class T>
   PYSMOOTH_HD static void update(Lane<V, kStates>& x, const Hyper<T>& h) {
     if (h.frozen) return;
-    const V c = h.codec(x.state[0]);
+    const V c = h.codec(x.state[0], x.drawn);
     x.param = x.param - c;
     x.state[0] = x.state[0] - c;
   }
