@@ -22,9 +22,14 @@ bench: $(VENV)/built ## Train small models, measure against every rival, write a
 bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 	$(BIN)/python -m pysmooth.bench --full
 
+# Tests of the Triton backend, in its interpreter: these of all that take a backend.
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton battery bad_input_optim grad_scaler))
+
 .PHONY: test
 test: lint $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test
 	$(BIN)/python -m pytest tests bench -q --benchmark-disable --timeout 600
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -q --timeout 600
+	$(BIN)/python -m pysmooth.triton_kernels.compile
 	.ci/cuda-compile
 	.ci/wheel-smoke $(BIN)/python
 

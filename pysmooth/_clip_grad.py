@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .engine.backends import available_backends, native_module
+from .engine.backends import available_backends, fastest, native_module
 from .engine.checks import check_layout, check_memory
 
 _Tensors = Tensor | Iterable[Tensor]
@@ -36,8 +36,9 @@ def clip_grad_norm_(
     gradients' dtype; where nothing has to be clipped the gradients are not rewritten; and the norm
     is the same to the bit for any number of threads.
 
-    CPU gradients go through the native kernels. All others, and complex ones for a `norm_type`
-    other than 2, go through the equivalent torch ops.
+    CPU gradients go through the native kernels, those on a GPU through the Triton backend where it
+    is available. All others, and complex ones for a `norm_type` other than 2, go through the
+    equivalent torch ops; so do GPU gradients with `error_if_nonfinite`, which has to wait anyway.
 
     Args:
         parameters: a tensor or an iterable of tensors; those without gradient are passed over.
@@ -77,6 +78,10 @@ def clip_grad_norm_(
                 raise _nonfinite(norm_type)
             return total
     grads = [p.grad for p in params if p.grad is not None]
+    if not error_if_nonfinite and _on_triton(grads, norm_type):
+        from .engine import triton_clip
+
+        return triton_clip.clip(grads, max_norm, norm_type)
     total = get_total_norm(grads, norm_type, error_if_nonfinite)
     _scale_in_torch(grads, max_norm, total)
     return total
@@ -112,6 +117,10 @@ def get_total_norm(
             total = _scalar(norm, wide)
         except native.UnsupportedError:
             pass
+    if total is None and _on_triton(tensors, norm_type):
+        from .engine import triton_clip
+
+        total = triton_clip.total_norm(tensors, norm_type)
     if total is None:
         for i, t in enumerate(tensors):
             check_layout(t, f"gradient {i}")
@@ -201,6 +210,15 @@ def _native_norm(tensors: list[Tensor], norm_type: float, *, of_grads: bool) -> 
         return True
     values = [t.grad for t in tensors if t.grad is not None] if of_grads else tensors
     return not any(t.is_complex() for t in values)
+
+
+def _on_triton(tensors: list[Tensor], norm_type: float) -> bool:
+    """Whether the Triton kernels take these gradients."""
+    if fastest(tensors) != "triton":
+        return False
+    from .engine import triton_clip
+
+    return triton_clip.takes(tensors, norm_type)
 
 
 def _nonfinite(norm_type: float) -> RuntimeError:

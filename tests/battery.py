@@ -24,8 +24,33 @@ from pysmooth.compressors import (
     ScaledSign,
     TopK,
 )
+from pysmooth.engine.backends import triton_interpreted
 
-BACKENDS = ("cpu", "eager")
+# Under TRITON_INTERPRET=1 the Triton kernels run on CPU tensors: conftest.py then keeps the tests
+# of that backend, and they take fewer steps.
+BACKENDS = ("cpu", "eager", "triton") if triton_interpreted() else ("cpu", "eager")
+STEPS, EXAMPLES = (3, 3) if triton_interpreted() else (20, 20)
+
+# What the Triton backend has no kernel for yet, in the words of its BackendError.
+TRITON_LACKS_RULES = frozenset(
+    {
+        *(
+            "scaled_sign_sgd",
+            "scaled_signum",
+            "normalized_sgd",
+            "clip21",
+            "clip21_sgd2m",
+            "clip21_sgd2m_noise",
+        ),
+        *(f"ef_sgd_{form}{m}" for form in ("dense", "select", "sign") for m in ("", "_momentum")),
+        *(
+            f"ef21_{form}{m}"
+            for form in ("dense", "select", "select_normalized")
+            for m in ("", "_m", "_2m")
+        ),
+    }
+)
+TRITON_LACKS = (*map(repr, sorted(TRITON_LACKS_RULES)), "clip='agc'", "param_storage")
 
 # Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.
 SHAPES = ((7, 5), (), (33,), (0, 4), (5003,), (3, 2, 3, 3), (1,))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
+import interpreter
 import pytest
 import torch
+from battery import TRITON_LACKS, Entry
+
+from pysmooth import BackendError
+from pysmooth.engine.backends import triton_interpreted
+
+if triton_interpreted():
+    interpreter.tame()
 
 # Derandomised: a red build says something about the change, not about luck.
 hypothesis.settings.register_profile("pysmooth", deadline=None, derandomize=True, max_examples=30)
@@ -22,8 +30,37 @@ def _reproducible() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if triton_interpreted():
+        items[:] = [item for item in items if _is_for_interpreter(item)]
+
+
+def _is_for_interpreter(item: pytest.Item) -> bool:
+    """Whether the interpreter is to run it: tests of the Triton backend, less repetition."""
+    if item.get_closest_marker("interpreted") is not None:
+        return True
+    given = getattr(item, "callspec", None)
+    if given is None or given.params.get("backend") != "triton":
+        return False
+    if item.get_closest_marker("many_steps") is not None:
+        return False
+    # One test takes all variants, the others the richest one.
+    entry, kwargs = given.params.get("entry"), given.params.get("kwargs")
+    everything = item.name.startswith("test_agrees_with_float64_reference")
+    return everything or not isinstance(entry, Entry) or kwargs in (None, entry.main)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """What the Triton backend is known to lack skips a test that asks for it."""
+    try:
+        return (yield)
+    except BackendError as error:
+        if not any(
+            f"triton backend has no kernel for {what}" in str(error) for what in TRITON_LACKS
+        ):
+            raise
+        pytest.skip(str(error))

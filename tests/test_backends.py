@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from battery import TRITON_LACKS_RULES
 from torch import Tensor
 from torch.nn import Parameter
 
 import pysmooth
+from pysmooth import _cpu, reference
 from pysmooth.engine import backends
 
 REASON = "libgomp.so.1: cannot open shared object file"
@@ -67,7 +69,9 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "CPU", "", None, 3])
 def test_unknown_names(name: Any) -> None:
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, eager; got") as caught:
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, cpu, triton, eager; got"
+    ) as caught:
         pysmooth.ClipSGD(parameters(), 0.1, backend=name)
     assert repr(name) in str(caught.value)
 
@@ -209,6 +213,24 @@ def test_import_needs_no_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     assert seen == []
+
+
+# ---- rules ---------------------------------------------------------------------------------------
+
+
+def test_all_backends_have_the_same_rules() -> None:
+    """Names, hyper-parameters, states and what else a recipe depends on."""
+    published = {rule["name"]: rule for rule in _cpu.rules()}
+    assert set(reference.RULES) == set(published)
+    triton = pytest.importorskip("pysmooth.triton_kernels.rules").RULES
+    assert set(published) - set(triton) == TRITON_LACKS_RULES
+    assert set(triton) <= set(published)
+    for name, rule in triton.items():
+        cpu = published[name]
+        assert list(rule.hyper) == list(cpu["hyper"]), name
+        assert rule.states == cpu["states"], name
+        assert rule.counts_steps == cpu["counts_steps"], name
+        assert (rule.accumulate is not None) == cpu["accumulates"], name
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------

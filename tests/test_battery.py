@@ -11,6 +11,8 @@ import tracemalloc
 import pytest
 import torch
 from battery import (
+    EXAMPLES,
+    STEPS,
     Entry,
     Kwargs,
     advance,
@@ -35,8 +37,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pysmooth
-
-STEPS = 20
 
 # ---- numbers ------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ def test_16_bit_gradients_of_float32_parameters(
 
 @every_backend
 @every_entry
-@settings(max_examples=20)
+@settings(max_examples=EXAMPLES)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=6),
     seed=st.integers(0, 1000),
@@ -510,6 +510,7 @@ def test_compiled_training_step(entry: Entry, backend: str) -> None:
 # ---- memory -------------------------------------------------------------------------------------
 
 
+@pytest.mark.many_steps
 @every_backend
 @every_entry
 def test_no_leak_over_many_steps(entry: Entry, backend: str) -> None:
@@ -538,6 +539,7 @@ def test_no_leak_over_many_steps(entry: Entry, backend: str) -> None:
     assert growth[-1] < 32 * 1024  # not one small object per step
 
 
+@pytest.mark.many_steps
 @every_backend
 @every_entry
 def test_native_memory_does_not_grow(entry: Entry, backend: str) -> None:

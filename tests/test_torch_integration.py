@@ -260,6 +260,7 @@ def test_thread_count_does_not_change_a_bit(threads: int) -> None:
     assert torch.get_num_threads() == threads  # and is left as the user set it
 
 
+@pytest.mark.many_steps  # and the interpreter is not made for threads
 @every_backend
 def test_two_python_threads(backend: str) -> None:
     want = [some_steps(backend, seed) for seed in (1, 2)]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import os
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch  # before the native module, which shares torch's OpenMP pool
 
 from .._errors import BackendError
+from .amp import Amp
 
 if TYPE_CHECKING:
     from ..optim._base import FusedOptimizer
+    from .recipe import Recipe
 
-Backend = Literal["auto", "cpu", "eager"]
-BACKENDS: tuple[str, ...] = ("auto", "cpu", "eager")
+Backend = Literal["auto", "cpu", "triton", "eager"]
 
 
 class Engine(Protocol):
@@ -24,8 +27,11 @@ class Engine(Protocol):
 
     name: str
 
-    def step(self, optimizer: FusedOptimizer, unscale: float) -> None:
+    def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One step over all groups; raises with everything as it was."""
+
+    def settle(self, optimizer: FusedOptimizer) -> int:
+        """Steps that were skipped on a device since the last call; raises what is to be raised."""
 
     def selections(self) -> tuple[int, int]:
         """How many selections there were so far, and how many needed a second look."""
@@ -40,6 +46,44 @@ class Engine(Protocol):
         """The clip coefficients of the last step, one per parameter, or None."""
 
 
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend.
+
+    Attributes:
+        name: as users write it.
+        devices: types of device whose parameters it takes; None: all.
+        auto: types for which "auto" takes it; of several backends, the first in `REGISTERED`.
+        missing: why it cannot run in this process; None if it can.
+        remedy: what to do about that.
+        rules: names of the update rules that it has; None: all.
+        lacks: what a recipe asks for and it has no kernel for, in words; None: nothing.
+        engine: makes the engine of one optimizer.
+    """
+
+    name: str
+    devices: Callable[[], tuple[str, ...] | None]
+    auto: tuple[str, ...]
+    missing: Callable[[], str | None]
+    remedy: str
+    rules: Callable[[], frozenset[str] | None]
+    lacks: Callable[[Recipe], str | None]
+    engine: Callable[[], Engine]
+
+    def takes(self, params: Iterable[torch.Tensor]) -> bool:
+        """Whether all parameters are on devices that it takes."""
+        devices = self.devices()
+        return devices is None or {p.device.type for p in params} <= set(devices)
+
+    def require(self) -> None:
+        """Raises BackendError, saying why, where it cannot run."""
+        if (reason := self.missing()) is not None:
+            raise BackendError(f"backend {self.name!r} is not available: {reason}. {self.remedy}")
+
+
+# ---- cpu -----------------------------------------------------------------------------------------
+
+
 @cache
 def _load_native() -> types.ModuleType | str:
     try:
@@ -52,46 +96,14 @@ def native_module() -> types.ModuleType:
     """The native CPU module. Raises BackendError, saying why, where it cannot be loaded."""
     module = _load_native()
     if isinstance(module, str):
-        raise BackendError(
-            f"backend 'cpu' is not available: {module}. Reinstall pysmooth with a C++17 compiler "
-            "at hand, or pass backend='eager'"
-        )
+        _named("cpu").require()
+    assert isinstance(module, types.ModuleType)
     return module
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names of the backends that can run in this process."""
-    return ("eager",) if isinstance(_load_native(), str) else ("cpu", "eager")
-
-
-def resolve(backend: str, params: Iterable[torch.Tensor], rules: Iterable[str] = ()) -> str:
-    """The backend that takes these parameters: `backend` itself, or for "auto" the fastest present.
-
-    Raises:
-        ValueError: `backend` is not one of `BACKENDS`.
-        BackendError: the backend asked for is not built, or not for the parameters' device, or has
-            no kernel for one of the `rules`.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    devices = {p.device.type for p in params}
-    if backend == "cpu":
-        native_module()
-        if not devices <= {"cpu"}:
-            raise BackendError(
-                f"backend 'cpu' takes CPU parameters only; these are on {sorted(devices)}"
-            )
-    if backend == "auto":
-        backend = "cpu" if devices <= {"cpu"} and "cpu" in available_backends() else "eager"
-    if backend == "cpu":
-        known = native_rules()
-        for rule in rules:
-            if rule not in known:
-                raise BackendError(
-                    f"the cpu backend has no kernel for {rule!r}, which these arguments ask for; "
-                    "backend='eager' computes it in plain torch"
-                )
-    return backend
+def _cpu_missing() -> str | None:
+    module = _load_native()
+    return module if isinstance(module, str) else None
 
 
 @cache
@@ -100,12 +112,147 @@ def native_rules() -> frozenset[str]:
     return frozenset(rule["name"] for rule in native_module().rules())
 
 
-def make_engine(name: str) -> Engine:
-    """An engine for one optimizer; `name` as `resolve` returns it."""
-    if name == "cpu":
-        from .native import NativeEngine
+def _cpu_lacks(recipe: Recipe) -> str | None:
+    return None if recipe.rule in native_rules() else repr(recipe.rule)
 
-        return NativeEngine(native_module())
+
+def _cpu_engine() -> Engine:
+    from .native import NativeEngine
+
+    return NativeEngine(native_module())
+
+
+# ---- triton --------------------------------------------------------------------------------------
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's interpreter is on: kernels then run on CPU tensors, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on")
+
+
+@cache
+def _triton_missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+        importlib.import_module("pysmooth.triton_kernels.rules")
+    except ImportError as error:
+        return str(error)
+    if not triton_interpreted() and not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    return None
+
+
+def _triton_rules() -> frozenset[str]:
+    from ..triton_kernels.rules import RULES
+
+    return frozenset(RULES)
+
+
+def _triton_lacks(recipe: Recipe) -> str | None:
+    from .triton import lacks
+
+    return lacks(recipe)
+
+
+def _triton_engine() -> Engine:
+    from .triton import TritonEngine
+
+    return TritonEngine()
+
+
+# ---- eager ---------------------------------------------------------------------------------------
+
+
+def _eager_engine() -> Engine:
     from .eager import EagerEngine
 
     return EagerEngine()
+
+
+# ---- the table, fastest first --------------------------------------------------------------------
+
+REGISTERED: tuple[BackendInfo, ...] = (
+    BackendInfo(
+        "cpu",
+        devices=lambda: ("cpu",),
+        auto=("cpu",),
+        missing=_cpu_missing,
+        remedy="Reinstall pysmooth with a C++17 compiler at hand, or pass backend='eager'",
+        rules=native_rules,
+        lacks=_cpu_lacks,
+        engine=_cpu_engine,
+    ),
+    BackendInfo(
+        "triton",
+        devices=lambda: ("cuda", "cpu") if triton_interpreted() else ("cuda",),
+        auto=("cuda",),  # ROCm's devices have that name too
+        missing=_triton_missing,
+        remedy="Install torch with GPU support, which brings triton, or pass backend='eager'",
+        rules=_triton_rules,
+        lacks=_triton_lacks,
+        engine=_triton_engine,
+    ),
+    BackendInfo(
+        "eager",
+        devices=lambda: None,
+        auto=(),
+        missing=lambda: None,
+        remedy="",
+        rules=lambda: None,
+        lacks=lambda _: None,
+        engine=_eager_engine,
+    ),
+)
+BACKENDS: tuple[str, ...] = ("auto", *(info.name for info in REGISTERED))
+
+
+def _named(name: str) -> BackendInfo:
+    return next(info for info in REGISTERED if info.name == name)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run in this process."""
+    return tuple(info.name for info in REGISTERED if info.missing() is None)
+
+
+def fastest(params: Iterable[torch.Tensor]) -> str:
+    """What "auto" stands for: the first backend of the table that is there for these devices."""
+    params = list(params)
+    types_ = {p.device.type for p in params} or {"cpu"}
+    for info in REGISTERED:
+        if types_ <= set(info.auto) and info.missing() is None:
+            return info.name
+    return "eager"
+
+
+def resolve(backend: str, params: Iterable[torch.Tensor], recipes: Iterable[Recipe] = ()) -> str:
+    """The backend that takes these parameters: `backend` itself, or for "auto" the fastest present.
+
+    Raises:
+        ValueError: `backend` is not one of `BACKENDS`.
+        BackendError: the backend asked for is not there, or not for the parameters' device, or has
+            no kernel for what one of the `recipes` asks.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    params = list(params)
+    info = _named(fastest(params) if backend == "auto" else backend)
+    info.require()
+    if not info.takes(params):
+        kinds = " and ".join(d.upper() for d in info.devices() or ())
+        raise BackendError(
+            f"backend {info.name!r} takes {kinds} parameters only; these are on "
+            f"{sorted({p.device.type for p in params})}"
+        )
+    for recipe in recipes:
+        if (missing := info.lacks(recipe)) is not None:
+            raise BackendError(
+                f"the {info.name} backend has no kernel for {missing}, which these arguments ask "
+                "for; backend='eager' computes it in plain torch"
+            )
+    return info.name
+
+
+def make_engine(name: str) -> Engine:
+    """An engine for one optimizer; `name` as `resolve` returns it."""
+    return _named(name).engine()

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._errors import NonFiniteGradientError
 from ..reference import Member, Passes, Storage
+from .amp import Amp
 from .checks import check_gradient, check_memory, check_state
 from .recipe import NORM_SQ, SCALE, STEP, ClipMode, Policy, Recipe, Scope, needs_reduce
 from .state import fill_state, new_states
@@ -29,8 +30,11 @@ class EagerEngine:
         self._checked: tuple[object, ...] = ()
 
     @torch.no_grad()
-    def step(self, optimizer: FusedOptimizer, unscale: float) -> None:
+    def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One step. The policies "skip" and "raise" wait for the device here."""
+        unscale = amp.read()
+        if unscale is None:
+            return
         labels = iter(optimizer.param_labels())
         slots: list[tuple[int, Tensor, str]] = []  # (group, parameter, label)
         for index, group in enumerate(optimizer.param_groups):
@@ -142,6 +146,10 @@ class EagerEngine:
 
     def summed(self) -> int:
         """No sums are taken in backward here."""
+        return 0
+
+    def settle(self, optimizer: FusedOptimizer) -> int:
+        """Skipped steps are counted as they happen."""
         return 0
 
     def norms(self) -> Tensor | None:

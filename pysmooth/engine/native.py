@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import NonFiniteGradientError
+from .amp import Amp
 from .recipe import SCALARS, ClipMode, Recipe
 from .state import fill_state, new_states, version_roots
 
@@ -35,8 +36,11 @@ class NativeEngine:
         self._last: tuple[list[float], list[float]] | None = None
         self._selections = (0, 0)  # of plans that are gone
 
-    def step(self, optimizer: FusedOptimizer, unscale: float) -> None:
+    def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step: reduce where norms are needed, then apply."""
+        unscale = amp.read()
+        if unscale is None:
+            return
         self._unscale = unscale
         groups = optimizer.param_groups
         recipes = optimizer.recipes()
@@ -180,6 +184,10 @@ class NativeEngine:
     def summed(self) -> int:
         """For how many gradients the last step used sums that were taken in backward."""
         return 0 if self._plan is None else self._plan.summed()
+
+    def settle(self, optimizer: FusedOptimizer) -> int:
+        """Skipped steps are counted as they happen."""
+        return 0
 
     def norms(self) -> list[float] | None:
         """Norms of the last step per scope unit; None if it took none."""

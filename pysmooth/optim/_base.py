@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from ..engine.amp import Amp
 from ..engine.backends import Engine, make_engine, native_module, resolve
 from ..engine.recipe import SCALARS, ClipMode, ParamStorage, Policy, Recipe, Scope, needs_reduce
 from ..engine.state import fill_state, new_states
@@ -128,8 +129,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = len(self.param_groups)
         super().add_param_group(group)
         try:
-            rules = [self.recipe(self.param_groups[-1]).rule]
-            resolve(self._backend, self._params(), rules)
+            recipe = self._recipe(self.param_groups[-1])
+            own = [recipe.of(p) for p in self.param_groups[-1]["params"]] or [recipe]
+            resolve(self._backend, self._params(), dict.fromkeys(own))
         except Exception:
             del self.param_groups[count:]
             raise
@@ -183,16 +185,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
-        scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return
         if self._engine is None:
             self._engine = make_engine(resolve(self._backend, self._params()))
         if self._hooks is not None and self._hooks.lacking:
             self.follow_params()
-        self.unscaled_by_scaler = found_inf is not None and scale is None
-        self._engine.step(self, 1.0 if scale is None else _reciprocal(scale))
+        amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self.unscaled_by_scaler = amp.found_inf is not None and amp.scale is None
+        self._engine.step(self, amp)
 
     # ---- what can be read after a step ---------------------------------------------------------
 
@@ -209,6 +208,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         `max_norm=float("inf")` to have it taken without clipping. The step itself waits for
         nothing; reading the tensor may.
         """
+        self._settle()
         norms = self._engine.norms() if self._engine is not None else None
         if norms is None:
             return None
@@ -221,6 +221,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Shape (number of parameters,), in the order of `param_groups`. For clip="agc" the smallest
         of the tensor's rows: 1 where none was clipped.
         """
+        self._settle()
         coefs = self._engine.coefs() if self._engine is not None else None
         if coefs is None:
             return None
@@ -228,6 +229,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def skipped_steps(self) -> int:
         """How many steps `nonfinite="skip"` turned into no-ops since construction."""
+        self._settle()
         return self._skipped
 
     def count_skipped(self) -> None:
@@ -259,6 +261,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 held = self.state.get(p, {}).get(key)
                 if key in recipe.of(p).keys and held is not None:
                     fill_state(held, recipe.initial(key), p, 1.0)
+
+    def _settle(self) -> None:
+        # A backend that does not wait for its device may have something left to tell.
+        if (engine := getattr(self, "_engine", None)) is not None:  # none yet while unpickling
+            self._skipped += engine.settle(self)
 
     def param_labels(self) -> list[str]:
         """Each parameter's name, for messages: its own (`named_parameters()`), else its place."""
@@ -311,8 +318,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- saving and loading --------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. With nonfinite="raise", raises what a device has not told yet."""
+        self._settle()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
         # Plans hold addresses: a copy makes its own.
+        self._settle()
         state: dict[str, Any] = dict(super().__getstate__())
         fused = (self.scope, self.policy, self.norm_type, self._backend, self._skipped)
         state["_norm_in_backward"] = self._norm_in_backward
@@ -423,12 +437,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forgets what was derived from the groups; the next step rebuilds it."""
+        self._settle()
         self._engine = None
-
-
-def _reciprocal(scale: Tensor) -> float:
-    # Rounded as GradScaler does it, so that a step is the same with and without unscale_().
-    return float(torch.as_tensor(scale).double().reciprocal().float())
 
 
 def _check_scalar(key: str, value: Any, label: str) -> None:

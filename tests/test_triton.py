@@ -1,0 +1,435 @@
+"""The Triton kernels, in Triton's interpreter, against the CPU backend and float64.
+
+Bits are compared wherever no sum is involved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from battery import advance, assert_same_bits, make_params, record_grads, set_grads
+from torch import Tensor
+from torch.nn import Parameter
+
+import pysmooth
+from pysmooth.engine.backends import triton_interpreted
+
+pytestmark = pytest.mark.interpreted
+if not triton_interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from pysmooth.triton_kernels import plan, tuning
+from pysmooth.triton_kernels.launch import Launch
+from pysmooth.triton_kernels.table import CHUNK
+
+from pysmooth.engine import triton_clip
+from pysmooth.engine.amp import Amp
+from pysmooth.engine.triton import TritonEngine
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+low = {"state_dtype": torch.bfloat16}
+
+# Without a norm: cpu and triton are to agree to the bit.
+ELEMENTWISE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "sgd": (pysmooth.ClipSGD, {"lr": 0.1, "weight_decay": 0.1}),
+    "decoupled": (
+        pysmooth.ClipSGD,
+        {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
+    ),
+    "momentum": (pysmooth.ClipSGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    "nesterov": (pysmooth.ClipSGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "value": (pysmooth.ClipSGD, {"lr": 0.1, "clip": "value", "max_norm": 0.5}),
+    "adagrad": (pysmooth.Adagrad, {"lr_decay": 0.1, "weight_decay": 0.1}),
+    "adam": (pysmooth.Adam, {"weight_decay": 0.1}),
+    "amsgrad": (pysmooth.AdamW, {"amsgrad": True}),
+    "sign_sgd": (pysmooth.SignSGD, {}),
+    "signum": (pysmooth.Signum, {}),
+    "lion": (pysmooth.Lion, {"weight_decay": 0.1}),
+    "accumulator": (pysmooth.AdagradNorm, {"lr": 0.1, "b_init": 0.1, "coordinate_wise": True}),
+    "accumulator_momentum": (
+        pysmooth.AdamDNorm,
+        {"lr": 0.1, "b_init": 0.5, "coordinate_wise": True},
+    ),
+    "adam_low": (pysmooth.Adam, {"weight_decay": 0.1, **low}),
+    "amsgrad_low": (pysmooth.Adam, {"amsgrad": True, **low}),
+    "adagrad_low": (pysmooth.Adagrad, low),
+}
+elementwise = pytest.mark.parametrize("name", ELEMENTWISE)
+
+
+def tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters and states."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return params + [optimizer.state[p][k] for p in params for k in sorted(optimizer.state[p])]
+
+
+def both(name: str, params: Callable[[], list[Parameter]], rows: Sequence[Any]) -> list[Tensor]:
+    """The same steps on both backends; returns what came out."""
+    make, kwargs = ELEMENTWISE[name]
+    out = []
+    for backend in ("triton", "cpu"):
+        mine = params()
+        optimizer = make(mine, backend=backend, **kwargs)
+        assert optimizer.resolved_backend == backend
+        for row in rows:
+            row(mine) if callable(row) else set_grads(mine, row)
+            optimizer.step()
+        out.append(tensors(optimizer))
+    assert_same_bits(*out)
+    return out[0]
+
+
+# ---- the rules -----------------------------------------------------------------------------------
+
+
+@elementwise
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_rules_have_the_bits_of_the_cpu_backend(name: str, dtype: torch.dtype) -> None:
+    _, kwargs = ELEMENTWISE[name]
+    if dtype.is_complex and kwargs.get("clip") == "value":
+        pytest.skip("no meaning for complex parameters")
+    if "state_dtype" in kwargs and dtype in (torch.float64, torch.complex64):
+        pytest.skip("no bfloat16 states beside these")
+    start = make_params(dtype=dtype)
+    out = both(name, lambda: make_params(dtype=dtype), record_grads(start, 3))
+    assert not torch.equal(out[4], start[4])  # 5,003 numbers: some move even in 16 bits
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "adam_low"])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_another_dtype(name: str, grad_dtype: torch.dtype) -> None:
+    dtype = torch.bfloat16 if grad_dtype == torch.float32 else torch.float32
+
+    def params() -> list[Parameter]:
+        out = make_params(dtype=dtype)
+        for p in out:
+            p.grad_dtype = grad_dtype
+        return out
+
+    both(name, params, record_grads(params(), 3, dtype=grad_dtype))
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam_low", "lion"])
+def test_infinities_and_nan_pass_as_on_cpu(name: str) -> None:
+    def row(params: list[Parameter]) -> None:
+        for p, value in zip(params, (math.inf, -math.inf, math.nan, 1e38, 1e-45), strict=True):
+            p.grad = torch.full_like(p, value)
+
+    make, kwargs = ELEMENTWISE[name]
+    results = []
+    for backend in ("triton", "cpu"):
+        params = make_params([(3,)] * 5)
+        optimizer = make(params, backend=backend, **kwargs)
+        for _ in range(2):
+            row(params)
+            optimizer.step()
+        results.append(tensors(optimizer))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- sizes and layouts ---------------------------------------------------------------------------
+
+SIZES = [1, 15, 16, 17, 31, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 16, 3 * CHUNK - 15]
+
+
+@pytest.fixture(params=["interpreter", "device"])
+def _block_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block a chunk, as the interpreter likes it, or those that a GPU gets."""
+    if request.param == "device":
+        monkeypatch.setattr(tuning, "INTERPRETED", False)
+
+
+@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.parametrize("name", ["momentum", "adam_low"])
+def test_ends_of_tensors_and_chunks(name: str) -> None:
+    shapes = [(n,) for n in SIZES]
+    both(name, lambda: make_params(shapes), record_grads(make_params(shapes), 2))
+
+
+def laid_out(kind: str, x: Tensor) -> Tensor:
+    """A tensor of the same values, otherwise in memory."""
+    if kind == "transposed":
+        return x.transpose(0, 3).contiguous().transpose(0, 3)
+    if kind == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if kind == "strided":
+        return torch.stack([x, torch.full_like(x, math.nan)], dim=-1)[..., 0]
+    if kind == "offset":
+        return torch.cat([torch.zeros(1, dtype=x.dtype), x.reshape(-1)])[1:].view_as(x)
+    if kind == "expanded":
+        return x[:, :1, :1].expand_as(x)
+    return x.clone()
+
+
+KINDS = ["plain", "transposed", "channels_last", "strided", "offset"]
+
+
+@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.parametrize("name", ["momentum", "adam_low"])
+@pytest.mark.parametrize("param", KINDS)
+@pytest.mark.parametrize("grad", [*KINDS, "expanded"])
+def test_layouts(name: str, param: str, grad: str) -> None:
+    def params() -> list[Parameter]:
+        gen = torch.Generator().manual_seed(1)
+        return [Parameter(laid_out(param, torch.randn(3, 4, 5, 6, generator=gen)))]
+
+    gen = torch.Generator().manual_seed(2)
+    values = [torch.randn(3, 4, 5, 6, generator=gen) for _ in range(2)]
+
+    def row(value: Tensor) -> Callable[[list[Parameter]], None]:
+        def give(mine: list[Parameter]) -> None:
+            mine[0].grad = laid_out(grad, value)
+
+        return give
+
+    both(name, params, [row(v) for v in values])
+
+
+def test_a_strided_parameter_leaves_the_gaps_alone() -> None:
+    memory = torch.full((6, 8), 7.0)
+    p = Parameter(memory[:, ::2])
+    optimizer = pysmooth.ClipSGD([p], 0.5, backend="triton")
+    p.grad = torch.ones(6, 4)
+    optimizer.step()
+    assert torch.equal(memory[:, ::2], torch.full((6, 4), 6.5))
+    assert torch.equal(memory[:, 1::2], torch.full((6, 4), 7.0))
+
+
+def test_tensors_of_all_kinds_in_one_list() -> None:
+    def params() -> list[Parameter]:
+        gen = torch.Generator().manual_seed(3)
+        out = []
+        for i, dtype in enumerate(DTYPES):
+            x = torch.randn(3, 4, 5, 6, generator=gen).to(dtype)
+            out.append(Parameter(laid_out(KINDS[i], x)))
+        return out
+
+    both("momentum", params, record_grads(params(), 3))
+
+
+# ---- norms ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
+def test_norms_against_float64(norm_type: float, dtype: torch.dtype) -> None:
+    grads = [g.to(dtype) for g in record_grads(make_params(dtype=dtype), 1)[0]]
+    grads = [g for g in grads if g.numel()]  # torch has no maximum of nothing
+    grads.append(torch.randn(3 * CHUNK + 5).to(dtype))
+    exact = torch.nn.utils.get_total_norm([g.double() for g in grads], norm_type)
+    norm = triton_clip.total_norm(grads, norm_type)
+    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert float(norm) == pytest.approx(float(exact), rel=1e-12 if norm.itemsize == 8 else 1.5e-7)
+
+
+@pytest.mark.parametrize("value", [3e38, 1e30, 1e-30, 1e-44, 0.0])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
+def test_norms_that_overflow_or_vanish_in_float32(value: float, norm_type: float) -> None:
+    x = torch.full((CHUNK + 100,), value)
+    exact = float(torch.linalg.vector_norm(x.double(), norm_type))
+    norm = float(triton_clip.total_norm([x], norm_type))
+    assert norm == float(torch.tensor(exact).float()) or norm == pytest.approx(exact, rel=1e-7)
+
+
+def test_norms_of_what_is_not_finite() -> None:
+    for bad in (math.inf, math.nan):
+        for norm_type in (2.0, 1.0, math.inf):
+            x = torch.ones(100)
+            x[70] = bad
+            norm = float(triton_clip.total_norm([torch.ones(20), x], norm_type))
+            assert norm == bad or (math.isnan(norm) and math.isnan(bad))
+
+
+def test_the_order_of_gradients_in_memory_does_not_matter() -> None:
+    """The same bits from run to run, wherever things are."""
+    x = torch.randn(5 * CHUNK + 3)
+    norms = {float(triton_clip.total_norm([x.clone(), x.clone() * 2], 2.0)) for _ in range(4)}
+    assert len(norms) == 1
+
+
+# ---- clipping functions --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the functions take the Triton backend."""
+    monkeypatch.setattr("pysmooth._clip_grad.fastest", lambda _: "triton")
+    monkeypatch.setattr("pysmooth._clip_grad.available_backends", lambda: ("triton", "eager"))
+
+
+@pytest.mark.usefixtures("_fastest")
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0, 0.0, -math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clip_grad_norm(norm_type: float, max_norm: float) -> None:
+    shapes = [(7, 5), (), (5003,), (3, 2, 3, 3)]
+    ours, twins = make_params(shapes), make_params(shapes)
+    row = record_grads(ours, 1)[0]
+    for kept in (ours, twins):
+        set_grads(kept, [None, *row[1:]])
+    before = [p.grad.clone() for p in ours[1:] if p.grad is not None]
+    norm = pysmooth.clip_grad_norm_(ours, max_norm, norm_type)
+    expected = torch.nn.utils.clip_grad_norm_(twins, max_norm, norm_type)
+    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)  # torch sums in float32
+    for p, q in zip(ours[1:], twins[1:], strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    if max_norm > 1e5:
+        assert_same_bits([p.grad for p in ours[1:] if p.grad is not None], before)
+
+
+@pytest.mark.usefixtures("_fastest")
+def test_clip_grad_norm_refuses_what_overlaps() -> None:
+    p = Parameter(torch.zeros(4, 3))
+    p.grad = torch.ones(3).expand(4, 3)
+    with pytest.raises(ValueError, match="gradient 0 overlaps itself"):
+        pysmooth.clip_grad_norm_([p], 1.0)
+    q, shared = Parameter(torch.zeros(3)), torch.ones(5)
+    p, q = Parameter(torch.zeros(3)), Parameter(torch.zeros(3))
+    p.grad, q.grad = shared[:3], shared[2:]
+    with pytest.raises(ValueError, match="gradients 0 and 1 share memory"):
+        pysmooth.clip_grad_norm_([p, q], 1.0)
+    assert torch.equal(shared, torch.ones(5))
+
+
+# ---- AMP on the device ---------------------------------------------------------------------------
+
+
+def test_scale_and_overflow_flag_are_read_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody turns them into Python numbers."""
+    params, plain = make_params(), make_params()
+    optimizer = pysmooth.Adam(params, max_norm=1.0, backend="triton")
+    twin = pysmooth.Adam(plain, max_norm=1.0, backend="triton")
+    rows = record_grads(params, 3)
+    monkeypatch.delattr(Amp, "read")
+    scale = torch.tensor(4.0)
+    for i, row in enumerate(rows):
+        optimizer.grad_scale, optimizer.found_inf = scale, torch.tensor(float(i == 1))
+        set_grads(params, [4 * g for g in row])
+        optimizer.step()
+        if i != 1:
+            advance(twin, plain, [row])
+        else:
+            assert_same_bits(params, plain)
+    assert_same_bits(params, plain)
+    assert optimizer.skipped_steps() == 0  # that was GradScaler's doing
+    assert all(optimizer.state[p]["step"] == 2 for p in params if p.numel())
+
+
+def test_an_overflow_in_the_very_first_step_leaves_no_state() -> None:
+    (p,) = make_params([(4,)])
+    optimizer = pysmooth.ClipSGD([p], 0.1, momentum=0.9, dampening=0.5, backend="triton")
+    optimizer.found_inf = torch.ones(())
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert not optimizer.state
+    del optimizer.found_inf
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones(4))  # a first step
+
+
+# ---- launches and compilations -------------------------------------------------------------------
+
+
+class Recorded:
+    """Stands in for a launch: nothing runs, but who was to run is known."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, launch: Launch) -> None:
+        kinds = tuple(
+            (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else type(a)
+            for a in launch.arguments
+        )
+        self.calls.append((launch.spec, kinds))
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    record = Recorded()
+    monkeypatch.setattr(Launch, "__call__", lambda launch: record(launch))
+    return record
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_step_is_three_launches_whatever_the_number_of_tensors(
+    recorded: Recorded, count: int
+) -> None:
+    params = make_params([(3,)] * count)
+    optimizer = pysmooth.Adam(params, max_norm=1.0, backend="triton")
+    advance(optimizer, params, record_grads(params, 1))
+    names = [spec.kernel.__name__ for spec, _ in recorded.calls]
+    assert names == ["reduce", "finalize", "apply"]
+
+
+def test_a_schedule_never_compiles_again(recorded: Recorded) -> None:
+    """100 steps, everything that moves in training moving: three specialisations, all aligned."""
+    params = make_params([(33,), (5, 7), ()])
+    optimizer = pysmooth.AdamW(params, max_norm=1.0, backend="triton")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=110)
+    rows = record_grads(params, 4)
+    for i in range(100):
+        advance(optimizer, params, [rows[i % 4]])
+        schedule.step()
+        optimizer.param_groups[0]["weight_decay"] = i / 100
+        if i % 7 == 0:
+            params[1].grad = None
+            optimizer.step()
+    assert len(set(recorded.calls)) == 3
+    assert all(
+        kind[1] == 0 for _, kinds in recorded.calls for kind in kinds if isinstance(kind, tuple)
+    )
+
+
+def test_unchanged_addresses_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    optimizer = pysmooth.ClipSGD(params, 0.1, max_norm=1.0, backend="triton")
+    set_grads(params, record_grads(params, 1)[0])
+    optimizer.step()
+    engine = optimizer._engine
+    assert isinstance(engine, TritonEngine)
+    assert engine._plan is not None
+    sent = engine._plan.words.host
+    optimizer.step()
+    assert engine._plan.words.host is sent
+    optimizer.param_groups[0]["lr"] = 0.2
+    optimizer.step()
+    assert engine._plan.words.host is not sent
+
+
+# ---- what cannot be done -------------------------------------------------------------------------
+
+
+def test_refusals_name_what_they_refuse() -> None:
+    with pytest.raises(pysmooth.BackendError, match="triton backend has no kernel for 'ef21_plus'"):
+        pysmooth.EF21Plus(make_params(), 0.1, compressor=pysmooth.TopK(ratio=0.1), backend="triton")
+    p = Parameter(torch.zeros(3, dtype=torch.float8_e4m3fn))
+    p.grad = torch.zeros(3, dtype=torch.float8_e4m3fn)
+    optimizer = pysmooth.ClipSGD([p], 0.1, backend="triton")
+    with pytest.raises(pysmooth.BackendError, match="float8_e4m3fn"):
+        optimizer.step()
+    with pytest.raises(pysmooth.BackendError, match=r"takes CUDA and CPU parameters only.*meta"):
+        pysmooth.ClipSGD([Parameter(torch.zeros(3, device="meta"))], 0.1, backend="triton")
+
+
+def test_more_dimensions_than_a_layout_holds() -> None:
+    x = torch.zeros((2,) * 17)[..., None].expand((2,) * 17 + (2,))[..., 0]
+    order = list(range(17))
+    p = Parameter(x.clone())
+    optimizer = pysmooth.ClipSGD([p], 0.1, backend="triton")
+    p.grad = torch.ones((2,) * 17).permute(order[::-1])
+    with pytest.raises(ValueError, match="dimensions that cannot be merged"):
+        optimizer.step()
+
+
+def test_specs_are_compiled_for_what_they_say() -> None:
+    """All that reaches the compiler comes from plan.py: nothing there depends on numbers."""
+    method = plan.Method(0, False, False, False, 2.0, True)
+    a = plan.reduce_spec(torch.float32, method, 0, True)
+    b = plan.reduce_spec(torch.float32, method, 0, True)
+    assert a == b
+    assert hash(a) == hash(b)

@@ -1,0 +1,45 @@
+"""The Triton kernels as compiled for a GPU, and whether the check of them sees what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pysmooth.engine.backends import triton_interpreted
+
+pytest.importorskip("triton")
+if triton_interpreted():
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from pysmooth.triton_kernels import compile as aot
+from pysmooth.triton_kernels.plan import apply_spec
+from pysmooth.triton_kernels.rules import RULES
+
+PLAIN = (torch.float32,) * 4
+ADAM = apply_spec(RULES["adam"], PLAIN, 0, True, 0, False)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_adam_is_exact_and_in_whole_vectors(target: str) -> None:
+    report = aot.compile_spec("adam", ADAM, target)
+    assert aot.faults(report, ADAM) == []
+    assert aot.vectors(report) > 0
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
+def test_narrow_accesses_are_seen(target: str) -> None:
+    unaligned = apply_spec(RULES["adam"], PLAIN, 0, False, 0, False)
+    report = aot.compile_spec("adam", unaligned, target)
+    assert aot.faults(report, unaligned) == []
+    assert any("accesses of 16 bytes" in fault for fault in aot.faults(report, ADAM))
+
+
+def test_other_faults_are_seen() -> None:
+    report = aot.compile_spec("adam", ADAM, "cuda:80")
+    assert "div.rn.f32" in report.text
+    rough = dataclasses.replace(report, text=report.text.replace("div.rn.f32", "div.full.f32"))
+    assert aot.faults(rough, ADAM) == ["not exact: div.full.f32"]
+    assert "8 bytes spilled" in aot.faults(dataclasses.replace(report, spills=8), ADAM)
+    assert any("shared" in f for f in aot.faults(dataclasses.replace(report, shared=64), ADAM))

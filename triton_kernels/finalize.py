@@ -1,0 +1,307 @@
+"""finalize: partial sums become norms, clip coefficients, the constants of every tensor's update.
+
+A program takes a few tensors. What a whole scope unit needs, every program adds up for itself, all
+in the same order: that is cheaper than another launch, and the same to the bit. Everything stays on
+the device: whether the step happens is a number that the later kernels read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .apply import CONSTANTS, OWN
+from .ops import noise_key
+from .reduce import MAX, POWER, PRESENT, SPOILED, SQUARES, larger, largest
+from .table import (
+    GROUP_COUNTS,
+    GROUP_EPS,
+    GROUP_L0,
+    GROUP_L1,
+    GROUP_MAX_NORM,
+    GROUP_MODE,
+    GROUP_SIGN,
+    GROUP_VALUE,
+    GROUP_WORDS,
+    ROW_CHUNKS,
+    ROW_FIRST,
+    ROW_GROUP,
+    ROW_NORM,
+    ROW_STEPS,
+    ROW_WORDS,
+)
+
+# Over what a sum is taken. Values as in csrc/cpu/run.h.
+GLOBAL = tl.constexpr(0)
+GROUP = tl.constexpr(1)
+TENSOR = tl.constexpr(2)
+
+# A row of what is known of a tensor: see rule.py.
+KNOWN = tl.constexpr(8)
+
+
+@triton.jit
+def fold(values, first, last, KIND: tl.constexpr, SPAN: tl.constexpr):
+    """Combines the partials of chunks [first, last)."""
+    total = tl.zeros([SPAN], tl.float64)
+    for i in range(first, last, SPAN):
+        o = i + tl.arange(0, SPAN)
+        x = tl.load(values + o, mask=o < last, other=0)
+        if KIND == MAX:
+            total = larger(x, total)
+        else:
+            total += x
+    if KIND == MAX:
+        return largest(total)
+    else:
+        return tl.sum(total, axis=0)
+
+
+@triton.jit
+def fold_rows(values, first, count, KIND: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    """The same for chunks [first, first + count) of several tensors at once."""
+    total = tl.zeros([ROWS, SPAN], tl.float64)
+    for i in range(0, tl.max(count, axis=0), SPAN):
+        o = i + tl.arange(0, SPAN)[None, :]
+        x = tl.load(values + first[:, None] + o, mask=o < count[:, None], other=0)
+        if KIND == MAX:
+            total = larger(x, total)
+        else:
+            total += x
+    if KIND == MAX:
+        spoiled = tl.max((total != total).to(tl.int32), axis=1)
+        return tl.where(
+            spoiled != 0, float("nan"), tl.max(tl.where(total == total, total, 0.0), axis=1)
+        )
+    else:
+        return tl.sum(total, axis=1)
+
+
+@triton.jit
+def any_flag(flags, first, last, BIT: tl.constexpr, SPAN: tl.constexpr):
+    """Whether a flag is set for one of the chunks [first, last)."""
+    found = tl.zeros([SPAN], tl.int32)
+    for i in range(first, last, SPAN):
+        o = i + tl.arange(0, SPAN)
+        found |= tl.load(flags + o, mask=o < last, other=0)
+    return tl.max(found & BIT, axis=0)
+
+
+@triton.jit
+def any_flag_rows(flags, first, count, BIT: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    """The same for chunks of several tensors at once."""
+    found = tl.zeros([ROWS, SPAN], tl.int32)
+    for i in range(0, tl.max(count, axis=0), SPAN):
+        o = i + tl.arange(0, SPAN)[None, :]
+        found |= tl.load(flags + first[:, None] + o, mask=o < count[:, None], other=0)
+    return tl.max(found & BIT, axis=1)
+
+
+@triton.jit
+def norm_of(total, unscale, KIND: tl.constexpr, P: tl.constexpr):
+    """A norm from its sum, in the units of unscaled gradients."""
+    if KIND == SQUARES:
+        total = tl.sqrt(total)
+    if KIND == POWER:
+        total = tl.where(total == 0, 0.0, tl.exp2(tl.log2(total) / P))
+    return total * unscale
+
+
+@triton.jit
+def clip_coefficient(group, norm):
+    """What a gradient of this norm is multiplied by. Twin of csrc/core/math/clip.h.
+
+    A NaN norm gives a NaN coefficient.
+    """
+    mode = tl.load(group + GROUP_MODE)
+    max_norm = tl.load(group + GROUP_MAX_NORM)
+    eps = tl.load(group + GROUP_EPS)
+    ratio = max_norm / (norm + eps)
+    curvature = tl.load(group + GROUP_L0) + tl.load(group + GROUP_L1) * norm
+    hard = tl.where(ratio > 1.0, 1.0, ratio)
+    smooth = 1.0 / (1.0 + norm / max_norm)
+    normalize = tl.where(norm == 0, 0.0, ratio)
+    smoothness = tl.where(curvature == 0, 0.0, 1.0 / curvature)
+    coef = tl.where(mode == 1.0, hard, 1.0)
+    coef = tl.where(mode == 2.0, smooth, coef)
+    coef = tl.where(mode == 3.0, normalize, coef)
+    return tl.where(mode == 4.0, smoothness, coef)
+
+
+@triton.jit
+def gather(base, offsets, COUNT: tl.constexpr):
+    """COUNT numbers that follow each offset."""
+    out = ()
+    for i in tl.static_range(COUNT):
+        out = out + (tl.load(base + offsets + i),)
+    return out
+
+
+@triton.jit
+def number_at(addresses, mask, T: tl.constexpr):
+    """The numbers at these addresses, as float64; 0 where there are none."""
+    held = mask & (addresses != 0)
+    at = addresses.to(tl.pointer_type(T))
+    return at, held, tl.load(at, mask=held, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def keep_constants(numbers, t, mask, x, coef, bound, h, PREPARE: tl.constexpr, COUNT: tl.constexpr):
+    """Makes the constants of a few tensors, and leaves them for apply."""
+    row = numbers + t * CONSTANTS
+    made = PREPARE(h, x)
+    tl.store(row, coef, mask=mask)
+    tl.store(row + 1, bound, mask=mask)
+    for i in tl.static_range(COUNT):
+        tl.store(row + OWN + i, made[i], mask=mask)
+
+
+@triton.jit(do_not_specialize=["members", "chunks", "groups"])
+def finalize(
+    tensors,
+    gradients,
+    hypers,
+    amp,
+    partials,
+    flags,
+    ranges,
+    member,
+    fresh,
+    norms,
+    coefs,
+    known,
+    numbers,
+    keys,
+    go,
+    counters,
+    spoiled,
+    members,
+    chunks,
+    groups,
+    PREPARE: tl.constexpr,
+    HYPER: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    KIND: tl.constexpr,
+    P: tl.constexpr,
+    SCOPE: tl.constexpr,
+    REDUCES: tl.constexpr,
+    ASKS: tl.constexpr,
+    NAMES: tl.constexpr,
+    NOISY: tl.constexpr,
+    COUNTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROW_SPAN: tl.constexpr,
+):
+    """Takes tensors ROWS at a time; `member` says which."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = place < members
+    t = tl.load(member + place, mask=mask, other=0)
+    row = tensors + t.to(tl.int64) * ROW_WORDS
+    g = tl.load(row + ROW_GROUP).to(tl.int32)
+    group = hypers + g * GROUP_WORDS
+    active = tl.load(gradients + t) != 0
+
+    # Loss scale and its overflow flag, where there are any.
+    unscale = tl.full((), 1.0, tl.float64)
+    overflow = tl.full((), 0.0, tl.float32)
+    scale_at = tl.load(amp)
+    overflow_at = tl.load(amp + 1)
+    if scale_at != 0:
+        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32)))
+        unscale = (1.0 / scale.to(tl.float64)).to(tl.float32).to(tl.float64)
+    if overflow_at != 0:
+        overflow = tl.load(overflow_at.to(tl.pointer_type(tl.float32)))
+
+    # Does the step happen?
+    happens = (overflow == 0).to(tl.int32)  # a number: the interpreter cannot spread a truth value
+    if ASKS:
+        bad = any_flag(flags, 0, chunks, SPOILED, SPAN)
+        if COUNTS:
+            if (tl.program_id(0) == 0) & (bad != 0) & (happens != 0):
+                tl.store(counters, tl.load(counters) + 1)
+        if NAMES:
+            mine = any_flag_rows(
+                flags, tl.load(row + ROW_FIRST), tl.load(row + ROW_CHUNKS), SPOILED, ROWS, ROW_SPAN
+            )
+            tl.store(spoiled + t, 1, mask=mask & (mine * happens != 0))
+        happens = happens & (bad == 0).to(tl.int32)
+    tl.store(go, happens)
+
+    # Norms, coefficients.
+    coef = tl.full([ROWS], 1.0, tl.float64)
+    total = tl.zeros([ROWS], tl.float64)
+    summed = tl.zeros([ROWS], tl.float64)  # of squares, after the clip
+    moves = active.to(tl.int32)
+    if REDUCES:
+        if SCOPE == TENSOR:
+            first = tl.load(row + ROW_FIRST)
+            count = tl.load(row + ROW_CHUNKS)
+            total = fold_rows(partials, first, count, KIND, ROWS, ROW_SPAN)
+            norm = norm_of(total, unscale, KIND, P)
+            tl.store(norms + t, norm, mask=mask)
+            coef = clip_coefficient(group, norm)
+            summed = coef * unscale * (coef * unscale) * total
+        else:
+            moves = g * 0
+            low = 0
+            high = 1
+            if SCOPE == GROUP:
+                low = tl.min(tl.where(mask, g, 0x7FFFFFFF), axis=0)
+                high = tl.max(tl.where(mask, g, 0), axis=0) + 1
+            for u in range(low, high):
+                if SCOPE == GROUP:
+                    value = fold(partials, tl.load(ranges + u), tl.load(ranges + u + 1), KIND, SPAN)
+                else:
+                    value = fold(partials, 0, chunks, KIND, SPAN)
+                norm = norm_of(value, unscale, KIND, P)
+                tl.store(norms + u, norm)
+                here = g == g
+                if SCOPE == GROUP:
+                    here = g == u
+                coef = tl.where(here, clip_coefficient(group, norm + coef * 0), coef)
+                if ACCUMULATE is not None:
+                    squares = tl.full((), 0.0, tl.float64)
+                    found = tl.full((), 0, tl.int32)
+                    begin = u
+                    stop = u + 1
+                    if SCOPE == GLOBAL:
+                        begin = 0
+                        stop = groups
+                    for v in range(begin, stop):
+                        other = hypers + v * GROUP_WORDS
+                        if tl.load(other + GROUP_COUNTS) != 0:
+                            a = tl.load(ranges + v)
+                            b = tl.load(ranges + v + 1)
+                            factor = clip_coefficient(other, norm) * unscale
+                            squares += factor * factor * fold(partials, a, b, KIND, SPAN)
+                            found = found | any_flag(flags, a, b, PRESENT, SPAN)
+                    summed = tl.where(here, squares, summed)
+                    moves = tl.where(here, found, moves)
+        tl.store(coefs + t, tl.where(active, coef, 1.0), mask=mask)
+
+    # What rules may ask for.
+    h = gather(hypers, g * GROUP_WORDS, HYPER)
+    coef = coef * unscale * tl.load(group + GROUP_SIGN)
+    bound = tl.load(group + GROUP_VALUE)
+    first = tl.load(fresh + t, mask=mask, other=0)
+    steps_at, counted, steps = number_at(tl.load(row + ROW_STEPS), mask, tl.float32)
+    norm_at, held, before = number_at(tl.load(row + ROW_NORM), mask, tl.float64)
+    after = before
+    if ACCUMULATE is not None:
+        after = tl.where(moves != 0, ACCUMULATE(h, before, summed), before)
+    x = (first.to(tl.float64), steps + 1.0, coef, before, after)
+    for i in tl.static_range(5):
+        tl.store(known + t * KNOWN + i, x[i], mask=mask)
+    keep_constants(numbers, t, mask, x, coef, bound, h, PREPARE, NUMBERS)
+    if NOISY:
+        key = noise_key(steps.to(tl.int64), t.to(tl.int64))
+        tl.store(keys + t * 2, key[0], mask=mask)
+        tl.store(keys + t * 2 + 1, key[1], mask=mask)
+
+    # What changes with a step that happens.
+    done = mask & (t * 0 + happens != 0)
+    tl.store(steps_at, (steps + 1.0).to(tl.float32), mask=done & active & counted)
+    tl.store(norm_at, after, mask=done & held)
+    tl.store(fresh + t, 0, mask=done & active)

@@ -1,0 +1,50 @@
+"""Launches: a kernel, what it is specialised for, and its arguments, bound once.
+
+Everything that changes from step to step is in tables on the device. So a launch has the same
+arguments for ever, and after the first time goes straight to the compiled kernel, past the part of
+Triton that looks at arguments to find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .tuning import INTERPRETED
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel with the values of its constexpr parameters."""
+
+    kernel: Any
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """No a * b + c becomes one rounding, as in every backend."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
+
+
+class Launch:
+    """One launch of a step."""
+
+    def __init__(self, spec: Spec, programs: int, arguments: Sequence[torch.Tensor | int]) -> None:
+        self.spec = spec
+        self.grid = (programs, 1, 1)
+        self.arguments = tuple(arguments)
+        self._all = (*self.arguments, *(value for _, value in spec.constants))
+        self._compiled: Any = None
+
+    def __call__(self) -> None:
+        """Launches on the current stream."""
+        if self._compiled is not None:
+            self._compiled(*self._all)
+            return
+        made = self.spec.kernel[self.grid](*self._all, **self.spec.options)
+        if not INTERPRETED:
+            self._compiled = made[self.grid]

@@ -1,0 +1,1 @@
+"""One module per family of update rules: twins of the headers in csrc/core/math, by name."""

@@ -1,0 +1,392 @@
+"""A plan: the tables of one list of tensors, and the launches of a step over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .apply import CONSTANTS, apply
+from .finalize import KNOWN, finalize
+from .launch import Launch, Spec
+from .reduce import reduce
+from .rule import Rule
+from .rules import RULES
+from .table import (
+    CHUNK,
+    GROUP_HYPER,
+    GROUP_WORDS,
+    MAX_DIMS,
+    ROW_WORDS,
+    Dimension,
+    cut,
+    is_linear,
+    merge_layout,
+)
+
+STORED = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.uint16,  # as bits, see ops.py
+}
+SQUARES, ABS, MAX, POWER = 0, 1, 2, 5
+GLOBAL, GROUP, TENSOR = range(3)
+
+
+@dataclass
+class Slot:
+    """One parameter, real (complex ones as pairs of numbers), with what belongs to it.
+
+    `grad` has the form that its gradients are expected to have: dtype, strides, alignment.
+    """
+
+    rule: str
+    group: int
+    param: Tensor
+    grad: Tensor
+    states: list[Tensor]
+    steps: Tensor | None = None
+    norm_sq: Tensor | None = None
+    scale: Tensor | None = None
+    low: int = 0  # states in bfloat16, as bits
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a step is, apart from its tensors."""
+
+    scope: int
+    asks: bool  # it has to know first if all gradients are finite
+    names: bool  # and remembers whose were not
+    zero: bool  # what is not finite counts as 0
+    norm_type: float
+    reduces: bool  # norms are taken
+
+    @property
+    def kind(self) -> int:
+        """What the partial sums are of."""
+        return {2.0: SQUARES, 1.0: ABS, float("inf"): MAX}.get(self.norm_type, POWER)
+
+
+@dataclass
+class Words:
+    """What a step may bring anew: addresses of gradients, numbers of groups, AMP's two tensors.
+
+    One copy sends it, from pinned memory that torch does not reuse before the copy is done.
+    """
+
+    tensors: int
+    groups: int
+    device: torch.device
+    device_words: Tensor = field(init=False)
+    sent: tuple[Any, ...] = ()
+    host: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._floats = self.tensors + self.tensors % 2  # 16-byte boundaries
+        self._amp = self._floats + self.groups * GROUP_WORDS.value
+        self.device_words = torch.zeros(self._amp + 2, dtype=torch.int64, device=self.device)
+
+    @property
+    def gradients(self) -> Tensor:
+        """Addresses; 0 for a tensor that sits out the step."""
+        return self.device_words[: self._floats]
+
+    @property
+    def hypers(self) -> Tensor:
+        """Rows of groups."""
+        return self.device_words[self._floats : self._amp].view(torch.float64)
+
+    @property
+    def amp(self) -> Tensor:
+        """Addresses of the loss scale and of its overflow flag; 0: none."""
+        return self.device_words[self._amp :]
+
+    def send(self, gradients: list[int], hypers: list[float], amp: tuple[int, int]) -> None:
+        """Sends what changed: all of it or, usually, nothing."""
+        news = (gradients, hypers, amp)
+        if news == self.sent:
+            return
+        pinned = self.device.type == "cuda"
+        host = torch.zeros(self._amp + 2, dtype=torch.int64, pin_memory=pinned)
+        host[: self.tensors] = torch.tensor(gradients, dtype=torch.int64)
+        host[self._floats : self._amp].view(torch.float64).copy_(
+            torch.tensor(hypers, dtype=torch.float64)
+        )
+        host[self._amp :] = torch.tensor(amp)
+        self.device_words.copy_(host, non_blocking=True)
+        self.sent, self.host = news, host
+
+
+class Plan:
+    """The tables, and the launches bound to them."""
+
+    def __init__(self, slots: Sequence[Slot], groups: int, method: Method, device: torch.device):
+        self.slots, self.method, self.device = list(slots), method, device
+        self.groups = groups
+        numels = [s.param.numel() for s in slots]
+        first = cut(numels)
+        self.chunks = first[-1]
+        self._layouts: list[int] = [0]
+        passes = [self._pass_of(s) for s in slots]
+        reads = [self._reduce_of(s) for s in slots]
+        rows = [
+            self._row(s, first[i], first[i + 1] - first[i], passes[i][1], reads[i][1])
+            for i, s in enumerate(slots)
+        ]
+        self._first = first
+
+        def ints(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.as_tensor(values, dtype=dtype).to(device)
+
+        def floats(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=device)
+
+        count = max(1, len(slots))
+        self.rows = ints(rows).reshape(-1)
+        self.layouts = ints(self._layouts)
+        bounds = [0] * (groups + 1)
+        for s, b in zip(slots, first[1:], strict=True):
+            bounds[s.group + 1] = b
+        for g in range(groups):  # a group without tensors ends where it starts
+            bounds[g + 1] = max(bounds[g + 1], bounds[g])
+        self.ranges = ints(bounds, torch.int32)
+        self.partials = floats(max(1, self.chunks))
+        self.flags = ints([0] * max(1, self.chunks), torch.int32)
+        units = (1, max(1, groups), count)[method.scope]
+        self.norms, self.coefs = floats(units), floats(count)
+        self.known = floats(count * KNOWN.value)
+        self.fresh = ints([int(s.fresh) for s in slots] or [0], torch.int32)
+        self.keys = ints([0] * 2 * count, torch.int32).view(torch.uint32)
+        self.go = ints([1, 0], torch.int32)
+        self.counters = ints([0, 0])
+        self.spoiled = ints([0] * count, torch.int32)
+        self._numbers = {
+            c: torch.zeros(count * CONSTANTS.value, dtype=c, device=device)
+            for c in {_compute(s) for s in slots}
+        }
+        counts = torch.tensor([b - a for a, b in pairwise(first)], dtype=torch.int64)
+        owner = torch.repeat_interleave(torch.arange(len(slots)), counts) if slots else counts
+        index = torch.arange(self.chunks) - torch.tensor(first[:-1] or [0])[owner]
+
+        def chunks_of(members: list[int]) -> tuple[Tensor, ...]:
+            chosen = torch.zeros(len(slots), dtype=torch.bool)
+            chosen[members] = True
+            which = chosen[owner].nonzero().flatten()
+            return tuple(ints(x, torch.int32) for x in (owner[which], index[which], which))
+
+        self._reduces = [(spec, chunks_of(m)) for spec, m in _grouped(r[0] for r in reads)]
+        self._applies = [
+            (spec, chunks_of(m), ints(m, torch.int32), slots[m[0]])
+            for spec, m in _grouped(p[0] for p in passes)
+        ]
+        self.words = Words(len(slots), groups, device)
+        self._eager = self._bind(self.words)
+        # A graph keeps the tables that were bound while it was captured.
+        self._captured: list[Words] = []
+
+    # ---- what is specialised for what ----------------------------------------------------------
+
+    def _layout(self, shape: Sequence[int], tensors: Sequence[Tensor]) -> tuple[int, int]:
+        """How many dimensions there are to walk, and where the layout is; (0, 0) if linear."""
+        layout = merge_layout(shape, [t.stride() for t in tensors])
+        if is_linear(layout):
+            return 0, 0
+        if len(layout) > MAX_DIMS:
+            raise ValueError(f"more than {MAX_DIMS} dimensions that cannot be merged")
+        dims = next(n for n in (1, 2, 4, 8, MAX_DIMS) if n >= len(layout))  # few specialisations
+        at = len(self._layouts)
+        still: Dimension = (1, *(0 for _ in tensors))
+        for dim in [*layout, *[still] * (dims - len(layout))]:
+            self._layouts += dim
+        return dims, at
+
+    def _reduce_of(self, s: Slot) -> tuple[Spec | None, int]:
+        if not self.method.reduces or s.param.numel() == 0:
+            return None, 0
+        dims, at = self._layout(s.grad.shape, [s.grad])
+        return reduce_spec(s.grad.dtype, self.method, dims, not dims and _aligned(s.grad)), at
+
+    def _pass_of(self, s: Slot) -> tuple[Spec | None, int]:
+        operands = [s.param, s.grad, *s.states]
+        dims, at = self._layout(s.param.shape, operands)
+        aligned = not dims and all(_aligned(t) for t in operands)
+        dtypes = tuple(t.dtype for t in operands)
+        return apply_spec(RULES[s.rule], dtypes, dims, aligned, s.low, self.method.zero), at
+
+    def _row(self, s: Slot, first: int, chunks: int, layout: int, grad_layout: int) -> list[int]:
+        states = [t.data_ptr() for t in s.states] + [0] * (4 - len(s.states))
+        numbers = [0 if t is None else t.data_ptr() for t in (s.steps, s.norm_sq, s.scale)]
+        row = [s.param.numel(), s.param.data_ptr(), 0, *states, *numbers]
+        row += [s.group, first, chunks, layout, grad_layout]
+        return row + [0] * (ROW_WORDS.value - len(row))
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def _bind(self, words: Words) -> tuple[list[Launch], list[Launch]]:
+        """The launches of a step that reads these words: up to the constants, and from there on."""
+        norms, applies = [], []
+        for spec, (owner, index, number) in self._reduces:
+            chunks = (self.rows, words.gradients, self.layouts, owner, index, number)
+            norms.append(Launch(spec, len(owner), (*chunks, self.partials, self.flags)))
+        for n, (_, _, members, slot) in enumerate(self._applies):
+            spec = finalize_spec(RULES[slot.rule], self.method, bool(slot.low), counts=n == 0)
+            arguments = (
+                *(self.rows, words.gradients, words.hypers, words.amp, self.partials, self.flags),
+                *(self.ranges, members, self.fresh, self.norms, self.coefs, self.known),
+                *(self._numbers[_compute(slot)], self.keys, self.go, self.counters, self.spoiled),
+                *(len(members), self.chunks, self.groups),
+            )
+            norms.append(Launch(spec, -(-len(members) // tuning.FINALIZE_ROWS), arguments))
+        for spec, (owner, index, _), _, slot in self._applies:
+            if len(owner) > 0:
+                tables = (self.rows, words.gradients, self.layouts, owner, index)
+                rest = (self._numbers[_compute(slot)], self.keys, self.go)
+                applies.append(Launch(spec, len(owner), (*tables, *rest)))
+        return norms, applies
+
+    def run(
+        self,
+        gradients: list[int],
+        hypers: list[float],
+        amp: tuple[int, int] = (0, 0),
+        *,
+        held: Sequence[tuple[int, Tensor]] = (),
+        passes: Sequence[int] = (0, 1),
+    ) -> None:
+        """One step, with these addresses and numbers.
+
+        Args:
+            gradients: an address per slot; 0: it sits out the step.
+            hypers: a row per group, as `group_words` makes it.
+            amp: addresses of the loss scale and of its overflow flag; 0: none.
+            held: places in `hypers` whose numbers are on the device, and these.
+            passes: 0: norms and constants; 1: the update.
+        """
+        words, launches = self.words, self._eager
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            words = Words(len(self.slots), self.groups, self.device)
+            launches = self._bind(words)
+            self._captured.append(words)
+        words.send(gradients, hypers, amp)
+        for place, number in held:
+            words.hypers[place].copy_(number.reshape(()), non_blocking=True)
+        for part in passes:
+            for launch in launches[part]:
+                launch()
+
+
+def group_words(hyper: Sequence[float], clip: Sequence[float], counts: bool) -> list[float]:
+    """A group's row: hyper-parameters, then the numbers of a ClipSpec."""
+    *numbers, maximize = clip
+    row = [*hyper, *[0.0] * (GROUP_HYPER - len(hyper)), *numbers, -1.0 if maximize else 1.0]
+    return [float(x) for x in [*row, counts]]
+
+
+def _grouped(specs: Any) -> list[tuple[Spec, list[int]]]:
+    """Who shares a launch: the numbers of the slots of each spec."""
+    found: dict[Spec, list[int]] = {}
+    for i, spec in enumerate(specs):
+        if spec is not None:
+            found.setdefault(spec, []).append(i)
+    return list(found.items())
+
+
+def _compute(s: Slot) -> torch.dtype:
+    return torch.float64 if s.param.dtype == torch.float64 else torch.float32
+
+
+def _aligned(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0
+
+
+# ---- specs: all that is ever compiled is made here -----------------------------------------------
+
+
+def reduce_spec(dtype: torch.dtype, method: Method, dims: int, aligned: bool) -> Spec:
+    """The pass over gradients of one dtype and layout."""
+    shape = tuning.shape_for(1, strided=dims > 0)
+    wide = dtype == torch.float64
+    return Spec(
+        reduce,
+        (
+            ("T", STORED[dtype]),
+            ("C", tl.float64 if wide else tl.float32),
+            ("KIND", method.kind),
+            ("P", method.norm_type if method.kind == POWER else 0.0),
+            ("DIMS", dims),
+            ("ALIGNED", aligned),
+            ("CHUNK", CHUNK),
+            ("BLOCK", shape.block),
+        ),
+        shape.warps,
+    )
+
+
+def finalize_spec(rule: Rule, method: Method, noisy: bool, *, counts: bool) -> Spec:
+    """What comes between reduce and apply."""
+    asks = method.asks
+    return Spec(
+        finalize,
+        (
+            ("PREPARE", rule.prepare),
+            ("HYPER", len(rule.hyper)),
+            ("NUMBERS", rule.constants),
+            ("ACCUMULATE", rule.accumulate),
+            ("KIND", method.kind),
+            ("P", method.norm_type if method.kind == POWER else 0.0),
+            ("SCOPE", method.scope),
+            ("REDUCES", method.reduces),
+            ("ASKS", asks),
+            ("NAMES", asks and method.names),
+            ("NOISY", noisy),
+            ("COUNTS", counts),
+            ("ROWS", tuning.FINALIZE_ROWS),
+            ("SPAN", tuning.FINALIZE_SPAN),
+            ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),
+        ),
+        tuning.FINALIZE_WARPS,
+    )
+
+
+def apply_spec(
+    rule: Rule,
+    dtypes: tuple[torch.dtype, ...],
+    dims: int,
+    aligned: bool,
+    low: int,
+    zero: bool,
+) -> Spec:
+    """The pass of a rule over operands of these dtypes."""
+    widest = max(d.itemsize for d in dtypes)
+    shape = tuning.shape_for(len(dtypes), strided=dims > 0, wide=widest == 8)
+    states = (1 << rule.states) - 1
+    return Spec(
+        apply,
+        (
+            ("TYPES", tuple(STORED[d] for d in dtypes)),
+            ("C", tl.float64 if dtypes[0] == torch.float64 else tl.float32),
+            ("COUNT", len(dtypes)),
+            ("UPDATE", rule.update),
+            ("NUMBERS", rule.constants),
+            ("ALONE", not rule.reads_grad),
+            ("READS", 1 | rule.reads_grad << 1 | states << 2),
+            ("WRITES", 1 | states << 2),
+            ("NOISY", low << 2),
+            ("ZERO", zero),
+            ("DIMS", dims),
+            ("ALIGNED", aligned),
+            ("VECTOR", 16 // widest),
+            ("CHUNK", CHUNK),
+            ("BLOCK", shape.block),
+        ),
+        shape.warps,
+    )

@@ -1,0 +1,12 @@
+"""The list of update rules. Adding one to the backend: write its module, name it here."""
+
+from __future__ import annotations
+
+from .math import accumulator, adagrad, adam, scale, sgd, sign
+from .rule import Rule
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for family in (scale, sgd, adagrad, adam, sign, accumulator)
+    for rule in family.RULES
+}

@@ -1,0 +1,73 @@
+"""Tables: what the kernels know of tensors, in 64-bit words. Twin of core/chunks.h and layout.h.
+
+A row per tensor holds what stays from step to step. What a step may bring anew, the addresses of
+gradients and the hyper-parameters, is in one block of words that is sent in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton.language as tl
+
+# Elements of a chunk: what one program takes. Partial sums are kept per chunk and combined in the
+# order of chunks, so results depend on sizes alone.
+CHUNK = 8192
+
+# A row: the words that a tensor has.
+ROW_NUMEL = tl.constexpr(0)
+ROW_PARAM = tl.constexpr(1)  # then the place of the gradient, which is not here, and the states
+ROW_STEPS = tl.constexpr(7)  # addresses of numbers; 0: none
+ROW_NORM = tl.constexpr(8)
+ROW_SCALE = tl.constexpr(9)
+ROW_GROUP = tl.constexpr(10)
+ROW_FIRST = tl.constexpr(11)  # its first chunk, and how many there are
+ROW_CHUNKS = tl.constexpr(12)
+ROW_LAYOUT = tl.constexpr(13)  # where its layout starts
+ROW_GRAD_LAYOUT = tl.constexpr(14)  # that of its gradient alone
+ROW_WORDS = tl.constexpr(16)
+
+# A group: 64-bit floats.
+GROUP_HYPER = 16  # at most
+GROUP_MODE = tl.constexpr(16)
+GROUP_MAX_NORM = tl.constexpr(17)
+GROUP_EPS = tl.constexpr(18)
+GROUP_L0 = tl.constexpr(19)
+GROUP_L1 = tl.constexpr(20)
+GROUP_VALUE = tl.constexpr(21)
+GROUP_SIGN = tl.constexpr(22)
+GROUP_COUNTS = tl.constexpr(23)  # 1 where its rule accumulates norms
+GROUP_WORDS = tl.constexpr(24)
+
+MAX_DIMS = 16
+
+Dimension = tuple[int, ...]  # size, then the stride of every operand
+
+
+def merge_layout(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[Dimension]:
+    """How operands of one shape lie in memory, relative to each other; innermost dimension first.
+
+    Dimensions of size 1 are dropped, the rest sorted by the first operand's strides and merged
+    where all operands allow it. The order is the CPU backend's: elements get the same numbers.
+    """
+    dims = [(n, *(s[d] for s in strides)) for d, n in enumerate(shape) if n != 1]
+    dims.sort(key=lambda dim: [-abs(stride) for stride in dim[1:]])  # stable
+    merged: list[Dimension] = []  # outermost first
+    for dim in dims:
+        if merged and all(a == b * dim[0] for a, b in zip(merged[-1][1:], dim[1:], strict=True)):
+            dim = (merged.pop()[0] * dim[0], *dim[1:])
+        merged.append(dim)
+    return merged[::-1]
+
+
+def is_linear(layout: Sequence[Dimension]) -> bool:
+    """Whether all operands are dense, and are walked in step."""
+    return not layout or (len(layout) == 1 and all(stride == 1 for stride in layout[0][1:]))
+
+
+def cut(numels: Sequence[int]) -> list[int]:
+    """Where each tensor's chunks begin, and at the end how many there are."""
+    first = [0]
+    for numel in numels:
+        first.append(first[-1] + -(-numel // CHUNK))
+    return first
