@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import compressors
 from ._agc import agc_
 from ._clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from ._doctor import doctor
 from ._errors import BackendError, NonFiniteGradientError
 from .composition import chain, compose, parts
 from .compressors import (
@@ -81,6 +82,7 @@ __all__ = [
     "clip_grads_with_norm_",
     "compose",
     "compressors",
+    "doctor",
     "get_total_norm",
     "parts",
 ]
