@@ -5,47 +5,17 @@
 
 PYSMOOTH_KERNELS_BEGIN
 
-// States in bfloat16 beside float32 parameters and gradients: converted in registers, because the
-// whole point is speed. Takes whole vectors of a linear chunk; returns how many elements that were.
-// The arithmetic, and the noise, are those of staging.
+// The whole vectors of a chunk whose states are bfloat16; returns how many elements that were.
 template <class Rule>
 int64_t apply_low(const ApplyArgs& a) {
-  constexpr unsigned kLow = Rule::kLowStates;
-  constexpr int W = kFloats;
-  using io = vector_io<float>;
-  bool fits = a.stochastic == kLow << 2 && a.layout == nullptr && a.companion == 0 &&
-              a.rows.coefs == nullptr;
-  for (int k = 0; k < 2 + Rule::kStates; ++k)
-    fits = fits && (has(kLow << 2, k) || a.dtype[k] == DType::f32);
-  if (!fits) return 0;
+  if (!LowPort<Rule>::fits(a)) return 0;
   const auto h = Rule::template prepare<float>(a.hyper, a.scalars);
-  const GradientIn<float> take(a.scalars);
-  float* const p = static_cast<float*>(a.param) + a.begin;
-  const float* const g = static_cast<const float*>(a.grad) + a.begin;
-  void* state[Rule::kStates];
-  for (int k = 0; k < Rule::kStates; ++k)
-    state[k] = static_cast<char*>(a.state[k]) + a.begin * itemsize(a.dtype[2 + k]);
-  vu32 place = noise_places(static_cast<uint32_t>(a.begin));
-  const NoiseKey key = a.noise;
+  LowPort<Rule> port(a);
   int64_t i = 0;
-  for (; i + W <= a.length; i += W) {
-    Lane<vec<float>, Rule::kStates> x{};
-    x.param = io::load(p + i);
-    x.grad = take(io::load(g + i));
-    for (int k = 0; k < Rule::kStates; ++k)
-      x.state[k] = has(kLow, k) ? io::load(static_cast<const bf16*>(state[k]) + i)
-                                : io::load(static_cast<const float*>(state[k]) + i);
+  for (; i + kFloats <= a.length; i += kFloats) {
+    auto x = port.template load<UseApply<Rule>>(i);
     Rule::update(x, h);
-    io::store(p + i, x.param);
-    const vu32 random = noise(place, key);
-    for (int k = 0; k < Rule::kStates; ++k) {
-      const int shift = noise_shift(turn_of(kLow, k));
-      if (has(kLow, k))
-        store_noisy(static_cast<bf16*>(state[k]) + i, x.state[k], (random >> shift) & 0xffffu);
-      else
-        io::store(static_cast<float*>(state[k]) + i, x.state[k]);
-    }
-    place += kNoiseStride * W;
+    port.template store<UseApply<Rule>>(&x, i);
   }
   return i;
 }
@@ -55,7 +25,6 @@ void apply(const ApplyArgs& args) {
   using Use = UseApply<Rule>;
   ApplyArgs a = args;
   if constexpr (Rule::kLowStates != 0 && Rule::kStages == 0 && sizeof(C) == 4) {
-    static_assert(Rule::kLowStates < 4u, "one word of noise serves two states");
     const int64_t done = a.stochastic != 0 ? apply_low<Rule>(a) : 0;
     a.begin += done;
     a.length -= done;

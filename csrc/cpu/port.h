@@ -45,6 +45,74 @@ struct Port {
   }
 };
 
+// The same for linear chunks of float parameters and gradients beside bfloat16 states: converted in
+// registers, because the whole point is speed. The arithmetic, and the noise, are those of staging.
+// Vectors come in order, all of them.
+template <class Rule>
+struct LowPort {
+  static constexpr unsigned kLow = Rule::kLowStates;
+  static_assert(kLow < 4u, "one word of noise serves two states");
+  using Vector = Lane<vec<float>, Rule::kStates>;
+  using io = vector_io<float>;
+
+  float* param;
+  const float* grad;
+  void* state[Rule::kStates];
+  const GradientIn<float> take;
+  const NoiseKey key;
+  vu32 place;
+
+  PYSMOOTH_HD static bool fits(const ApplyArgs& a) {
+    bool fits = a.stochastic == kLow << 2 && a.layout == nullptr && a.companion == 0 &&
+                a.rows.coefs == nullptr;
+    for (int k = 0; k < 2 + Rule::kStates; ++k)
+      fits = fits && (has(kLow << 2, k) || a.dtype[k] == DType::f32);
+    return fits;
+  }
+  PYSMOOTH_HD explicit LowPort(const ApplyArgs& a)
+      : param(static_cast<float*>(a.param) + a.begin),
+        grad(static_cast<const float*>(a.grad) + a.begin),
+        take(a.scalars),
+        key(a.noise),
+        place(noise_places(static_cast<uint32_t>(a.begin))) {
+    for (int k = 0; k < Rule::kStates; ++k)
+      state[k] = static_cast<char*>(a.state[k]) + a.begin * itemsize(a.dtype[2 + k]);
+  }
+
+  template <class Use>
+  PYSMOOTH_HD Vector load(int64_t i, bool reads_param = true) const {
+    constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
+    Vector x{};
+    if constexpr ((kUse.reads & 1u) != 0)
+      if (reads_param) x.param = io::load(param + i);
+    if constexpr ((kUse.reads & 2u) != 0) x.grad = take(io::load(grad + i));
+    for (int k = 0; k < Rule::kStates; ++k)
+      if (has(kUse.reads, 2 + k))
+        x.state[k] = has(kLow, k) ? io::load(static_cast<const bf16*>(state[k]) + i)
+                                  : io::load(static_cast<const float*>(state[k]) + i);
+    return x;
+  }
+  // Leaves in x what was stored.
+  template <class Use>
+  PYSMOOTH_HD void store(Vector* x, int64_t i) {
+    constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
+    if constexpr ((kUse.writes & 1u) != 0) io::store(param + i, x->param);
+    const vu32 random = noise(place, key);
+    place += kNoiseStride * kFloats;
+    for (int k = 0; k < Rule::kStates; ++k) {
+      if (!has(kUse.writes, 2 + k)) continue;
+      if (!has(kLow, k)) {
+        io::store(static_cast<float*>(state[k]) + i, x->state[k]);
+        continue;
+      }
+      const vu32 half = (random >> noise_shift(turn_of(kLow, k))) & 0xffffu;
+      const vu32 rounded = round_bf16_stochastic<vu32>(x->state[k], half);
+      io::store_upper(static_cast<bf16*>(state[k]) + i, rounded);
+      x->state[k] = bits_as<vec<float>>(vu32(rounded & 0xffff0000u));
+    }
+  }
+};
+
 // Signs, a bit per element: set where the value is not at least 0. Reads n values up to a whole
 // vector; bits beyond them are of no use.
 template <class C>

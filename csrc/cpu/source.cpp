@@ -62,19 +62,50 @@ __attribute__((noinline)) void digest(const C* values, int count, const SourceTa
         collect(values, count, task.filter, first, task.out + result->candidates) - task.out;
 }
 
-template <class Rule, int kStage, class C>
-SourceResult source(const ApplyArgs& a, const SourceTask& task) {
+// The whole blocks of a chunk whose states are bfloat16; returns how many elements that were.
+template <class Rule, int kStage>
+int64_t source_low(const ApplyArgs& a, const SourceTask& task, bool reads_param,
+                   SourceResult* result) {
   using Use = UsePass<Rule, kStage>;
-  const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
+  static_assert(!Use::kStreams.draws, "nothing is drawn here");
+  if (!LowPort<Rule>::fits(a)) return 0;
+  const auto h = Rule::template prepare<float>(a.hyper, a.scalars);
+  LowPort<Rule> port(a);
+  alignas(64) float values[kBlockElements];
+  int64_t done = 0;
+  for (; done + kBlockElements <= a.length; done += kBlockElements) {
+    for (int i = 0; i < kBlockElements; i += kFloats) {
+      auto x = port.template load<Use>(done + i, reads_param);
+      auto value = Rule::template source<kStage>(x, h);
+      port.template store<Use>(&x, done + i);
+      if (Rule::kKeepsValue) value = x.state[0];
+      vector_io<float>::store(values + i, value);
+    }
+    if constexpr (Rule::kSendsSigns) store_signs(values, kBlockElements, a.signs + done / 64);
+    digest(values, kBlockElements, task, done, result);
+  }
+  return done;
+}
+
+template <class Rule, int kStage, class C>
+SourceResult source(const ApplyArgs& args, const SourceTask& task) {
+  using Use = UsePass<Rule, kStage>;
+  const auto h = Rule::template prepare<C>(args.hyper, args.scalars);
   constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   // Some rules need the parameter for weight decay only.
   const bool reads_param = task.reads_param || (kUse.writes & 1u) != 0;
+  SourceResult result;
+  int64_t done = 0;
+  ApplyArgs a = args;
+  if constexpr (Rule::kLowStates != 0 && kStage == 0 && sizeof(C) == 4) {
+    if (a.stochastic != 0) done = source_low<Rule, kStage>(a, task, reads_param, &result);
+    a.begin += done;
+    a.length -= done;
+  }
   Drawing<C, Use::kStreams.draws> drawing(a, Rule::draw(a.hyper));
   Staging<C> run(a, {reads_param ? kUse.reads : kUse.reads & ~1u, kUse.writes},
                  drawing.most(kBlockElements));
   alignas(64) C values[kBlockElements];
-  SourceResult result;
-  int64_t done = 0;
   int filled = 0;
   while (run.next()) {
     const Port<Rule, C> port(run.operand, a.scalars, drawing.next(run.count));
@@ -91,7 +122,7 @@ SourceResult source(const ApplyArgs& a, const SourceTask& task) {
         std::memcpy(out, run.operand[2], static_cast<size_t>(run.count) * sizeof(C));
       }
     filled += static_cast<int>(run.count);
-    if (filled < kBlockElements && done + filled < a.length) continue;
+    if (filled < kBlockElements && done + filled < args.length) continue;
     if constexpr (Rule::kSendsSigns && kStage == 0)
       store_signs(values, filled, a.signs + done / 64);
     digest(values, filled, task, done, &result);
