@@ -43,7 +43,7 @@ class _Contestants:
             IN_STEP: pysmooth.ClipSGD(params, **clip),
             IN_BACKWARD: pysmooth.ClipSGD(params, norm="in_backward", **clip),
         }
-        self.hooks = [self.optimizers[IN_BACKWARD].gradient_hook(p) for p in params]
+        self.hooks = [self.optimizers[IN_BACKWARD].backward_sums(p) for p in params]
 
     def run(self, name: str) -> tuple[float, float]:
         """Seconds of one backward pass and of one step."""

@@ -40,6 +40,7 @@ class Plan:
         param_storage: list[int],
         by_rows: list[bool],
         sums: list[BackwardSums | None],
+        absorbs: bool,
     ) -> None: ...
     def selections(self) -> tuple[int, int]: ...
     def step(
@@ -50,6 +51,14 @@ class Plan:
         threads: int,
         unscale: float,
         trusts_sums: bool,
+        /,
+    ) -> int: ...
+    def absorb(
+        self,
+        parameter: int,
+        hyper: tuple[float, ...],
+        clip: tuple[int, float, float, float, float, float, bool],
+        threads: int,
         /,
     ) -> int: ...
     def norms(self) -> list[float]: ...

@@ -334,6 +334,8 @@ REGISTRY: tuple[Entry, ...] = (
             "natural": {"lr": 0.1, "compressor": NaturalCompression(seed=1), "momentum": 0.5},
             "qsgd": {"lr": 0.1, "compressor": QSGD(256, seed=1), "nonfinite": "zero"},
             "sign": {"lr": 0.1, "compressor": ScaledSign(), "maximize": True},
+            "absorb": {"lr": 0.1, "compressor": TopK(k=40, scope="global"), "absorb": True},
+            "absorb_sign": {"lr": 0.1, "compressor": ScaledSign(), "absorb": True},
             "sign_momentum": {
                 "lr": 0.1,
                 "compressor": ScaledSign(scope="global"),

@@ -312,6 +312,8 @@ def plan(**changes: Any) -> _cpu.Plan:
         "low_states": [0],
         "param_storage": [0],
         "by_rows": [False],
+        "sums": [None],
+        "absorbs": False,
         "select": None,
     }
     return _cpu.Plan(**{**arguments, **changes})

@@ -1,6 +1,7 @@
 #include "bindings/plan.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "bindings/aliasing.h"
 #include "bindings/run_released.h"
@@ -13,6 +14,12 @@ int find_rule(const std::string& name) {
 }
 
 namespace {
+
+// In the dict of a parameter's states: how many gradients they have taken in since the last step.
+PyObject* absorbed_key() {
+  static PyObject* const key = PyUnicode_InternFromString("absorbed");
+  return key;
+}
 
 SelectSpec read_select(const py::handle& given) {
   const auto items = py::reinterpret_borrow<py::tuple>(given);
@@ -38,7 +45,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
            const py::list& state_roots, int scope, int policy, double norm_type,
            const std::vector<int>& stage_scopes, const py::object& select,
            const std::vector<int>& low_states, const std::vector<int>& param_storage,
-           const std::vector<bool>& by_rows, const py::list& sums)
+           const std::vector<bool>& by_rows, const py::list& sums, bool absorbs)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -56,6 +63,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
   pipeline_.scope = static_cast<Scope>(scope);
   pipeline_.policy = static_cast<NonFinite>(policy);
   pipeline_.norm_type = norm_type;
+  pipeline_.absorbs = absorbs;
   for (size_t i = 0; i < stage_scopes.size() && i < kMaxStages; ++i)
     pipeline_.stage_scope[i] = static_cast<Scope>(stage_scopes[i]);
   if (!select.is_none()) pipeline_.select = read_select(select);
@@ -98,6 +106,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     }
     read_storage(t, param_storage[t]);
     read_states(t, py::reinterpret_borrow<py::tuple>(state_keys_[t]), low_states[t]);
+    if (absorbs) learn_own_layout(t);
   }
   check_aliasing();
   pipeline_.groups.resize(group_sizes_.size());
@@ -219,6 +228,33 @@ void Plan::check_aliasing() {
                           labels[static_cast<size_t>(b)] + " share memory");
 }
 
+// The strides of all that is walked together; `states` keeps them alive.
+std::vector<const int64_t*> Plan::walked(size_t t, const int64_t* grad,
+                                         std::deque<RealView>* states) const {
+  std::vector<const int64_t*> strides{shapes_[t].view.strides.data(), grad};
+  const Entry& e = entries_[t];
+  for (int k = 1; k <= e.states_held && k <= tensor_states(t); ++k) {
+    states->push_back(RealView::of(known(e, k).form, "state"));
+    strides.push_back(states->back().strides.data());
+  }
+  if (pipeline_.slots[t].storage == ParamStorage::master)
+    std::swap(strides.front(), strides.back());
+  return strides;
+}
+
+// For a step that finds the gradient in the states: nobody reads the one that is given here.
+void Plan::learn_own_layout(size_t t) {
+  Shape& s = shapes_[t];
+  const RuleInfo& rule = kernels().rules[pipeline_.slots[t].rule];
+  if (!rule.absorbs)
+    throw py::value_error("rule '" + std::string(rule.name) + "' does not absorb gradients");
+  std::deque<RealView> states;
+  if (!merge_layout(static_cast<int>(s.view.shape.size()), s.view.shape.data(),
+                    walked(t, s.view.strides.data(), &states), &s.own_layout))
+    throw py::value_error(what("parameter", t) + " has more than " + std::to_string(kMaxDims) +
+                          " dimensions that cannot be merged");
+}
+
 // Takes in the form of a gradient that was not seen before: its dtype and its strides.
 void Plan::learn_gradient(size_t t, const DLTensor& grad) {
   Entry& e = entries_[t];
@@ -235,13 +271,8 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
   if (!rule.takes(slot.param_dtype, view.dtype))
     throw Unsupported(name + " has dtype " + dtype_name(view.dtype) + " and its parameter " +
                       dtype_name(slot.param_dtype) + ", a pair that the cpu backend does not take");
-  std::vector<const int64_t*> strides{s.view.strides.data(), view.strides.data()};
   std::deque<RealView> states;
-  for (int k = 1; k <= e.states_held && k <= tensor_states(t); ++k) {
-    states.push_back(RealView::of(known(e, k).form, "state"));
-    strides.push_back(states.back().strides.data());
-  }
-  if (slot.storage == ParamStorage::master) std::swap(strides.front(), strides.back());
+  const std::vector<const int64_t*> strides = walked(t, view.strides.data(), &states);
   const int ndim = static_cast<int>(view.shape.size());
   if (!merge_layout(ndim, view.shape.data(), strides, &s.layout) ||
       !merge_layout(ndim, view.shape.data(), {view.strides.data()}, &s.grad_layout))
@@ -310,10 +341,28 @@ void Plan::find_sums(size_t t, const DLTensor& grad) {
   if (kept == Kept::tampered) trusts_sums_ = false;
 }
 
+// What absorb() has taken in since the last step.
+int64_t Plan::absorbed(size_t t) const {
+  PyObject* const count = PyDict_GetItemWithError(entries_[t].state_dict, absorbed_key());
+  if (count == nullptr) return 0;
+  const int64_t value = PyLong_Check(count) ? PyLong_AsLongLong(count) : -1;
+  if (value < 0)
+    throw py::type_error("state 'absorbed' of " + what("parameter", t) + " is not a count");
+  return value;
+}
+
 bool Plan::gather() {
   bool all_active = true;
   for (Slot& slot : pipeline_.slots) slot.summed = false;
   for (size_t t = 0; t < entries_.size(); ++t) {
+    if (pipeline_.absorbs) {
+      Slot& slot = pipeline_.slots[t];
+      slot.absorbed = slot.active = slot.numel > 0 && absorbed(t) > 0;
+      slot.layout = shapes_[t].own_layout.linear() ? nullptr : &shapes_[t].own_layout;
+      all_active = all_active && slot.active;
+      if (slot.active && !unmoved(t)) return false;
+      continue;
+    }
     grads_[t] = grad_of_(param_list_[t]);
     Slot& slot = pipeline_.slots[t];
     slot.active = !grads_[t].is_none() && slot.numel > 0;
@@ -342,22 +391,60 @@ void Plan::note_written() {
   for (const py::handle root : state_roots_) written_.append(root);
 }
 
+void Plan::set_group(size_t g, const py::tuple& hyper, const py::tuple& clip) {
+  Group& group = pipeline_.groups[g];
+  for (size_t i = 0; i < hyper.size() && i < kMaxHyper; ++i)
+    group.hyper[i] = py::cast<double>(hyper[i]);
+  group.clip = {static_cast<ClipMode>(py::cast<int>(clip[0])), py::cast<double>(clip[1]),
+                py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
+  group.clip_value = py::cast<double>(clip[5]);
+  group.maximize = py::cast<bool>(clip[6]);
+}
+
+int Plan::absorb(size_t t, const py::tuple& hyper, const py::tuple& clip, int threads) {
+  if (t >= entries_.size()) throw py::index_error("Plan.absorb: there is no such parameter");
+  if (!unmoved(t)) return static_cast<int>(Outcome::stale);
+  Slot& slot = pipeline_.slots[t];
+  const auto free_gradient = [&] {
+    if (PyObject_SetAttrString(param_list_[t], "grad", Py_None) != 0) throw py::error_already_set();
+    return static_cast<int>(Outcome::applied);
+  };
+  if (slot.numel == 0) return free_gradient();
+  set_group(static_cast<size_t>(slot.group), hyper, clip);
+  pipeline_.unscale = 1.0;
+  const auto release = [&](void*) { grads_[t] = py::object(); };
+  const std::unique_ptr<void, decltype(release)> guard(this, release);
+  grads_[t] = grad_of_(param_list_[t]);
+  const Shape& s = shapes_[t];
+  slot.layout = s.layout.linear() ? nullptr : &s.layout;
+  read_gradient(t);
+  slot.layout = s.layout.linear() ? nullptr : &s.layout;
+  Outcome outcome;
+  {
+    std::optional<py::gil_scoped_release> released;
+    if (slot.numel >= kSerialElements) released.emplace();
+    outcome = pysmooth::absorb(&pipeline_, t, slot.numel < kSerialElements ? 1 : threads);
+  }
+  slot.grad = nullptr;
+  if (outcome != Outcome::applied) return static_cast<int>(outcome);
+  py::list written;
+  for (int k = 1; k <= entries_[t].states_held; ++k)
+    written.append(py::handle(known(entries_[t], k).tensor));
+  increment_version(written);
+  const py::int_ count(absorbed(t) + 1);
+  if (PyDict_SetItem(entries_[t].state_dict, absorbed_key(), count.ptr()) != 0)
+    throw py::error_already_set();
+  return free_gradient();
+}
+
 int Plan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
                int threads, double unscale, bool trusts_sums) {
   constexpr int kStale = static_cast<int>(Outcome::stale);
   if (!unchanged(param_lists)) return kStale;
   pipeline_.unscale = unscale;
-  for (size_t g = 0; g < pipeline_.groups.size(); ++g) {
-    Group& group = pipeline_.groups[g];
-    const auto hyper = py::reinterpret_borrow<py::tuple>(hypers[g]);
-    for (size_t i = 0; i < hyper.size() && i < kMaxHyper; ++i)
-      group.hyper[i] = py::cast<double>(hyper[i]);
-    const auto clip = py::reinterpret_borrow<py::tuple>(clips[g]);
-    group.clip = {static_cast<ClipMode>(py::cast<int>(clip[0])), py::cast<double>(clip[1]),
-                  py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
-    group.clip_value = py::cast<double>(clip[5]);
-    group.maximize = py::cast<bool>(clip[6]);
-  }
+  for (size_t g = 0; g < pipeline_.groups.size(); ++g)
+    set_group(g, py::reinterpret_borrow<py::tuple>(hypers[g]),
+              py::reinterpret_borrow<py::tuple>(clips[g]));
   trusts_sums_ = trusts_sums && needs_reduce(pipeline_);
   const auto release = [this](void*) {
     for (py::object& grad : grads_) grad = py::object();
@@ -365,6 +452,13 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
   const std::unique_ptr<void, decltype(release)> guard(this, release);
   const Outcome outcome = run_released(&pipeline_, threads, [this] { return gather(); });
   if (outcome == Outcome::applied) increment_version(written_);
+  if (outcome == Outcome::applied && pipeline_.absorbs) {
+    const py::int_ none(0);
+    for (size_t t = 0; t < entries_.size(); ++t)
+      if (pipeline_.slots[t].active)
+        if (PyDict_SetItem(entries_[t].state_dict, absorbed_key(), none.ptr()) != 0)
+          throw py::error_already_set();
+  }
   return static_cast<int>(outcome);
 }
 
@@ -398,14 +492,15 @@ void bind_plan(py::module_& m) {
                     const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const py::list&, int, int,
                     double, const std::vector<int>&, const py::object&, const std::vector<int>&,
-                    const std::vector<int>&, const std::vector<bool>&, const py::list&>(),
+                    const std::vector<int>&, const std::vector<bool>&, const py::list&, bool>(),
            py::kw_only(), py::arg("params"), py::arg("state_dicts"), py::arg("state_keys"),
            py::arg("rules"), py::arg("groups"), py::arg("names"), py::arg("first"),
            py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
            py::arg("stage_scopes"), py::arg("select"), py::arg("low_states"),
-           py::arg("param_storage"), py::arg("by_rows"), py::arg("sums"))
+           py::arg("param_storage"), py::arg("by_rows"), py::arg("sums"), py::arg("absorbs"))
       .def("selections", &Plan::selections)
       .def("step", &Plan::step)
+      .def("absorb", &Plan::absorb)
       .def("norms", &Plan::norms)
       .def("coefs", &Plan::coefs)
       .def("active", &Plan::active)

@@ -22,13 +22,16 @@ class Plan {
        int scope, int policy, double norm_type, const std::vector<int>& stage_scopes,
        const py::object& select, const std::vector<int>& low_states,
        const std::vector<int>& param_storage, const std::vector<bool>& by_rows,
-       const py::list& sums);
+       const py::list& sums, bool absorbs);
 
   // Runs one step. `param_lists` holds each group's list of parameters, to notice replaced ones;
   // `hypers` and `clips` the numbers of each group; `trusts_sums`: whether sums from backward may
   // be used. Returns an Outcome.
   int step(const py::list& param_lists, const py::list& hypers, const py::list& clips, int threads,
            double unscale, bool trusts_sums);
+
+  // Takes parameter t's gradient into its states, and frees it. Returns an Outcome.
+  int absorb(size_t t, const py::tuple& hyper, const py::tuple& clip, int threads);
 
   std::vector<double> norms() const { return pipeline_.norms; }
   std::vector<double> coefs() const { return pipeline_.coefs; }
@@ -61,6 +64,7 @@ class Plan {
   struct Shape {
     RealView view;
     Layout layout, grad_layout;
+    Layout own_layout;             // as `layout`, of all but the gradient
     std::unique_ptr<RowCut> rows;  // of tensors that are clipped by rows
   };
 
@@ -78,6 +82,11 @@ class Plan {
   const Tracked& known(const Entry& e, int k) const {
     return tracked_[e.tracked + static_cast<size_t>(k)];
   }
+  void set_group(size_t g, const py::tuple& hyper, const py::tuple& clip);
+  std::vector<const int64_t*> walked(size_t t, const int64_t* grad,
+                                     std::deque<RealView>* states) const;
+  void learn_own_layout(size_t t);
+  int64_t absorbed(size_t t) const;
   bool unmoved(size_t t) const;  // parameter and states are where and what they were
   void read_gradient(size_t t);
   void find_sums(size_t t, const DLTensor& grad);

@@ -25,7 +25,11 @@
 //   kSelects      true if the values of pass 0 are selected from: selected() then takes in each
 //                 chosen coordinate, and again() gives a value once more after the pass
 //   kApplies      false if nothing is left to do for apply
-//   kApply, kPass, kSelected   the streams that apply, each pass and selected() touch
+//   kAbsorbs      true if all that pass 0 does with a gradient is to add it to states, so that
+//                 again() then gives the pass's value: gradients can be taken in one by one, before
+//                 the step
+//   kApply, kPass, kSelected, kAgain   the streams that apply, each pass, selected() and again()
+//                 touch
 //
 // and, for a rule that draws random numbers,
 //   draw()        what apply and the passes whose streams say so are handed for each element
@@ -99,9 +103,11 @@ struct RuleDefaults {
   static constexpr int kStages = 0;
   static constexpr bool kSelects = false;
   static constexpr bool kApplies = true;
+  static constexpr bool kAbsorbs = false;
   static constexpr Streams kApply{};
   static constexpr Streams kPass[1] = {};
   static constexpr Streams kSelected{};
+  static constexpr Streams kAgain{};
   PYSMOOTH_HD static bool reads_param(const double* /*hyper*/, int /*stage*/) { return true; }
   PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::none; }
   PYSMOOTH_HD static Draw draw(const double* /*hyper*/) { return {}; }

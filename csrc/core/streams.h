@@ -36,6 +36,10 @@ struct UsePass {
   static constexpr Streams kStreams = Rule::kPass[kStage];
 };
 template <class Rule>
+struct UseAgain {
+  static constexpr Streams kStreams = Rule::kAgain;
+};
+template <class Rule>
 struct UseSelected {
   static constexpr Streams kStreams = Rule::kSelected;
 };

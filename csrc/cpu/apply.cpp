@@ -56,6 +56,7 @@ RuleInfo describe() {
   info.counts_steps = Rule::kCountsSteps;
   info.low_states = Rule::kLowStates;
   info.sends_signs = Rule::kSendsSigns;
+  info.absorbs = Rule::kAbsorbs;
   info.keeps_scale = Rule::kKeepsScale;
   info.accumulates = Rule::kAccumulates;
   info.accumulate = Rule::accumulate;

@@ -103,6 +103,7 @@ struct RuleInfo {
   int stages;    // passes before apply
   bool selects;  // from the values of pass 0
   bool applies;
+  bool absorbs;  // gradients, one by one
   Sum (*stage_sum)(const double* hyper, int stage);
   bool (*reads_param)(const double* hyper, int stage);
   bool (*selects_nothing)(const double* hyper);
@@ -124,6 +125,7 @@ struct RuleInfo {
 // What a rule does before apply; null where it does nothing.
 struct SourceInfo {
   SourceFn source[kMaxStages][kComputes];
+  SourceFn absorbed[kComputes];  // pass 0 where states have taken in the gradient already
   ValuesFn values[kComputes];
   SelectedFn selected[kComputes];
 };

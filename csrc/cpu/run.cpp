@@ -165,6 +165,7 @@ void derive_groups(Pipeline* p, const RuleInfo* rules) {
 }  // namespace
 
 bool needs_reduce(const Pipeline& p) {
+  if (p.absorbs) return false;  // absorb() looked
   if (p.always_norm || p.accumulates || asks_first(p.policy)) return true;
   return std::any_of(p.groups.begin(), p.groups.end(),
                      [](const Group& g) { return g.clip.needs_norm(); });

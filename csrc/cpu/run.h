@@ -32,8 +32,9 @@ struct Slot {
   DType param_dtype = DType::f32;
   DType grad_dtype = DType::f32;
   bool active = false;
-  bool first = false;   // no step applied yet: states hold nothing
-  bool summed = false;  // the partials of this step's gradient are there: backward took them
+  bool first = false;     // no step applied yet: states hold nothing
+  bool absorbed = false;  // the gradient is in the states already; `grad` is not there
+  bool summed = false;    // the partials of this step's gradient are there: backward took them
   void* param = nullptr;
   const void* grad = nullptr;
   void* state[kMaxStates] = {};
@@ -90,6 +91,7 @@ struct Pipeline {
   Scope scope = Scope::global;
   NonFinite policy = NonFinite::propagate;
   double norm_type = 2.0;
+  bool absorbs = false;         // gradients are taken in by absorb(), not in the step
   bool accumulates = false;     // some rule accumulates squared norms; norm_type is 2
   bool always_norm = false;     // take norms even where no clip needs them
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
@@ -124,6 +126,10 @@ constexpr int64_t kSerialElements = 16384;
 
 // Whether a step reads the gradients first, for norms or to see if all of them are finite.
 bool needs_reduce(const Pipeline& pipeline);
+
+// Takes the gradient of slot t into its states: pass 0 of its rule, for this tensor alone. Changes
+// nothing where the policy asks, and the gradient is not finite.
+Outcome absorb(Pipeline* pipeline, size_t t, int threads);
 
 // The part of reduce that one chunk of a tensor is.
 Partial reduce_chunk(const void* data, DType dtype, const Layout* layout, const Chunk& chunk,

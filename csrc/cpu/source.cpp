@@ -81,15 +81,17 @@ int64_t source_low(const ApplyArgs& a, const SourceTask& task, bool reads_param,
       if (Rule::kKeepsValue) value = x.state[0];
       vector_io<float>::store(values + i, value);
     }
-    if constexpr (Rule::kSendsSigns) store_signs(values, kBlockElements, a.signs + done / 64);
+    if constexpr (Rule::kSendsSigns)
+      if (a.signs != nullptr) store_signs(values, kBlockElements, a.signs + done / 64);
     digest(values, kBlockElements, task, done, result);
   }
   return done;
 }
 
-template <class Rule, int kStage, class C>
+// `kAgain`: the values of a pass 0 that states have gone through.
+template <class Rule, int kStage, bool kAgain, class C>
 SourceResult source(const ApplyArgs& args, const SourceTask& task) {
-  using Use = UsePass<Rule, kStage>;
+  using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, kStage>>;
   const auto h = Rule::template prepare<C>(args.hyper, args.scalars);
   constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   // Some rules need the parameter for weight decay only.
@@ -97,7 +99,7 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
   SourceResult result;
   int64_t done = 0;
   ApplyArgs a = args;
-  if constexpr (Rule::kLowStates != 0 && kStage == 0 && sizeof(C) == 4) {
+  if constexpr (Rule::kLowStates != 0 && kStage == 0 && !kAgain && sizeof(C) == 4) {
     if (a.stochastic != 0) done = source_low<Rule, kStage>(a, task, reads_param, &result);
     a.begin += done;
     a.length -= done;
@@ -112,7 +114,10 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
     C* const out = values + filled;
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i, reads_param);
-      vector_io<C>::store(out + i, Rule::template source<kStage>(x, h));
+      if constexpr (kAgain)
+        vector_io<C>::store(out + i, Rule::template again<kStage>(x, h));
+      else
+        vector_io<C>::store(out + i, Rule::template source<kStage>(x, h));
       port.template store<Use>(x, i);
     }
     run.commit();
@@ -124,7 +129,7 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
     filled += static_cast<int>(run.count);
     if (filled < kBlockElements && done + filled < args.length) continue;
     if constexpr (Rule::kSendsSigns && kStage == 0)
-      store_signs(values, filled, a.signs + done / 64);
+      if (a.signs != nullptr) store_signs(values, filled, a.signs + done / 64);
     digest(values, filled, task, done, &result);
     done += filled;
     filled = 0;
@@ -133,9 +138,9 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
 }
 
 // For samples, where time counts, and for second looks.
-template <class Rule, class C>
-void values(const ApplyArgs& a, bool again, double* out) {
-  using Use = UsePass<Rule, 0>;
+template <class Rule, bool kAgain, class C>
+void read_values(const ApplyArgs& a, double* out) {
+  using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, 0>>;
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
   Staging<C> run(a, {touch_of<Rule>(Use::kStreams).reads, 0u}, kBlockElements);
   while (run.next()) {
@@ -143,12 +148,19 @@ void values(const ApplyArgs& a, bool again, double* out) {
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i);
       alignas(64) C row[lanes_of<C>];
-      vector_io<C>::store(row,
-                          again ? Rule::template again<0>(x, h) : Rule::template source<0>(x, h));
+      if constexpr (kAgain)
+        vector_io<C>::store(row, Rule::template again<0>(x, h));
+      else
+        vector_io<C>::store(row, Rule::template source<0>(x, h));
       const int64_t n = run.count - i < lanes_of<C> ? run.count - i : lanes_of<C>;
       for (int64_t j = 0; j < n; ++j) *out++ = static_cast<double>(row[j]);
     }
   }
+}
+
+template <class Rule, class C>
+void values(const ApplyArgs& a, bool again, double* out) {
+  again ? read_values<Rule, true, C>(a, out) : read_values<Rule, false, C>(a, out);
 }
 
 template <class Rule, class C>
@@ -177,8 +189,9 @@ void selected(const ApplyArgs& a, const SelectedTask& task) {
 
 template <class Rule, class C>
 void fill(SourceInfo* info, Compute c) {
-  if constexpr (Rule::kStages > 0) info->source[0][c] = source<Rule, 0, C>;
-  if constexpr (Rule::kStages > 1) info->source[1][c] = source<Rule, 1, C>;
+  if constexpr (Rule::kStages > 0) info->source[0][c] = source<Rule, 0, false, C>;
+  if constexpr (Rule::kStages > 1) info->source[1][c] = source<Rule, 1, false, C>;
+  if constexpr (Rule::kAbsorbs) info->absorbed[c] = source<Rule, 0, true, C>;
   if constexpr (Rule::kSelects) {
     info->values[c] = values<Rule, C>;
     info->selected[c] = selected<Rule, C>;

@@ -10,6 +10,9 @@
 namespace pysmooth {
 namespace {
 
+// Chunks that a thread takes at a time, of one tensor.
+constexpr int64_t kAbsorbGrain = 2;
+
 class Stages {
  public:
   Stages(Pipeline* p, const KernelTable& table, Schedule* schedule, int threads)
@@ -78,7 +81,9 @@ class Stages {
       task.filter = blocks() ? kAnyMagnitude : unit(i).filter;
       task.out = room.data();
     }
-    const SourceFn run = table_.sources[slot.rule].source[stage][compute_of(slot.param_dtype)];
+    const SourceInfo& info = table_.sources[slot.rule];
+    const Compute compute = compute_of(slot.param_dtype);
+    const SourceFn run = slot.absorbed ? info.absorbed[compute] : info.source[stage][compute];
     s_.results[i] = run(a, task);
     if (!filters) return;
     std::vector<Candidate>& list = s_.lists[i];
@@ -143,7 +148,7 @@ class Stages {
     const Slot& slot = p_->slots[t];
     const Chunk piece{static_cast<int32_t>(t), static_cast<int32_t>(length), begin};
     const ApplyArgs a = args_of(*p_, rule_of(slot), piece);
-    table_.sources[slot.rule].values[compute_of(slot.param_dtype)](a, again, out);
+    table_.sources[slot.rule].values[compute_of(slot.param_dtype)](a, again || slot.absorbed, out);
   }
 
   void sample() {
@@ -292,6 +297,54 @@ class Stages {
 };
 
 }  // namespace
+
+Outcome absorb(Pipeline* p, size_t t, int threads) {
+  Slot& slot = p->slots[t];
+  struct Context {
+    Pipeline* pipeline;
+    const RuleInfo* rule;
+    SourceFn take;
+    int64_t first;
+  };
+  const RuleInfo& rule = kernels().rules[slot.rule];
+  Context context{p, &rule, kernels().sources[slot.rule].source[0][compute_of(slot.param_dtype)],
+                  p->chunks.first(static_cast<int64_t>(t))};
+  const int64_t count = p->chunks.first(static_cast<int64_t>(t) + 1) - context.first;
+  p->reduced = false;
+  for (std::vector<double>& values : p->staged.values) values.resize(p->slots.size());
+  if (asks_first(p->policy)) {
+    parallel_ranges(
+        count, kAbsorbGrain, threads,
+        [](void* given, int64_t from, int64_t to) {
+          const auto& c = *static_cast<Context*>(given);
+          for (int64_t i = c.first + from; i < c.first + to; ++i) {
+            const Chunk& chunk = c.pipeline->chunks[i];
+            const Slot& s = c.pipeline->slots[static_cast<size_t>(chunk.tensor)];
+            c.pipeline->partials[static_cast<size_t>(i)] =
+                reduce_chunk(s.grad, s.grad_dtype, s.grad_layout, chunk, c.pipeline->norm_type);
+          }
+        },
+        &context);
+    for (int64_t i = context.first; i < context.first + count; ++i)
+      if (p->partials[static_cast<size_t>(i)].nonfinite) return Outcome::nonfinite;
+  }
+  parallel_ranges(
+      count, kAbsorbGrain, threads,
+      [](void* given, int64_t from, int64_t to) {
+        const auto& c = *static_cast<Context*>(given);
+        for (int64_t i = c.first + from; i < c.first + to; ++i) {
+          ApplyArgs a = args_of(*c.pipeline, *c.rule, c.pipeline->chunks[i]);
+          a.noise = a.noise.shifted(kNoisePass);
+          SourceTask task;
+          task.reads_param = c.rule->reads_param(a.hyper, 0);
+          c.take(a, task);
+        }
+      },
+      &context);
+  // What was sent in the last step has been taken off.
+  if (slot.scale != nullptr) *slot.scale = 0.0;
+  return Outcome::applied;
+}
 
 void prepare_stages(Pipeline* p, const KernelTable& table) {
   Staged& s = p->staged;

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch  # before the native module, which shares torch's OpenMP pool
+from torch import Tensor
 
 from .._errors import BackendError
 from .amp import Amp
@@ -32,6 +33,9 @@ class Engine(Protocol):
 
     def settle(self, optimizer: FusedOptimizer) -> int:
         """Steps that were skipped on a device since the last call; raises what is to be raised."""
+
+    def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
+        """Takes one gradient into the states, and frees it; False if the policy keeps it out."""
 
     def selections(self) -> tuple[int, int]:
         """How many selections there were so far, and how many needed a second look."""

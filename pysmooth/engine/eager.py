@@ -12,7 +12,7 @@ from .._errors import NonFiniteGradientError
 from ..reference import Member, Passes, Storage
 from .amp import Amp
 from .checks import check_gradient, check_memory, check_state
-from .recipe import NORM_SQ, SCALE, STEP, ClipMode, Policy, Recipe, Scope, needs_reduce
+from .recipe import ABSORBED, NORM_SQ, SCALE, STEP, ClipMode, Policy, Recipe, Scope, needs_reduce
 from .state import fill_state, new_states
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class EagerEngine:
         for index, group in enumerate(optimizer.param_groups):
             slots += [(index, p, next(labels)) for p in group["params"]]
         recipes = optimizer.recipes()
-        live = [(g, p, label) for g, p, label in slots if p.grad is not None]
+        live = [(g, p, label) for g, p, label in slots if _takes_part(optimizer, p)]
         self._check(optimizer, recipes, slots)
 
         coefs: list[Tensor | None] = [None] * len(live)
         self._norms = self._coefs = None
-        wanted = needs_reduce(optimizer.policy, recipes)
+        wanted = not optimizer.absorbs and needs_reduce(optimizer.policy, recipes)
         if wanted and not self._reduce(optimizer, recipes, slots, live, coefs, unscale):
             optimizer.count_skipped()
             return
@@ -71,6 +71,36 @@ class EagerEngine:
             _apply_staged(optimizer, step, members)
         for p, (_, after) in norm_sq.items():
             optimizer.state[p][NORM_SQ].copy_(after)
+        for _, p, _ in live if optimizer.absorbs else ():
+            optimizer.state[p][ABSORBED] = 0
+
+    @torch.no_grad()
+    def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
+        """Takes one gradient into the states, and frees it; False if the policy keeps it out."""
+        groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+        params = [q for group in optimizer.param_groups for q in group["params"]]
+        number = next(i for i, q in enumerate(params) if q is p)
+        g = groups[number]
+        recipe = optimizer.absorbing(optimizer.param_groups[g], p).of(p)
+        self._check(optimizer, optimizer.recipes(), [(g, p, optimizer.param_labels()[number])])
+        if optimizer.policy.asks_first and not _finite(_grad(p)):
+            return False
+        first = _allocate(optimizer, recipe, p, 1.0)
+        if p.numel() == 0:
+            p.grad = None
+            return True
+        storage = _storage(optimizer, recipe, p, number)
+        member = _member(optimizer, recipe, p, None, storage, group=g, first=first)
+        take_in = _rule(recipe).absorb
+        assert take_in is not None
+        take_in(member)
+        for kept, state in zip(storage.states, member.states, strict=True):
+            if kept is not state:
+                kept.copy_(state)
+        held = optimizer.state[p]
+        held[ABSORBED] = held.get(ABSORBED, 0) + 1
+        p.grad = None
+        return True
 
     def _check(
         self, optimizer: FusedOptimizer, recipes: list[Recipe], slots: list[tuple[int, Tensor, str]]
@@ -159,6 +189,12 @@ class EagerEngine:
     def coefs(self) -> Tensor | None:
         """Clip coefficients of the last step per parameter; None if it took no norms."""
         return self._coefs
+
+
+def _takes_part(optimizer: FusedOptimizer, p: Tensor) -> bool:
+    if optimizer.absorbs:
+        return bool(optimizer.state.get(p, {}).get(ABSORBED, 0))
+    return p.grad is not None
 
 
 def _grad(p: Tensor) -> Tensor:
@@ -287,9 +323,12 @@ def _member(
 ) -> Member:
     """The parameter as a staged rule sees it."""
     x, states = storage.load()
+    absorbed = p.grad is None
     return Member(
         x,
-        reference.gradient_in(
+        torch.empty(0)
+        if absorbed
+        else reference.gradient_in(
             _grad(p),
             x.dtype,
             None if coef is None else coef.to(p.device),
@@ -305,6 +344,7 @@ def _member(
         optimizer.state[p][SCALE] if recipe.keeps_scale else None,
         storage,
         p.is_complex(),
+        absorbed,
     )
 
 

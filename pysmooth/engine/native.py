@@ -35,6 +35,7 @@ class NativeEngine:
         self._fresh: list[tuple[Tensor, dict[str, Any] | None]] = []
         self._last: tuple[list[float], list[float]] | None = None
         self._selections = (0, 0)  # of plans that are gone
+        self._places: dict[Tensor, tuple[int, int]] = {}  # in the plan: parameter, group
 
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step: reduce where norms are needed, then apply."""
@@ -76,6 +77,33 @@ class NativeEngine:
             return
         self._fresh = []
 
+    def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
+        """Takes one gradient into the states, and frees it; False if the policy keeps it out."""
+        try:
+            for _ in range(2):
+                plan = self._plan
+                if (
+                    plan is None
+                    or len(optimizer.state) != self._built_for[0]
+                    or p not in self._places
+                ):
+                    plan = self._build(optimizer, optimizer.recipes())
+                place, g = self._places[p]
+                recipe = optimizer.absorbing(optimizer.param_groups[g], p)
+                outcome = plan.absorb(place, recipe.hyper, recipe.clip, torch.get_num_threads())
+                if outcome != STALE:
+                    break
+                self._plan = None
+            else:
+                raise RuntimeError("parameters or states changed while a gradient was absorbed")
+        except BaseException:
+            self._discard_fresh(optimizer)
+            raise
+        if outcome != APPLIED:
+            self._discard_fresh(optimizer)
+        self._fresh = []
+        return bool(outcome == APPLIED)
+
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
         self._selections = self.selections()
         self._plan = None
@@ -92,7 +120,9 @@ class NativeEngine:
                 own.append(recipe.of(p))
                 missing = [k for k in own[-1].keys if known is None or known.get(k) is None]
                 # Like torch, allocate for parameters that have a gradient, when they first do.
-                if missing and p.grad is not None:
+                # Where gradients are absorbed, nobody can ask later who has one.
+                wanted = p.grad is not None or (optimizer.absorbs and p.requires_grad)
+                if missing and wanted:
                     new.append(len(params))
                 first.append(p.grad is not None and any(k in missing for k in own[-1].rule_keys))
                 params.append(p)
@@ -120,11 +150,13 @@ class NativeEngine:
                 low_states=[_low_states(recipe) for recipe in own],
                 param_storage=[int(recipe.param_storage) for recipe in own],
                 by_rows=[recipe.clip.mode == ClipMode.AGC for recipe in own],
-                sums=[optimizer.gradient_hook(p) for p in params],
+                sums=[optimizer.backward_sums(p) for p in params],
+                absorbs=optimizer.absorbs,
             )
         except BaseException:
             self._discard_fresh(optimizer)
             raise
+        self._places = {p: (i, g) for i, (p, g) in enumerate(zip(params, groups, strict=True))}
         self._built_for = _form(optimizer, recipes)
         return self._plan
 

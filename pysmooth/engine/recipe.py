@@ -16,6 +16,9 @@ SCALE = "scale"
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 SCALARS = {NORM_SQ: torch.float64, SCALE: torch.float64, STEP: torch.float32}
 GRADIENT = "gradient"
+# Beside a parameter's states, a plain number: how many gradients they have taken in since the last
+# step. Named in csrc/bindings/plan.cpp as well.
+ABSORBED = "absorbed"
 PARAMETER = "parameter"
 
 

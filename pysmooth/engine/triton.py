@@ -285,6 +285,10 @@ class TritonEngine:
         plan = self._plan
         return None if plan is None or not plan.method.reduces else plan.coefs.clone()
 
+    def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
+        """Refused: no rule with a residual has a Triton kernel."""
+        raise BackendError("the triton backend has no kernel for absorb=True")
+
     def selections(self) -> tuple[int, int]:
         """How many selections there were, and how many took a second look."""
         return (0, 0)

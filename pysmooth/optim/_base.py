@@ -17,7 +17,16 @@ from torch.optim.optimizer import (
 
 from ..engine.amp import Amp
 from ..engine.backends import Engine, make_engine, native_module, resolve
-from ..engine.recipe import SCALARS, ClipMode, ParamStorage, Policy, Recipe, Scope, needs_reduce
+from ..engine.recipe import (
+    ABSORBED,
+    SCALARS,
+    ClipMode,
+    ParamStorage,
+    Policy,
+    Recipe,
+    Scope,
+    needs_reduce,
+)
 from ..engine.state import fill_state, new_states
 from ._hooks import GradientHooks
 from ._managed import refuse_managed
@@ -57,6 +66,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # after it: the step divides gradients by the one, unless that is None because they are unscaled
     # already, and does not happen if the other is not 0.
     _step_supports_amp_scaling = True
+    # Whether hooks take gradients into states, and free them; see `EFSGD`.
+    absorbs = False
     policies: tuple[str, ...] = ("propagate", "skip", "raise")
 
     def __init__(
@@ -98,6 +109,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError or TypeError, naming the argument, for a group that makes no sense."""
+        raise NotImplementedError
+
+    def absorbing(self, group: dict[str, Any], param: Tensor) -> Recipe:
+        """For optimizers that absorb: what is done with the gradient that the parameter has now."""
+        raise NotImplementedError
+
+    def absorb_rest(self) -> bool:
+        """For optimizers that absorb: takes in what backward did not; False to skip the step."""
         raise NotImplementedError
 
     def select_spec(self) -> tuple[int, int, float, int, int, bool, int] | None:
@@ -185,13 +204,24 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
-        if self._engine is None:
-            self._engine = make_engine(resolve(self._backend, self._params()))
+        amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if self.absorbs and (amp.scale is not None or amp.found_inf is not None):
+            raise RuntimeError(
+                "absorb=True does not go with GradScaler: gradients were absorbed as they came, "
+                "scaled. The residual is not usable any more"
+            )
+        engine = self._ready_engine()
         if self._hooks is not None and self._hooks.lacking:
             self.follow_params()
-        amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         self.unscaled_by_scaler = amp.found_inf is not None and amp.scale is None
-        self._engine.step(self, amp)
+        if self.absorbs and not self.absorb_rest():
+            return
+        engine.step(self, amp)
+
+    def _ready_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = make_engine(resolve(self._backend, self._params()))
+        return self._engine
 
     # ---- what can be read after a step ---------------------------------------------------------
 
@@ -308,9 +338,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._hooks = GradientHooks(self, partial(native_module().BackwardSums, self.norm_type))
         self._hooks.follow(params)
 
-    def gradient_hook(self, param: Tensor) -> Any:
-        """The hook that the parameter has for this optimizer, or None."""
-        return None if self._hooks is None else self._hooks.of(param)
+    def backward_sums(self, param: Tensor) -> Any:
+        """The hook that takes the parameter's sums, or None."""
+        return self._hooks.of(param) if self._hooks and self._norm_in_backward else None
 
     def hooks_held(self) -> int:
         """How many parameters have a hook."""
@@ -330,6 +360,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = dict(super().__getstate__())
         fused = (self.scope, self.policy, self.norm_type, self._backend, self._skipped)
         state["_norm_in_backward"] = self._norm_in_backward
+        state["absorbs"] = self.absorbs
         state["_passes"] = (self.stage_scopes, getattr(self, "compressor", None))
         state["_fused"] = fused
         return state
@@ -414,6 +445,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check(group)
         keys = {key for group in merged for key in self._recipe(group).keys}
         for p, saved in _pairs(self, incoming):
+            count = saved.get(ABSORBED, 0)
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"state 'absorbed' of parameter {labels[id(p)]!r} in state_dict is not a count"
+                )
             for key in keys & saved.keys():
                 value = saved[key]
                 if key in SCALARS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._errors import NonFiniteGradientError
 from ..compressors import Compressor, ScaledSign
-from ..engine.recipe import ClipSpec, Recipe
+from ..engine.checks import check_gradient
+from ..engine.recipe import ABSORBED, ClipSpec, Policy, Recipe
 from ..engine.state import state_dtype
 from ..reference.compress import scaled_sign
 from ._clip import Backend, Norm
+from ._hooks import GradientHooks
+from ._managed import refuse_managed
 from ._precision import Precision, check_residual
 from ._residual import CompressedOptimizer, ResidualPolicy, floats
 from ._validate import check_below_one, check_flag, check_number
@@ -46,6 +51,32 @@ class EFSGD(CompressedOptimizer):
     and the `scale` of what was sent, float64 of shape (), instead of their difference: the step
     then writes it once, not twice.
 
+    With `absorb=True` the residual takes the gradient's memory: as soon as backward has made a
+    gradient it is added to the residual, and freed (`p.grad` is None after backward)::
+
+        residual += lr * (p.grad + weight_decay * p)    # in backward; the last term once a step
+        p.grad = None
+
+        c = compressor(residual)                        # in step(), where there was a gradient
+        p = p - c
+        residual = residual - c
+
+    One backward pass per step gives the same bits as without. Several add up: each gradient with
+    the `lr` that its group has when backward makes it. What was absorbed cannot be taken back:
+
+    - a step that is left out sends later what it would have sent;
+    - `zero_grad()` between backward and step raises `RuntimeError`;
+    - `nonfinite` looks at each gradient by itself: "skip" drops it, the others stay (one more in
+      `skipped_steps()`); "raise" raises out of `backward()` and leaves it in `p.grad`;
+    - `state_dict()` between backward and step is exact: `absorbed` counts, per parameter, the
+      gradients taken in since the last step;
+    - a gradient that was set by hand is absorbed by `step()`, after a look at all of these: if one
+      is not finite the policy holds for the whole step;
+    - `step()` sends nothing while `lr` is 0; the residual keeps what it has.
+
+    Not with momentum, `norm="in_backward"`, gradients that DDP or FSDP reduces, or
+    `torch.amp.GradScaler`, whose scale nobody knows in backward: `step()` refuses it.
+
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
             `pysmooth.ClipSGD`.
@@ -56,6 +87,7 @@ class EFSGD(CompressedOptimizer):
         residual: "bf16" keeps `residual` (`compressor_input`) in 2 bytes per parameter, rounded
             stochastically. v is rounded before it is compressed: what is sent is taken from what is
             kept, and for selecting compressors c + residual == v holds to the bit all the same.
+        absorb: add gradients to the residual in backward, and free them.
         maximize: ascend instead of descend.
         nonfinite: what to do where a gradient is not finite: "skip" the step (it is counted),
             "raise" `NonFiniteGradientError`, or take such coordinates as "zero". The first two read
@@ -82,6 +114,7 @@ class EFSGD(CompressedOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         residual: Literal["fp32", "bf16"] = "fp32",
+        absorb: bool = False,
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
         norm: Norm = "in_step",
@@ -89,6 +122,13 @@ class EFSGD(CompressedOptimizer):
         **precision: Unpack[Precision],
     ) -> None:
         self.set_compressor(compressor)
+        check_flag("absorb", absorb)
+        self.absorbs = absorb
+        if absorb and norm == "in_backward":
+            raise ValueError(
+                "absorb=True does not go with norm='in_backward': it looks at gradients in "
+                "backward already"
+            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -112,6 +152,11 @@ class EFSGD(CompressedOptimizer):
         check_number("lr", group["lr"])
         check_number("weight_decay", group["weight_decay"])
         check_below_one("momentum", group["momentum"])
+        if self.absorbs and group["momentum"] != 0:
+            raise ValueError(
+                "absorb=True does not go with momentum: several gradients of one step would each "
+                "decay it, and its buffer takes the memory that absorbing frees"
+            )
         check_flag("maximize", group["maximize"])
         check_residual(group)
 
@@ -131,6 +176,78 @@ class EFSGD(CompressedOptimizer):
             keeps_scale=signs,
             low_states=(kept,) if group["residual"] == "bf16" else (),
         )
+
+    # ---- absorb --------------------------------------------------------------------------------
+
+    def follow_params(self) -> None:
+        """Puts the hooks on the parameters that the groups hold now."""
+        if not self.absorbs:
+            return super().follow_params()
+        params = self._params()
+        refuse_managed(params, "absorb=True")
+        if self._hooks is None:
+            owner = weakref.ref(self)
+            self._hooks = GradientHooks(self, lambda: _Absorb(owner))
+        return self._hooks.follow(params)
+
+    def absorbing(self, group: dict[str, Any], param: Tensor) -> Recipe:
+        """What is done with the gradient that is there: only the first of a step decays."""
+        recipe = self._recipe(group)
+        if self.state.get(param, {}).get(ABSORBED, 0) == 0:
+            return recipe
+        lr, momentum, _, *codec = recipe.hyper
+        return recipe._replace(hyper=(lr, momentum, 0.0, *codec))
+
+    def absorb_gradient(self, param: Tensor) -> None:
+        """Adds the parameter's gradient to its residual, and frees it. What the hooks do.
+
+        Raises:
+            NonFiniteGradientError: it is not finite, and the policy is "raise".
+        """
+        if param.grad is None:
+            return
+        if not self._ready_engine().absorb(self, param):
+            if self.policy == Policy.RAISE:
+                raise NonFiniteGradientError(f"non-finite gradient in {self._label(param)!r}")
+            self.count_skipped()
+        param.grad = None
+
+    def absorb_rest(self) -> bool:
+        """Absorbs the gradients that did not come from backward; False where the policy says so."""
+        rest = [p for p in self._params() if p.grad is not None]
+        if rest and self.policy.asks_first:
+            bad = []
+            for p in rest:
+                check_gradient(p, self._label(p))
+                if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                    bad.append(self._label(p))
+            if bad and self.policy == Policy.RAISE:
+                raise NonFiniteGradientError("non-finite gradient in " + ", ".join(map(repr, bad)))
+            if bad:
+                self.count_skipped()
+                return False
+        for p in rest:
+            self.absorb_gradient(p)
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With `absorb=True` not between backward and step.
+
+        Raises:
+            RuntimeError: gradients were absorbed that no step has sent yet.
+        """
+        if self.absorbs and any(held.get(ABSORBED, 0) for held in self.state.values()):
+            raise RuntimeError(
+                "zero_grad() cannot take back the gradients that absorb=True has added to the "
+                "residual; call step() first"
+            )
+        super().zero_grad(set_to_none)
+
+    def _label(self, param: Tensor) -> str:
+        every = zip(self._params(), self.param_labels(), strict=True)
+        return next(label for p, label in every if p is param)
+
+    # ---- the residual --------------------------------------------------------------------------
 
     def residual(self, param: Tensor) -> Tensor:
         """What the parameter's updates still owe: a new tensor, in float32 for 16-bit parameters.
@@ -152,3 +269,15 @@ class EFSGD(CompressedOptimizer):
         real = torch.view_as_real(v) if v.is_complex() else v
         rest = real - scaled_sign(real, state["scale"].to(v.device))
         return torch.view_as_complex(rest) if v.is_complex() else rest
+
+
+class _Absorb:
+    """A parameter's hook. It refers to the optimizer weakly."""
+
+    def __init__(self, owner: weakref.ref[EFSGD]) -> None:
+        self._owner = owner
+
+    def __call__(self, param: Tensor) -> None:
+        optimizer = self._owner()
+        if optimizer is not None:
+            optimizer.absorb_gradient(param)

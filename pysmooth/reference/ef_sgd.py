@@ -23,10 +23,23 @@ def _take_in(m: Member, residual: Tensor) -> None:
     m.states[0].copy_(m.storage.settled_state(0, residual + m.hyper["lr"] * g))
 
 
+def absorb(m: Member) -> None:
+    """Adds the gradient to the residual."""
+    _take_in(m, m.states[0])
+
+
+def absorb_sign(m: Member) -> None:
+    """Adds it to what went into the compressor, without what that sent."""
+    assert m.scale is not None
+    _take_in(m, m.states[0] - compress.scaled_sign(m.states[0], m.scale))
+    m.scale.zero_()
+
+
 def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """Returns the new parameters; updates the residual, and the momentum where there is one."""
     for m in members:
-        _take_in(m, m.states[0])
+        if not m.absorbed:
+            absorb(m)
     sending = [m for m in members if m.hyper["lr"] != 0]
     sent = passes.compress(sending, [m.states[0] for m in sending])
     new = {m.number: m.p for m in members}
@@ -39,9 +52,8 @@ def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
 def sign_step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """The same for the scaled sign, with what went into it and its scale as states."""
     for m in members:
-        assert m.scale is not None
-        _take_in(m, m.states[0] - compress.scaled_sign(m.states[0], m.scale))
-        m.scale.zero_()
+        if not m.absorbed:
+            absorb_sign(m)
     sending = [m for m in members if m.hyper["lr"] != 0]
     sent = passes.compress(sending, [m.states[0] for m in sending])
     new = {m.number: m.p for m in members}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import accumulator, adagrad, adam, clip21, ef21, ef_sgd, normalized_sgd, scale, sgd, sign
-from .staged import Staged, run_chain
+from .staged import Member, Staged, run_chain
 from .storage import compute_dtype
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class EagerRule:
         accumulates: whether it takes `norm_sq`, the accumulated squared norm before and after.
         takes_first: whether it takes `first`, true where the states hold nothing yet.
         staged: for rules that look at all parameters first, the function of all new ones.
+        absorb: for rules that can take in gradients one by one before the step, what does that.
     """
 
     name: str
@@ -61,6 +62,7 @@ class EagerRule:
     accumulates: bool = False
     takes_first: bool = False
     staged: Staged | None = None
+    absorb: Callable[[Member], None] | None = None
 
     def __call__(
         self,
@@ -94,7 +96,10 @@ def _staged(
     name: str, module: Any, states: int, *, counts_steps: bool = False, staged: Staged | None = None
 ) -> EagerRule:
     step = module.step if staged is None else staged
-    return EagerRule(name, module.HYPER, states, None, counts_steps=counts_steps, staged=step)
+    absorb = getattr(module, "absorb", None) if states == 1 else None
+    return EagerRule(
+        name, module.HYPER, states, None, counts_steps=counts_steps, staged=step, absorb=absorb
+    )
 
 
 def _ef_sgd() -> list[EagerRule]:
@@ -106,6 +111,7 @@ def _ef_sgd() -> list[EagerRule]:
             None,
             counts_steps=True,
             staged=ef_sgd.sign_step,
+            absorb=None if suffix else ef_sgd.absorb_sign,
         )
         for states, suffix in ((1, ""), (2, "_momentum"))
     ]

@@ -43,6 +43,7 @@ class Member:
         scale: what it keeps of the last step's first pass, for rules that do; changed in place.
         storage: what becomes of values that a pass stores.
         is_complex: whether its last dimension is the parts of complex numbers.
+        absorbed: whether the states have taken the gradient in already: `g` is not there.
     """
 
     p: Tensor
@@ -56,6 +57,7 @@ class Member:
     scale: Tensor | None
     storage: Storage
     is_complex: bool = False
+    absorbed: bool = False
 
 
 @dataclass

@@ -27,10 +27,12 @@ struct EfSgd : RuleDefaults {
   static constexpr int kStages = 1;
   static constexpr bool kSelects = kSelect;
   static constexpr bool kApplies = !kSelect;
+  static constexpr bool kAbsorbs = kMomentum == 0;
   // The parameter is read for weight decay only: see reads_param().
   static constexpr Streams kPass[1] = {{true, false, true, ~0u, ~0u}};
   static constexpr Streams kApply{true, true, false, 1u, 1u, !kSelect};
   static constexpr Streams kSelected{true, true, false, 1u, 1u};
+  static constexpr Streams kAgain{false, false, false, 1u, 0u};
 
   template <class T>
   struct Hyper {
@@ -95,8 +97,10 @@ struct EfSign : RuleDefaults {
   static constexpr bool kSendsSigns = true;
   static constexpr bool kCountsSteps = true;
   static constexpr int kStages = 1;
+  static constexpr bool kAbsorbs = kMomentum == 0;
   static constexpr Streams kPass[1] = {{true, false, true, ~0u, ~0u}};
   static constexpr Streams kApply{true, true, false, 0u, 0u};
+  static constexpr Streams kAgain{false, false, false, 1u, 0u};
 
   template <class T>
   struct Hyper {
@@ -126,6 +130,11 @@ struct EfSign : RuleDefaults {
     if (h.decays) g = g + x.param * h.decay;
     if constexpr (kMomentum != 0) g = x.state[1] = x.state[1] * h.momentum + g;
     x.state[0] = x.state[0] - scaled_sign<V, T>(x.state[0], h.last) + g * h.lr;
+    return x.state[0];
+  }
+
+  template <int kStage, class V, class T>
+  PYSMOOTH_HD static V again(const Lane<V, kStates>& x, const Hyper<T>&) {
     return x.state[0];
   }
 
