@@ -42,7 +42,7 @@ def default_out() -> Path:
 @app.command()
 def run(
     methods: Annotated[str | None, typer.Option(help="Comma-separated; default all.")] = None,
-    models: Annotated[str | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
+    models: Annotated[str | None, typer.Option(help=f"Of {', '.join(MODELS)}; with all methods.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
@@ -68,7 +68,7 @@ def run(
         options.end_to_end_seconds, options.rounds = 6.0, 5
         options.selection = False
     options.methods = _pick("--methods", methods, list(METHODS), options.methods)
-    if methods is not None:  # asked for by name
+    if methods is not None or models is not None:  # asked for by name
         options.every_method, options.seconds, options.compile_reserve = True, 7200.0, 0.0
     options.models = _pick("--models", models, list(MODELS), options.models)
     options.rivals = _pick("--rivals", rivals_, known_rivals, options.rivals)

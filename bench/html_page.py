@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from .report import ulp
 from .suite import claims
 
 TEMPLATE = """<!doctype html>
@@ -56,11 +57,15 @@ Rows that ran on the eager backend make no claim.</p>
 <td>{{ "%.2f"|format(h.pysmooth_us_per_tensor) }}</td>
 <td>{{ "%.2f"|format(h.torch_us_per_tensor) }}</td></tr>{% endfor %}</table>{% endif %}
 {% if r.numerics %}<h2>Numerics against float64</h2>
-<table><tr><th>steps</th><th>max ULP per step</th><th>torch fused</th><th>relative error</th>
-<th>torch fused</th></tr>{% for n in r.numerics %}<tr><td>{{ n.steps }}</td>
-<td>{{ "%.2f"|format(n.pysmooth_max_ulp) }}</td><td>{{ "%.2f"|format(n.torch_max_ulp) }}</td>
+<p>ULP: the largest error of one step from the same parameters and states, in units of the last place of
+max(|old parameter|, |update|); none where something is kept in 16 bits. Distance: relative, from a float64
+run on the same gradients; rounding may decide otherwise about signs and selections, in both alike.</p>
+<table><tr><th>method</th><th>steps</th><th>ULP</th><th>rival's</th><th>distance</th><th>rival's</th>
+<th>rival</th></tr>{% for n in r.numerics %}<tr><td>{{ n.method }}</td><td>{{ n.steps }}</td>
+<td>{{ ulp(n.pysmooth_max_ulp) }}</td><td>{{ ulp(n.rival_max_ulp) }}</td>
 <td>{{ "%.1e"|format(n.pysmooth_relative_error) }}</td>
-<td>{{ "%.1e"|format(n.torch_relative_error) }}</td></tr>{% endfor %}</table>{% endif %}
+<td>{{ "%.1e"|format(n.rival_relative_error) }}</td><td class="t">{{ n.rival }}</td></tr>
+{% endfor %}</table>{% endif %}
 {% if r.selection %}<h2>Top-k 1 %, exact: selections that took a second look</h2>
 <table><tr><th>gradients</th><th>selections</th><th>second looks</th><th>ms per million elements</th></tr>
 {% for s in r.selection %}<tr><td>{{ s.gradients }}</td><td>{{ s.selections }}</td>
@@ -82,6 +87,8 @@ def write_html(results: dict[str, Any], plots: list[Path], out_dir: Path) -> Pat
     images = [(p.stem, base64.b64encode(p.read_bytes()).decode()) for p in plots]
     template = Environment(autoescape=True).from_string(TEMPLATE)
     path = out_dir / "report.html"
-    text = template.render(r=results, env=results["environment"], images=images, claims=claims)
+    text = template.render(
+        r=results, env=results["environment"], images=images, claims=claims, ulp=ulp
+    )
     path.write_text(text, encoding="utf-8")
     return path

@@ -39,6 +39,7 @@ class Method:
     states: float = 0  # in float32 values per parameter
     models: tuple[str, ...] | None = None  # in a default run; None: all
     dtype: str | None = None  # of DTYPES, if it is for one only
+    rounds_states: bool = False  # keeps something in 16 bits: one step has no float64 twin
 
     @property
     def streams(self) -> int:
@@ -169,6 +170,7 @@ METHODS = {
             clips=True,
             states=1,
             models=(),
+            rounds_states=True,
         ),
         # Of bfloat16 parameters. What torch fuses for these keeps bfloat16 states, and stalls. Two
         # values of 16 bits are one stream, and what is left over is another.
@@ -185,6 +187,7 @@ METHODS = {
                 states=states,
                 models=(),
                 dtype="bf16",
+                rounds_states=True,
             )
             for name, apply, states, kwargs in (
                 ("master", (3, 1), 3.0, {"master_weights": True}),

@@ -20,7 +20,7 @@ COLORS = {
     "torch fused": "#4a6fa5",
     "torch.compile": "#c8713b",
     "eager": "#d9d2c5",
-    "eager, in place": "#b5a68d",
+    "eager in place": "#b5a68d",
 }
 OURS = "#2a9d6f"
 
@@ -34,6 +34,8 @@ def write_plots(results: dict[str, Any], out_dir: Path) -> list[Path]:
     bounded = [row for row in rows if row["roofline_fraction"] is not None]
     if bounded:
         written.append(_roofline(bounded, out_dir / "roofline.png"))
+    if results["numerics"]:
+        written.append(_numerics(results["numerics"], out_dir / "numerics.png"))
     if results["end_to_end"]:
         written.append(_losses(results["end_to_end"], out_dir / "losses.png"))
     return written
@@ -85,6 +87,23 @@ def _roofline(rows: list[dict[str, Any]], path: Path) -> Path:
     axis.axvline(0.9, color="#888888", linestyle="--", linewidth=1)
     axis.axvline(1.0, color="#333333", linewidth=1)
     axis.set_xlabel("fraction of the bandwidth floor measured in the same rounds")
+    _clean(axis)
+    return _save(path)
+
+
+def _numerics(rows: list[dict[str, Any]], path: Path) -> Path:
+    last = max(row["steps"] for row in rows)
+    # Nothing to see of an error of 0.
+    rows = [r for r in reversed(rows) if r["steps"] == last and r["pysmooth_relative_error"] > 0]
+    _, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)))
+    names = [row["method"] for row in rows]
+    theirs = [row["rival_relative_error"] for row in rows]
+    axis.plot(theirs, names, "o", color="#4a6fa5", markersize=9, alpha=0.5, label="rival")
+    ours = [row["pysmooth_relative_error"] for row in rows]
+    axis.plot(ours, names, "o", color=OURS, markersize=5, label="pysmooth")
+    axis.set_xscale("log")
+    axis.set_xlabel(f"distance from a float64 run after {last} steps, relative")
+    axis.legend(frameon=False, fontsize=8)
     _clean(axis)
     return _save(path)
 

@@ -23,6 +23,8 @@ def print_report(results: dict[str, Any], console: Console) -> None:
         _end_to_end(results["end_to_end"], console)
     if results["rows"]:
         _methods(results["rows"], console)
+    if results["numerics"]:
+        _numerics(results["numerics"], console)
     _figures(results, console)
     if results["left_out"]:
         console.print("\n[bold]Left out of this run[/]")
@@ -83,6 +85,35 @@ def _methods(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def _numerics(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(
+        title="Against float64: largest error of one step, in ULP; distance after so many steps",
+        title_justify="left",
+    )
+    for column in ("method", "steps", "ULP", "rival's", "distance", "rival's ", "rival"):
+        left = column in ("method", "rival")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for before, n in zip([{}, *rows], rows, strict=False):
+        first = before.get("method") != n["method"]
+        if first and before:
+            table.add_section()
+        table.add_row(
+            n["method"] if first else "",
+            str(n["steps"]),
+            ulp(n["pysmooth_max_ulp"]),
+            ulp(n["rival_max_ulp"]),
+            f"{n['pysmooth_relative_error']:.1e}",
+            f"{n['rival_relative_error']:.1e}",
+            n["rival"] if first else "",
+        )
+    console.print(table)
+
+
+def ulp(value: float | None) -> str:
+    """An error of one step; none where 16-bit numbers are kept."""
+    return "" if value is None else f"{value:.2f}"
+
+
 def _figures(results: dict[str, Any], console: Console) -> None:
     if results["bandwidth"]:
         parts = [f"{name} {value:.1f}" for name, value in results["bandwidth"].items()]
@@ -92,13 +123,6 @@ def _figures(results: dict[str, Any], console: Console) -> None:
             f"Host + kernels, fresh gradients, {h['model']} ({h['tensors']} tensors): "
             f"{h['pysmooth_us_per_tensor']:.2f} us per tensor, torch fused + clip "
             f"{h['torch_us_per_tensor']:.2f} ({h['ratio']:.1f}x)"
-        )
-    for n in results["numerics"]:
-        console.print(
-            f"After {n['steps']} steps, against float64: max error per step "
-            f"{n['pysmooth_max_ulp']:.2f} ULP (torch fused {n['torch_max_ulp']:.2f}), "
-            f"relative error {n['pysmooth_relative_error']:.1e} (torch "
-            f"fused {n['torch_relative_error']:.1e})"
         )
     for s in results["selection"]:
         console.print(

@@ -35,14 +35,23 @@ class Problem:
             torch._foreach_copy_([p.grad for p in self.params if p.grad is not None], self.recorded)
 
 
-def _torch_sgd(problem: Problem, **kind: bool) -> Step:
-    optimizer = torch.optim.SGD(problem.params, lr=problem.lr, momentum=problem.momentum, **kind)
+def keeping(step: Step, keeps: object) -> Step:
+    """The step, with what it keeps between calls noted: an optimizer, or lists of states."""
+    step.keeps = keeps  # type: ignore[attr-defined]
+    return step
 
+
+def _torch_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         clip_grad_norm_(problem.params, problem.max_norm)
         optimizer.step()
 
-    return step
+    return keeping(step, optimizer)
+
+
+def _torch_sgd(problem: Problem, **kind: bool) -> Step:
+    optimizer = torch.optim.SGD(problem.params, lr=problem.lr, momentum=problem.momentum, **kind)
+    return _torch_step(problem, optimizer)
 
 
 def torch_loop(problem: Problem) -> Step:
@@ -142,14 +151,6 @@ def deepspeed_left_out() -> list[str]:
     return [] if present(DEEPSPEED, "cpu") else ["DeepSpeed: not installed"]
 
 
-def _torch_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Step:
-    def step() -> None:
-        clip_grad_norm_(problem.params, problem.max_norm)
-        optimizer.step()
-
-    return step
-
-
 def torch_adagrad(**kind: Any) -> Callable[[Problem], Step]:
     """torch.optim.Adagrad after clip_grad_norm_."""
     return lambda p: _torch_step(p, torch.optim.Adagrad(p.params, lr=p.lr, **kind))
@@ -186,7 +187,7 @@ RIVALS: dict[str, Callable[[Problem], Step]] = {
 }
 COMPILED = "torch.compile"
 EAGER = "eager"
-IN_PLACE = "eager, in place"
-MASTERS = "torch fused, masters"
+IN_PLACE = "eager in place"
+MASTERS = "torch fused with masters"
 DEEPSPEED = "DeepSpeed CPU"
 NAMES = [*RIVALS, EAGER, IN_PLACE, MASTERS, DEEPSPEED, COMPILED]

@@ -64,8 +64,6 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
         from .end_to_end import run_all
 
         results["end_to_end"] = run_all(options.end_to_end_seconds, progress)
-    progress("numerics against float64")
-    results["numerics"] = numerics.compare(options.device)
     top_k = any("top-k" in name for name in options.methods)
     if options.selection and top_k and options.device == "cpu" and "cpu" in available_backends():
         progress("top-k: second looks")
@@ -89,6 +87,8 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
         if model == options.models[-1]:
             progress("bandwidth")
             results["bandwidth"] = measure_bandwidth(numel(MODELS[model]()), options)
+    progress("numerics against float64")
+    results["numerics"] = numerics.compare(options.methods, options.device)
     return results
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from .rivals import Problem, Step
+from .rivals import Problem, Step, keeping
 
 Lists = Sequence[list[Tensor]]
 Function = Callable[[list[Tensor], list[Tensor], Lists, float, float], None]
@@ -56,7 +56,7 @@ class Written:
             with torch.no_grad():
                 function(params, grads, states, problem.lr, problem.max_norm)
 
-        return step
+        return keeping(step, states)
 
 
 def _clipped(grads: list[Tensor], max_norm: float) -> list[Tensor]:
