@@ -41,8 +41,8 @@ def default_out() -> Path:
 
 @app.command()
 def run(
-    methods: Annotated[str | None, typer.Option(help="Comma-separated; default all.")] = None,
-    models: Annotated[str | None, typer.Option(help=f"Of {', '.join(MODELS)}; with all methods.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Default: all on named models.")] = None,
+    models: Annotated[str | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,

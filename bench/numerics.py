@@ -57,7 +57,7 @@ class _Contestant:
         self.problem = Problem(params, LR, method.momentum, max_norm)
         self.set_gradients([torch.zeros_like(p) for p in start])
         self.step = make(self.problem)
-        self.keeps = getattr(self.step, "keeps", getattr(self.step, "__self__", None))
+        self.keeps: Any = getattr(self.step, "keeps", getattr(self.step, "__self__", None))
 
     def set_gradients(self, grads: Sequence[Tensor]) -> None:
         for p, g in zip(self.problem.params, grads, strict=True):
