@@ -59,6 +59,12 @@ struct Streams {
   unsigned reads_state = ~0u, writes_state = ~0u;
   bool draws = false;  // what draw() says
 };
+constexpr Streams with_reads(Streams a, Streams b) {
+  a.reads_param |= b.reads_param;
+  a.reads_grad |= b.reads_grad;
+  a.reads_state |= b.reads_state;
+  return a;
+}
 
 // What is drawn for each element, by seed, step, tensor and element: random bits, as many as the
 // compute type has, or a standard normal number, the same float in every compute type.
@@ -106,8 +112,7 @@ struct RuleDefaults {
   static constexpr bool kAbsorbs = false;
   static constexpr Streams kApply{};
   static constexpr Streams kPass[1] = {};
-  static constexpr Streams kSelected{};
-  static constexpr Streams kAgain{};
+  static constexpr Streams kSelected{}, kAgain{};
   PYSMOOTH_HD static bool reads_param(const double* /*hyper*/, int /*stage*/) { return true; }
   PYSMOOTH_HD static Sum stage_sum(const double* /*hyper*/, int /*stage*/) { return Sum::none; }
   PYSMOOTH_HD static Draw draw(const double* /*hyper*/) { return {}; }

@@ -39,9 +39,11 @@ template <class Rule>
 struct UseAgain {
   static constexpr Streams kStreams = Rule::kAgain;
 };
-template <class Rule>
+// `kFetch`: the values that were selected are read as well.
+template <class Rule, bool kFetch>
 struct UseSelected {
-  static constexpr Streams kStreams = Rule::kSelected;
+  static constexpr Streams kStreams =
+      kFetch ? with_reads(Rule::kSelected, Rule::kAgain) : Rule::kSelected;
 };
 
 PYSMOOTH_KERNELS_END

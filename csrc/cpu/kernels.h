@@ -1,6 +1,7 @@
 // The interface between the kernels, compiled once per ISA level, and the code that runs them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/dtype.h"
@@ -61,17 +62,21 @@ using ApplyFn = void (*)(const ApplyArgs&);
 
 // ---- source: a pass before apply ---------------------------------------------------------------
 
-// A coordinate of a chunk that was, or may be, selected.
-struct Candidate {
-  double value;
-  uint32_t index;  // from the chunk's first element
+// Coordinates of a chunk that were, or may be, selected.
+struct Picks {
+  void* values = nullptr;     // in the type that the chunk is computed in
+  uint32_t* index = nullptr;  // from the chunk's first element
+  int64_t count = 0;
+  bool wide = false;  // values are doubles
 };
+// Kernels handle picks in whole vectors: there is room for so many more than are counted.
+constexpr int64_t kPickSlack = 16;
 
 struct SourceTask {
   Sum sum = Sum::none;
   bool reads_param = true;
-  double filter = -1.0;      // least magnitude of a candidate; negative: none are wanted
-  Candidate* out = nullptr;  // room for as many as the chunk has elements
+  double filter = -1.0;  // least magnitude of a candidate; negative: none are wanted
+  Picks room;            // for as many candidates as the chunk has elements
 };
 
 struct SourceResult {
@@ -80,12 +85,20 @@ struct SourceResult {
 };
 
 using SourceFn = SourceResult (*)(const ApplyArgs&, const SourceTask&);
-// The values of pass 0, widened; nothing is changed. `again`: that pass has changed states already.
-using ValuesFn = void (*)(const ApplyArgs&, bool again, double* values);
-// Takes in n selected coordinates. Where `fetch` is set their values are read, and scaled, here.
+// A few consecutive elements of a slot.
+struct Stretch {
+  size_t slot;
+  int64_t begin, length;
+};
+// The values of pass 0 in stretches of a tensor, widened; nothing is changed. `again`: that pass
+// has changed states already.
+using ValuesFn = void (*)(const ApplyArgs&, const Stretch* stretches, int64_t count, bool again,
+                          double* values);
+// Takes in those picks whose magnitude is at least the threshold; the others are dropped. Where
+// `fetch` is set all are taken in, and their values are read, and scaled, here.
 struct SelectedTask {
-  const Candidate* chosen;
-  int64_t count;
+  Picks picks;
+  double threshold;
   bool fetch;
   double scale;
 };

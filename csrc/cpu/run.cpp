@@ -270,7 +270,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
       for (int64_t i = 0; p->rows.any() && i < p->chunks.size(); ++i) finish_rows(p, i);
       finalize(p, table.rules, kind);
     }
-    prepare_stages(p, table);
+    prepare_stages(p, table, threads);
     if (!refused() && p->staged.stages > 0) {
       Schedule schedule(p->chunks, 1);
       run_stages(p, table, &schedule, 1);
@@ -289,7 +289,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
         gathered = !gather || gather();
         if (gathered) {
           derive_groups(p, table.rules);
-          prepare_stages(p, table);
+          prepare_stages(p, table, threads);
           schedule.emplace(p->chunks, threads);
         }
       }

@@ -68,9 +68,11 @@ struct Staged {
   std::vector<double> values[kMaxStages];  // per slot: what Scalars::stage is to hold
   std::vector<SourceResult> results;       // per chunk, of the pass that ran last
   std::vector<SelectUnit> units;
-  std::vector<int> unit_of;                   // per slot; -1: none
-  std::vector<std::vector<Candidate>> lists;  // per chunk: candidates, then the chosen
-  std::vector<char> active;                   // per slot: selects in this step
+  std::vector<int> unit_of;                    // per slot; -1: none
+  std::vector<Picks> lists;                    // per chunk: candidates, then the chosen
+  std::vector<PickStore> stores;               // per thread: where the lists lie
+  std::vector<std::vector<uint32_t>> tallies;  // per unit: of its candidates
+  std::vector<char> active;                    // per slot: selects in this step
   std::vector<int64_t> numels;
   std::unique_ptr<std::atomic<int64_t>[]> kept;  // per unit: candidates kept so far
   std::vector<int64_t> histogram, ties;          // of a second look

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <type_traits>
 
 #include "core/random.h"
 
@@ -19,10 +21,11 @@ double value_of(uint64_t key) {
   return out;
 }
 
-// The k-th largest of many keys, and how many of its equals belong to the k largest.
+// The k-th largest of many keys; how many of its equals belong to the k largest, and how many there
+// are.
 struct Kth {
   uint64_t key;
-  int64_t ties;
+  int64_t ties, equals;
 };
 
 // Of the keys, whose order is lost; 1 <= k <= size.
@@ -30,48 +33,83 @@ Kth kth_of_few(std::vector<uint64_t>* keys, int64_t k) {
   const auto at = keys->begin() + (k - 1);
   std::nth_element(keys->begin(), at, keys->end(), std::greater<>());
   const uint64_t key = *at;
-  return {key, k - std::count_if(keys->begin(), at, [key](uint64_t x) { return x > key; })};
+  const auto equal = [key](uint64_t x) { return x == key; };
+  const int64_t above = std::count_if(keys->begin(), at, [key](uint64_t x) { return x > key; });
+  return {key, k - above, k - above + std::count_if(at + 1, keys->end(), equal)};
 }
 
-// Of keys that each(body) hands to body, none of them below `least`. They lie close together, and
-// the k-th among the least of them: buckets that start there, 1/64 of an octave wide, leave few.
+// Keys by size: buckets of equal width in the logarithm, roughly; the last one has no end.
+struct Buckets {
+  uint64_t least;
+  int shift, count;
+  int of(uint64_t key) const {
+    const uint64_t bucket = (key - least) >> shift, last = static_cast<uint64_t>(count) - 1;
+    return static_cast<int>(bucket < last ? bucket : last);
+  }
+};
+Buckets tally_buckets(double filter) { return {magnitude_key(filter), 43, kTallyBuckets}; }
+
+// Of the keys that each(body) hands to body, `sizes` of them in each bucket.
 template <class Each>
-Kth kth_largest(Each each, uint64_t least, int64_t k, std::vector<uint64_t>* scratch) {
-  constexpr int kShift = 46, kBuckets = 1024;
-  const auto bucket_of = [least](uint64_t key) {
-    return std::min<uint64_t>((key - least) >> kShift, kBuckets - 1);
-  };
-  int64_t histogram[kBuckets] = {};
-  each([&](uint64_t key) { ++histogram[bucket_of(key)]; });
-  int bucket = kBuckets - 1;
-  while (histogram[bucket] < k) k -= histogram[bucket--];
-  const auto wanted = static_cast<uint64_t>(bucket);
+Kth kth_largest(Each each, const Buckets& buckets, const uint32_t* sizes, int64_t k,
+                std::vector<uint64_t>* scratch) {
+  int bucket = buckets.count - 1;
+  while (sizes[bucket] < k) k -= sizes[bucket--];
+  const uint64_t first = buckets.least + (static_cast<uint64_t>(bucket) << buckets.shift);
+  const uint64_t width = bucket == buckets.count - 1 ? ~uint64_t{0} : uint64_t{1} << buckets.shift;
   scratch->clear();
   each([&](uint64_t key) {
-    if (bucket_of(key) == wanted) scratch->push_back(key);
+    if (key - first < width && key >= first) scratch->push_back(key);
   });
   return kth_of_few(scratch, k);
 }
 
-// Of the candidates [first, last) those above the threshold, and the first `ties` equal to it.
-Candidate* keep(const Candidate* first, const Candidate* last, uint64_t threshold, int64_t* ties,
-                Candidate* out) {
-  for (; first != last; ++first) {
-    const uint64_t key = magnitude_key(first->value);
-    *out = *first;  // without a branch: one in four does not stay, and nobody could predict which
-    out += key > threshold ? 1 : 0;
-    if (key == threshold && (*ties)-- > 0) ++out;
-  }
-  return out;
+// Calls body with the values, as what they are.
+template <class Body>
+auto with_values(const Picks& picks, Body body) {
+  return picks.wide ? body(static_cast<double*>(picks.values))
+                    : body(static_cast<float*>(picks.values));
+}
+
+template <class Body>
+void each_key(const Picks& picks, Body body) {
+  with_values(picks, [&](auto* values) {
+    for (int64_t i = 0, n = picks.count; i < n; ++i)
+      body(magnitude_key(static_cast<double>(values[i])));
+  });
+}
+
+// Moves picks of [first, last) to `to` that are above the threshold, and the first `ties` equal to
+// it; returns where they end.
+int64_t keep(const Picks& picks, int64_t first, int64_t last, uint64_t threshold, int64_t ties,
+             int64_t to) {
+  return with_values(picks, [&](auto* values) {
+    for (int64_t i = first; i < last; ++i) {
+      const uint64_t key = magnitude_key(static_cast<double>(values[i]));
+      values[to] = values[i];  // without a branch: nobody could predict which ones stay
+      picks.index[to] = picks.index[i];
+      to += key > threshold ? 1 : 0;
+      if (key == threshold && ties-- > 0) ++to;
+    }
+    return to;
+  });
+}
+
+// Zeroes those that equal the threshold, but for the first `ties`: a zero is never chosen. Returns
+// how many of these are left.
+int64_t drop_ties(const Picks& picks, double threshold, int64_t ties) {
+  return with_values(picks, [&](auto* values) {
+    const auto equals = [&](auto value) {
+      return std::fabs(static_cast<double>(value)) == threshold;
+    };
+    if (std::none_of(values, values + picks.count, equals)) return ties;
+    for (int64_t i = 0; i < picks.count; ++i)
+      if (equals(values[i]) && ties-- <= 0) values[i] = 0;
+    return std::max<int64_t>(ties, 0);
+  });
 }
 
 }  // namespace
-
-uint64_t magnitude_key(double value) {
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits & ~(uint64_t{1} << 63);
-}
 
 void plan_sample(SelectUnit* unit, const std::vector<int64_t>& numels,
                  const std::vector<char>& active, std::vector<Stretch>* sample) {
@@ -97,12 +135,20 @@ void plan_sample(SelectUnit* unit, const std::vector<int64_t>& numels,
   }
 }
 
-void set_filter(SelectUnit* unit, std::vector<uint64_t>* keys) {
-  const auto size = static_cast<double>(keys->size());
+void set_filter(SelectUnit* unit, const std::vector<uint64_t>& keys,
+                std::vector<uint64_t>* scratch) {
+  const auto size = static_cast<double>(keys.size());
   const double expected = static_cast<double>(unit->k) / static_cast<double>(unit->elements) * size;
   const double rank = std::floor(expected + 5.0 * std::sqrt(expected) + 8.0);
   if (rank >= size) return;
-  const uint64_t key = kth_of_few(keys, static_cast<int64_t>(rank) + 1).key;
+  const Buckets buckets{0, 51, 4096};  // of half an octave
+  const auto each = [&](auto body) {
+    for (const uint64_t key : keys) body(key);
+  };
+  std::vector<uint32_t> sizes(4096, 0);
+  each([&](uint64_t key) { ++sizes[static_cast<size_t>(buckets.of(key))]; });
+  const uint64_t key =
+      kth_largest(each, buckets, sizes.data(), static_cast<int64_t>(rank) + 1, scratch).key;
   if (key == 0) return;
   unit->filter = value_of(key);
   unit->complete = false;
@@ -112,63 +158,53 @@ int64_t candidate_limit(const SelectUnit& unit) {
   return unit.elements <= kDirect ? kDirect : 4 * unit.k + unit.elements / 16 + 4096;
 }
 
-bool choose(SelectUnit* unit, const ChunkTable& chunks, const std::vector<char>& active,
-            const std::vector<int64_t>& counts, std::vector<std::vector<Candidate>>* lists,
-            std::vector<uint64_t>* scratch) {
-  const auto each_chunk = [&](auto body) {
-    for (size_t t = unit->first_slot; t < unit->last_slot; ++t) {
-      if (!active[t]) continue;
-      for (int64_t i = chunks.first(static_cast<int64_t>(t));
-           i < chunks.first(static_cast<int64_t>(t) + 1); ++i)
-        body(static_cast<size_t>(i));
-    }
-  };
-  int64_t found = 0;
-  each_chunk([&](size_t i) { found += counts[i]; });
-  if (unit->k == 0) {
-    each_chunk([&](size_t i) { (*lists)[i].clear(); });
-    return true;
-  }
+void tally(const Picks& picks, double filter, uint32_t* buckets) {
+  const Buckets of = tally_buckets(filter);
+  each_key(picks, [&](uint64_t key) { ++buckets[of.of(key)]; });
+}
+
+bool choose(SelectUnit* unit, const std::vector<size_t>& chunks, int64_t found,
+            const uint32_t* buckets, std::vector<Picks>* lists, std::vector<uint64_t>* scratch) {
+  unit->threshold = 0.0;
   if (found > candidate_limit(*unit) || (found < unit->k && !unit->complete)) return false;
   if (found <= unit->k) return true;
-  const auto each_key = [&](auto body) {
-    each_chunk([&](size_t i) {
-      for (const Candidate& c : (*lists)[i]) body(magnitude_key(c.value));
-    });
+  const auto each = [&](auto body) {
+    for (const size_t i : chunks) each_key((*lists)[i], body);
   };
-  uint64_t least = magnitude_key(unit->filter);
+  Kth kth;
   if (unit->complete) {
-    least = ~uint64_t{0};
-    each_key([&](uint64_t key) { least = std::min(least, key); });
+    scratch->clear();
+    each([&](uint64_t key) { scratch->push_back(key); });
+    kth = kth_of_few(scratch, unit->k);
+  } else {
+    kth = kth_largest(each, tally_buckets(unit->filter), buckets, unit->k, scratch);
   }
-  Kth kth = kth_largest(each_key, least, unit->k, scratch);
-  each_chunk([&](size_t i) {
-    std::vector<Candidate>& list = (*lists)[i];
-    Candidate* const begin = list.data();
-    list.resize(
-        static_cast<size_t>(keep(begin, begin + list.size(), kth.key, &kth.ties, begin) - begin));
-  });
+  unit->threshold = value_of(kth.key);
+  if (kth.ties == kth.equals) return true;
+  for (const size_t i : chunks) kth.ties = drop_ties((*lists)[i], unit->threshold, kth.ties);
   return true;
 }
 
-int64_t choose_blocks(const SelectSpec& spec, int64_t length, const Candidate* candidates,
-                      int64_t count, Candidate* out, std::vector<uint64_t>* scratch) {
+void choose_blocks(const SelectSpec& spec, int64_t length, Picks* picks,
+                   std::vector<uint64_t>* scratch) {
   int64_t kept = 0, next = 0;
   for (int64_t begin = 0; begin < length; begin += spec.block) {
     const int64_t size = std::min(spec.block, length - begin);
     const int64_t k = spec.chosen_of(size);
     const int64_t first = next;
-    while (next < count && candidates[next].index < static_cast<uint64_t>(begin + size)) ++next;
-    if (next - first <= k) {
-      kept = std::copy(candidates + first, candidates + next, out + kept) - out;
-      continue;
+    while (next < picks->count && picks->index[next] < static_cast<uint64_t>(begin + size)) ++next;
+    Kth kth{0, 0, 0};  // all of them
+    if (next - first > k) {
+      scratch->clear();
+      with_values(*picks, [&](auto* values) {
+        for (int64_t i = first; i < next; ++i)
+          scratch->push_back(magnitude_key(static_cast<double>(values[i])));
+      });
+      kth = kth_of_few(scratch, k);
     }
-    scratch->clear();
-    for (int64_t i = first; i < next; ++i) scratch->push_back(magnitude_key(candidates[i].value));
-    Kth kth = kth_of_few(scratch, k);
-    kept = keep(candidates + first, candidates + next, kth.key, &kth.ties, out + kept) - out;
+    kept = keep(*picks, first, next, kth.key, kth.ties, kept);
   }
-  return kept;
+  picks->count = kept;
 }
 
 void RadixSelection::count(const double* values, int64_t n, int64_t* histogram) const {
@@ -195,14 +231,17 @@ int64_t RadixSelection::equals(const double* values, int64_t n) const {
 }
 
 void RadixSelection::take(const double* values, int64_t n, int64_t ties_before,
-                          std::vector<Candidate>* list) const {
+                          Picks* picks) const {
   int64_t ties = prefix_ == 0 ? 0 : left_ - ties_before;  // zeros are never chosen
-  list->clear();
-  for (int64_t i = 0; i < n; ++i) {
-    const uint64_t key = magnitude_key(values[i]);
-    if (key > prefix_ || (key == prefix_ && ties-- > 0))
-      list->push_back({values[i], static_cast<uint32_t>(i)});
-  }
+  picks->count = 0;
+  with_values(*picks, [&](auto* out) {
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t key = magnitude_key(values[i]);
+      if (key < prefix_ || (key == prefix_ && ties-- <= 0)) continue;
+      out[picks->count] = static_cast<std::remove_pointer_t<decltype(out)>>(values[i]);
+      picks->index[picks->count++] = static_cast<uint32_t>(i);
+    }
+  });
 }
 
 }  // namespace pysmooth

@@ -9,22 +9,21 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "core/chunks.h"
 #include "core/step.h"
-#include "cpu/kernels.h"
+#include "cpu/picks.h"
 
 namespace pysmooth {
 
 // Orders finite magnitudes; an infinity comes above them, a NaN above all.
-uint64_t magnitude_key(double value);
-
-// A few consecutive elements of a slot.
-struct Stretch {
-  size_t slot;
-  int64_t begin, length;
-};
+inline uint64_t magnitude_key(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits & ~(uint64_t{1} << 63);
+}
 
 // A unit: consecutive slots. Its members are the active ones.
 struct SelectUnit {
@@ -33,6 +32,7 @@ struct SelectUnit {
   double filter = 0.0;    // least magnitude of a candidate
   bool complete = false;  // the filter lets every value but zeros pass
   bool second_look = false;
+  double threshold = 0.0;  // least magnitude of the candidates that are chosen; 0: all are
 };
 
 // The least filter: nothing but zeros is below.
@@ -43,21 +43,27 @@ constexpr double kAnyMagnitude = 4.9406564584124654e-324;
 void plan_sample(SelectUnit* unit, const std::vector<int64_t>& numels,
                  const std::vector<char>& active, std::vector<Stretch>* sample);
 
-// The filter that a sample suggests; `keys` are its magnitudes, whose order is lost.
-void set_filter(SelectUnit* unit, std::vector<uint64_t>* keys);
+// The filter that a sample suggests; `keys` are its magnitudes.
+void set_filter(SelectUnit* unit, const std::vector<uint64_t>& keys,
+                std::vector<uint64_t>* scratch);
 
 // More candidates than this are not kept: the filter was misled.
 int64_t candidate_limit(const SelectUnit& unit);
 
-// Leaves the unit's k largest in the lists of its chunks. False if there are too few, or too many
-// to have been kept: a second look is needed.
-bool choose(SelectUnit* unit, const ChunkTable& chunks, const std::vector<char>& active,
-            const std::vector<int64_t>& counts, std::vector<std::vector<Candidate>>* lists,
-            std::vector<uint64_t>* scratch);
+// How many candidates of each size there are: buckets of 1/512 of an octave, from the filter on.
+// The last one is for all that are larger; the k-th largest is hardly ever among these.
+constexpr int kTallyBuckets = 1024;
+void tally(const Picks& picks, double filter, uint32_t* buckets);
 
-// The k largest of each block of consecutive elements, within one chunk.
-int64_t choose_blocks(const SelectSpec& spec, int64_t length, const Candidate* candidates,
-                      int64_t count, Candidate* out, std::vector<uint64_t>* scratch);
+// Finds the unit's threshold. Of those candidates that equal it, the ones that are too many are
+// zeroed in their lists. False if there are too few candidates, or too many to have been kept: a
+// second look is needed. `buckets`: the tally of all candidates, where the filter is not complete.
+bool choose(SelectUnit* unit, const std::vector<size_t>& chunks, int64_t found,
+            const uint32_t* buckets, std::vector<Picks>* lists, std::vector<uint64_t>* scratch);
+
+// Leaves the k largest of each block of consecutive elements of a chunk.
+void choose_blocks(const SelectSpec& spec, int64_t length, Picks* picks,
+                   std::vector<uint64_t>* scratch);
 
 // The second look: radix selection, one digit at a time, then a last look that collects.
 class RadixSelection {
@@ -72,8 +78,7 @@ class RadixSelection {
   // Once settled: how many of the values equal the threshold, and who is chosen. `ties` is how
   // many equals came before; it is advanced.
   int64_t equals(const double* values, int64_t n) const;
-  void take(const double* values, int64_t n, int64_t ties_before,
-            std::vector<Candidate>* list) const;
+  void take(const double* values, int64_t n, int64_t ties_before, Picks* picks) const;
 
  private:
   uint64_t prefix_ = 0;

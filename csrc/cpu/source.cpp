@@ -1,5 +1,5 @@
 // source, on CPU: the passes of a rule before apply. A pass evaluates the rule's source over a
-// chunk, keeps what it changes, sums its values up and collects the large ones as candidates of a
+// chunk, keeps what it changes, and sums its values up or keeps the large ones as candidates of a
 // selection. Coordinates that were selected come back one by one.
 
 #include <cstring>
@@ -7,59 +7,16 @@
 #include "core/rules.h"
 #include "cpu/fold.h"
 #include "cpu/port.h"
+#include "cpu/sieve.h"
 
 PYSMOOTH_KERNELS_BEGIN
 
-// A filter as the values' type has it: never 0, so that zeros are no candidates.
+// Sums up a block of values: the same code for all rules, and not inlined into them.
 template <class C>
-PYSMOOTH_HD C least_of(double filter) {
-  constexpr C kTiny = sizeof(C) == 4 ? static_cast<C>(1.40129846432481707e-45)
-                                     : static_cast<C>(4.9406564584124654e-324);
-  const C least = static_cast<C>(filter);
-  return least < kTiny ? kTiny : least;
-}
-
-// Appends to `out` those of n values that reach the filter; `first` is the index of the first one.
-// Nobody can predict where they are: vectors leave bits behind, without a branch, which are then
-// looked through.
-template <class C>
-PYSMOOTH_HD Candidate* collect(const C* values, int n, double filter, int64_t first,
-                               Candidate* out) {
-  constexpr int W = lanes_of<C>;
-  const vec<C> least = vec<C>{} + least_of<C>(filter);
-  uint64_t words[kBlockElements / 64];
-  const auto bits_at = [&](int i) {
-    return uint64_t{mask_bits(magnitude<C>(vector_io<C>::load(values + i)) >= least)};
-  };
-  int i = 0;
-  for (; i + 64 <= n; i += 64) {
-    uint64_t word = 0;
-#pragma GCC unroll 32
-    for (int j = 0; j < 64; j += W) word |= bits_at(i + j) << j;
-    words[i / 64] = word;
-  }
-  if (i < n) words[i / 64] = 0;
-  for (int j = 0; i + j < n; j += W) words[i / 64] |= bits_at(i + j) << j;
-  if (n % 64 != 0) words[n / 64] &= (uint64_t{1} << n % 64) - 1u;
-  for (i = 0; i < n; i += 64)
-    for (uint64_t bits = words[i / 64]; bits != 0; bits &= bits - 1) {
-      const int at = i + __builtin_ctzll(bits);
-      *out++ = {static_cast<double>(values[at]), static_cast<uint32_t>(first + at)};
-    }
-  return out;
-}
-
-// What becomes of a block of values: the same code for all rules, and not inlined into them.
-template <class C>
-__attribute__((noinline)) void digest(const C* values, int count, const SourceTask& task,
-                                      int64_t first, SourceResult* result) {
-  if (task.sum == Sum::squares)
-    result->sum += reduce_block<Reduction::sum_squares>(values, count, 2.0).value;
-  else if (task.sum == Sum::abs)
-    result->sum += reduce_block<Reduction::sum_abs>(values, count, 1.0).value;
-  if (task.filter >= 0.0)
-    result->candidates =
-        collect(values, count, task.filter, first, task.out + result->candidates) - task.out;
+__attribute__((noinline)) double sum_up(const C* values, int count, Sum sum) {
+  if (sum == Sum::squares) return reduce_block<Reduction::sum_squares>(values, count, 2.0).value;
+  if (sum == Sum::abs) return reduce_block<Reduction::sum_abs>(values, count, 1.0).value;
+  return 0.0;
 }
 
 // The whole blocks of a chunk whose states are bfloat16; returns how many elements that were.
@@ -83,7 +40,7 @@ int64_t source_low(const ApplyArgs& a, const SourceTask& task, bool reads_param,
     }
     if constexpr (Rule::kSendsSigns)
       if (a.signs != nullptr) store_signs(values, kBlockElements, a.signs + done / 64);
-    digest(values, kBlockElements, task, done, result);
+    result->sum += sum_up(values, kBlockElements, task.sum);
   }
   return done;
 }
@@ -130,56 +87,160 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
     if (filled < kBlockElements && done + filled < args.length) continue;
     if constexpr (Rule::kSendsSigns && kStage == 0)
       if (a.signs != nullptr) store_signs(values, filled, a.signs + done / 64);
-    digest(values, filled, task, done, &result);
+    result.sum += sum_up(values, filled, task.sum);
     done += filled;
     filled = 0;
   }
   return result;
 }
 
-// For samples, where time counts, and for second looks.
-template <class Rule, bool kAgain, class C>
-void read_values(const ApplyArgs& a, double* out) {
+// Which values of a pass a filter sees: none, those that come out of the rule, or what the rule's
+// state holds of them once it is rounded.
+enum class Sieved { none, values, stored };
+
+// A pass whose values are selected from, and not summed up.
+template <class Rule, class C, Sieved kSieved, bool kAgain>
+SourceResult filtered(const ApplyArgs& args, const SourceTask& task) {
   using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, 0>>;
-  const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
-  Staging<C> run(a, {touch_of<Rule>(Use::kStreams).reads, 0u}, kBlockElements);
+  static_assert(!Use::kStreams.draws, "nothing is drawn for a pass that is selected from");
+  constexpr int W = lanes_of<C>;
+  const auto h = Rule::template prepare<C>(args.hyper, args.scalars);
+  constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
+  const bool reads_param = task.reads_param || (kUse.writes & 1u) != 0;
+  Sieve<C> sieve{static_cast<C*>(task.room.values), task.room.index};
+  const vec<C> least = vec<C>{} + least_of<C>(task.filter);
+  Places<C> place = places_from<C>(0);
+  ApplyArgs a = args;
+  // bfloat16 states that lie in memory as they should are rounded in registers.
+  if constexpr (Rule::kLowStates != 0 && !kAgain && sizeof(C) == 4) {
+    if (a.stochastic != 0 && LowPort<Rule>::fits(a)) {
+      LowPort<Rule> port(a);
+      int64_t done = 0;
+      for (; done + W <= a.length; done += W, place += static_cast<uint32_t>(W)) {
+        auto x = port.template load<Use>(done, reads_param);
+        vec<C> value = Rule::template source<0>(x, h);
+        port.template store<Use>(&x, done);
+        if constexpr (kSieved == Sieved::stored) value = x.state[0];
+        if constexpr (kSieved != Sieved::none)
+          sieve.take(value, place, reach_bits<C>(value, least));
+      }
+      a.begin += done;
+      a.length -= done;
+    }
+  }
+  Staging<C> run(a, {reads_param ? kUse.reads : kUse.reads & ~1u, kUse.writes},
+                 Staging<C>::kNoLimit);
   while (run.next()) {
     const Port<Rule, C> port(run.operand, a.scalars);
-    for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
-      auto x = port.template load<Use>(i);
-      alignas(64) C row[lanes_of<C>];
+    const int64_t count = run.count;  // known not to change
+    const auto pass = [&](int64_t i, unsigned lanes) {
+      auto x = port.template load<Use>(i, reads_param);
+      vec<C> value;
       if constexpr (kAgain)
-        vector_io<C>::store(row, Rule::template again<0>(x, h));
+        value = Rule::template again<0>(x, h);
       else
-        vector_io<C>::store(row, Rule::template source<0>(x, h));
-      const int64_t n = run.count - i < lanes_of<C> ? run.count - i : lanes_of<C>;
-      for (int64_t j = 0; j < n; ++j) *out++ = static_cast<double>(row[j]);
+        value = Rule::template source<0>(x, h);
+      port.template store<Use>(x, i);
+      if constexpr (kSieved == Sieved::values)
+        sieve.take(value, place, reach_bits<C>(value, least) & lanes);
+    };
+    const auto look = [&](int64_t i, unsigned lanes) {
+      const vec<C> value = vector_io<C>::load(run.operand[2] + i);
+      sieve.take(value, place, reach_bits<C>(value, least) & lanes);
+    };
+    const auto each = [&](auto body) {
+      int64_t i = 0;
+      for (; i + W <= count; i += W, place += static_cast<uint32_t>(W)) body(i, ~0u);
+      if (i == count) return;
+      body(i, (1u << (count - i)) - 1u);
+      place += static_cast<uint32_t>(count - i);
+    };
+    const Places<C> first = place;
+    each(pass);
+    run.commit();
+    if constexpr (kSieved == Sieved::stored) {
+      run.reread(2);
+      place = first;
+      each(look);
+    }
+  }
+  return {0.0, sieve.count};
+}
+
+template <class Rule, class C>
+SourceResult select_source(const ApplyArgs& a, const SourceTask& task) {
+  if (task.filter < 0.0) return filtered<Rule, C, Sieved::none, false>(a, task);
+  if constexpr (Rule::kKeepsValue)
+    if (has(a.stochastic, 2)) return filtered<Rule, C, Sieved::stored, false>(a, task);
+  return filtered<Rule, C, Sieved::values, false>(a, task);
+}
+
+// The same where states have taken in the gradient already: what they hold is what is stored.
+template <class Rule, class C>
+SourceResult select_absorbed(const ApplyArgs& a, const SourceTask& task) {
+  if (task.filter < 0.0) return {};
+  return filtered<Rule, C, Sieved::values, true>(a, task);
+}
+
+// For samples, where time counts, and for second looks.
+template <class Rule, bool kAgain, class C>
+void read_values(const ApplyArgs& args, const Stretch* stretches, int64_t count, double* out) {
+  using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, 0>>;
+  const auto h = Rule::template prepare<C>(args.hyper, args.scalars);
+  const Touch touch{touch_of<Rule>(Use::kStreams).reads, 0u};
+  ApplyArgs a = args;
+  // Each stretch costs a miss per stream: have several under way.
+  constexpr int64_t kAhead = 12;
+  for (int64_t s = -kAhead; s < count; ++s) {
+    if (s + kAhead < count) prefetch_at(a, touch, stretches[s + kAhead].begin);
+    if (s < 0) continue;
+    a.begin = stretches[s].begin;
+    a.length = stretches[s].length;
+    Staging<C> run(a, touch, kBlockElements);
+    while (run.next()) {
+      const Port<Rule, C> port(run.operand, a.scalars);
+      for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
+        auto x = port.template load<Use>(i);
+        alignas(64) C row[lanes_of<C>];
+        if constexpr (kAgain)
+          vector_io<C>::store(row, Rule::template again<0>(x, h));
+        else
+          vector_io<C>::store(row, Rule::template source<0>(x, h));
+        const int64_t n = run.count - i < lanes_of<C> ? run.count - i : lanes_of<C>;
+        for (int64_t j = 0; j < n; ++j) *out++ = static_cast<double>(row[j]);
+      }
     }
   }
 }
 
 template <class Rule, class C>
-void values(const ApplyArgs& a, bool again, double* out) {
-  again ? read_values<Rule, true, C>(a, out) : read_values<Rule, false, C>(a, out);
+void values(const ApplyArgs& a, const Stretch* stretches, int64_t count, bool again, double* out) {
+  again ? read_values<Rule, true, C>(a, stretches, count, out)
+        : read_values<Rule, false, C>(a, stretches, count, out);
 }
 
-template <class Rule, class C>
-void selected(const ApplyArgs& a, const SelectedTask& task) {
-  using Use = UseSelected<Rule>;
+template <class Rule, class C, bool kFetch>
+void take_in(const ApplyArgs& a, const SelectedTask& task, int64_t count) {
+  using Use = UseSelected<Rule, kFetch>;
+  constexpr int64_t kMost = Gathering<C>::kMost;
   const auto h = Rule::template prepare<C>(a.hyper, a.scalars);
-  constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
-  Gathering<C> some(a, kUse);
+  C* const values = static_cast<C*>(task.picks.values);
+  const uint32_t* const index = task.picks.index;
+  Gathering<C> some(a, touch_of<Rule>(Use::kStreams));
   const Port<Rule, C> port(some.operand, a.scalars);
-  alignas(64) C given[Gathering<C>::kMost] = {};
-  for (int64_t done = 0; done < task.count; done += Gathering<C>::kMost) {
-    const int64_t left = task.count - done;
-    const int n = left < Gathering<C>::kMost ? static_cast<int>(left) : Gathering<C>::kMost;
-    some.read(task.chosen + done, n);
-    for (int j = 0; j < n; ++j) given[j] = static_cast<C>(task.chosen[done + j].value);
+  some.prefetch(index, static_cast<int>(count < kMost ? count : kMost));
+  for (int64_t done = 0; done < count; done += kMost) {
+    const int64_t left = count - done;
+    const int n = static_cast<int>(left < kMost ? left : kMost);
+    some.prefetch(index + done + n, static_cast<int>(left - n < kMost ? left - n : kMost));
+    some.read(index + done, n);
     for (int j = 0; j < n; j += lanes_of<C>) {
       auto x = port.template load<Use>(j);
-      vec<C> c = vector_io<C>::load(given + j);
-      if (task.fetch) c = Rule::template again<0>(x, h) * static_cast<C>(task.scale);
+      vec<C> c;
+      if constexpr (kFetch)
+        c = Rule::template again<0>(x, h) * static_cast<C>(task.scale);
+      else
+        c = vector_io<C>::load(values + done + j);
       Rule::selected(x, c, h);
       port.template store<Use>(x, j);
     }
@@ -188,10 +249,26 @@ void selected(const ApplyArgs& a, const SelectedTask& task) {
 }
 
 template <class Rule, class C>
+void selected(const ApplyArgs& a, const SelectedTask& task) {
+  if (task.fetch) return take_in<Rule, C, true>(a, task, task.picks.count);
+  int64_t count = task.picks.count;
+  if (task.threshold > 0.0)
+    count = sift(static_cast<C*>(task.picks.values), task.picks.index, count,
+                 least_of<C>(task.threshold));
+  take_in<Rule, C, false>(a, task, count);
+}
+
+template <class Rule, class C>
 void fill(SourceInfo* info, Compute c) {
-  if constexpr (Rule::kStages > 0) info->source[0][c] = source<Rule, 0, false, C>;
+  if constexpr (Rule::kSelects)
+    info->source[0][c] = select_source<Rule, C>;
+  else if constexpr (Rule::kStages > 0)
+    info->source[0][c] = source<Rule, 0, false, C>;
   if constexpr (Rule::kStages > 1) info->source[1][c] = source<Rule, 1, false, C>;
-  if constexpr (Rule::kAbsorbs) info->absorbed[c] = source<Rule, 0, true, C>;
+  if constexpr (Rule::kSelects && Rule::kAbsorbs)
+    info->absorbed[c] = select_absorbed<Rule, C>;
+  else if constexpr (Rule::kAbsorbs)
+    info->absorbed[c] = source<Rule, 0, true, C>;
   if constexpr (Rule::kSelects) {
     info->values[c] = values<Rule, C>;
     info->selected[c] = selected<Rule, C>;

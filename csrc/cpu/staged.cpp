@@ -22,6 +22,7 @@ class Stages {
     if (s_.selects) sample();
     for (int stage = 0; stage < s_.stages; ++stage) {
       each_chunk(kSourcePass + stage, [&](size_t i) { source(stage, i); });
+      if (stage == 0 && s_.selects) count_in(-1);
       barrier();
       one([&] { finish(stage); });
       if (stage == 0 && s_.selects) select();
@@ -62,7 +63,6 @@ class Stages {
   // ---- sources
 
   void source(int stage, size_t i) {
-    static thread_local std::vector<Candidate> room;
     const Slot& slot = slot_of(i);
     const RuleInfo& rule = rule_of(slot);
     s_.results[i] = {};
@@ -77,29 +77,51 @@ class Stages {
     const bool selects = stage == 0 && s_.active[tensor_of(i)];
     const bool filters = selects && p_->select.kind == Selector::top_k;
     if (filters) {
-      room.resize(kChunk);
       task.filter = blocks() ? kAnyMagnitude : unit(i).filter;
-      task.out = room.data();
+      task.room = open(i);
     }
     const SourceInfo& info = table_.sources[slot.rule];
     const Compute compute = compute_of(slot.param_dtype);
     const SourceFn run = slot.absorbed ? info.absorbed[compute] : info.source[stage][compute];
     s_.results[i] = run(a, task);
     if (!filters) return;
-    std::vector<Candidate>& list = s_.lists[i];
-    int64_t count = s_.results[i].candidates;
+    Picks picks = task.room;
+    picks.count = s_.results[i].candidates;
     if (blocks()) {
       static thread_local std::vector<uint64_t> scratch;
-      static thread_local std::vector<Candidate> chosen;
-      chosen.resize(kChunk);
-      count = choose_blocks(p_->select, a.length, room.data(), count, chosen.data(), &scratch);
-      list.assign(chosen.begin(), chosen.begin() + count);
-      return;
+      choose_blocks(p_->select, a.length, &picks, &scratch);
+      return keep(i, picks);
     }
     // Once a unit has too many candidates they will not be used.
     std::atomic<int64_t>& kept = s_.kept[static_cast<size_t>(s_.unit_of[tensor_of(i)])];
-    if (kept.fetch_add(count, std::memory_order_relaxed) > candidate_limit(unit(i))) count = 0;
-    list.assign(room.begin(), room.begin() + count);
+    if (kept.fetch_add(picks.count, std::memory_order_relaxed) > candidate_limit(unit(i)))
+      picks.count = 0;
+    keep(i, picks);
+    if (unit(i).complete) return;
+    count_in(s_.unit_of[tensor_of(i)]);
+    tally(picks, unit(i).filter, tally_.data());
+  }
+
+  Picks open(size_t chunk) {
+    return store_.open(p_->chunks[static_cast<int64_t>(chunk)].length,
+                       compute_of(slot_of(chunk).param_dtype) == kDouble);
+  }
+  void keep(size_t chunk, const Picks& picks) {
+    store_.keep(picks);
+    s_.lists[chunk] = picks;
+  }
+
+  // A thread tallies one unit's candidates at a time: what it has is added up, and it goes on to
+  // the next one. Sums of integers do not depend on who is first.
+  void count_in(int next) {
+    if (next == tallied_) return;
+    if (tallied_ >= 0) {
+      std::vector<uint32_t>& sum = s_.tallies[static_cast<size_t>(tallied_)];
+#pragma omp critical(pysmooth_tally)
+      for (size_t b = 0; b < sum.size(); ++b) sum[b] += tally_[b];
+    }
+    tallied_ = next;
+    if (next >= 0) tally_.assign(kTallyBuckets, 0);
   }
 
   // Sums up, in the order of chunks, over the scope of the stage.
@@ -144,44 +166,41 @@ class Stages {
     return s_.units[static_cast<size_t>(s_.unit_of[tensor_of(chunk)])];
   }
 
-  void read(size_t t, int64_t begin, int64_t length, bool again, double* out) const {
+  // Stretches of one slot.
+  void read(const Stretch* stretches, size_t count, bool again, double* out) const {
+    const size_t t = stretches->slot;
     const Slot& slot = p_->slots[t];
-    const Chunk piece{static_cast<int32_t>(t), static_cast<int32_t>(length), begin};
-    const ApplyArgs a = args_of(*p_, rule_of(slot), piece);
-    table_.sources[slot.rule].values[compute_of(slot.param_dtype)](a, again || slot.absorbed, out);
+    const ApplyArgs a = args_of(*p_, rule_of(slot), {static_cast<int32_t>(t), 0, 0});
+    table_.sources[slot.rule].values[compute_of(slot.param_dtype)](
+        a, stretches, static_cast<int64_t>(count), again || slot.absorbed, out);
   }
 
   void sample() {
     if (p_->select.kind != Selector::top_k || blocks()) return;
     each_unit([&](size_t u) {
       static thread_local std::vector<Stretch> places;
-      static thread_local std::vector<uint64_t> keys;
-      plan_sample(&s_.units[u], s_.numels, s_.active, &places);
-      keys.clear();
-      double values[64];
-      // Each place costs a miss per stream: have several under way.
-      constexpr size_t kAhead = 12;
-      for (size_t j = 0; j < std::min(kAhead, places.size()); ++j) touch(places[j]);
-      for (size_t j = 0; j < places.size(); ++j) {
-        if (j + kAhead < places.size()) touch(places[j + kAhead]);
-        const Stretch& x = places[j];
-        read(x.slot, x.begin, x.length, false, values);
-        for (int64_t i = 0; i < x.length; ++i) keys.push_back(magnitude_key(values[i]));
-      }
-      if (!keys.empty()) set_filter(&s_.units[u], &keys);
+      static thread_local std::vector<double> values;
+      static thread_local std::vector<uint64_t> keys, scratch;
+      SelectUnit& unit = s_.units[u];
+      plan_sample(&unit, s_.numels, s_.active, &places);
       s_.kept[u].store(0, std::memory_order_relaxed);
+      if (places.empty()) return;
+      int64_t size = 0;
+      for (const Stretch& x : places) size += x.length;
+      values.resize(static_cast<size_t>(size));
+      double* out = values.data();
+      for (size_t j = 0, next; j < places.size(); j = next) {
+        int64_t length = 0;
+        for (next = j; next < places.size() && places[next].slot == places[j].slot; ++next)
+          length += places[next].length;
+        read(&places[j], next - j, false, out);
+        out += length;
+      }
+      keys.resize(values.size());
+      for (size_t j = 0; j < values.size(); ++j) keys[j] = magnitude_key(values[j]);
+      set_filter(&unit, keys, &scratch);
+      if (!unit.complete) s_.tallies[u].assign(kTallyBuckets, 0);
     });
-  }
-
-  void touch(const Stretch& place) const {
-    const Slot& slot = p_->slots[place.slot];
-    if (slot.layout != nullptr) return;
-    const auto fetch = [&](const void* base, DType dtype) {
-      __builtin_prefetch(static_cast<const char*>(base) + place.begin * itemsize(dtype));
-    };
-    fetch(slot.grad, slot.grad_dtype);
-    for (int k = 0; k < kMaxStates; ++k)
-      if (slot.state[k] != nullptr) fetch(slot.state[k], slot.state_dtype[k]);
   }
 
   void select() {
@@ -190,9 +209,11 @@ class Stages {
     } else if (!blocks()) {
       each_unit([&](size_t u) {
         static thread_local std::vector<uint64_t> scratch;
-        counts_of(u);
-        s_.units[u].second_look =
-            !choose(&s_.units[u], p_->chunks, s_.active, counts_, &s_.lists, &scratch);
+        int64_t found = 0;
+        const std::vector<size_t> chunks = chunks_of(u);
+        for (const size_t i : chunks) found += s_.results[i].candidates;
+        SelectUnit& unit = s_.units[u];
+        unit.second_look = !choose(&unit, chunks, found, s_.tallies[u].data(), &s_.lists, &scratch);
       });
       for (size_t u = 0; u < s_.units.size(); ++u)
         if (s_.units[u].second_look) look_again(u);
@@ -205,54 +226,60 @@ class Stages {
     }
     each_chunk(kSelectedPass, [&](size_t i) {
       const Slot& slot = slot_of(i);
-      if (!s_.active[tensor_of(i)] || s_.lists[i].empty()) return;
+      if (!s_.active[tensor_of(i)] || s_.lists[i].count == 0) return;
       const bool random = p_->select.kind == Selector::rand_k;
       double scale = 1.0;
       if (random && p_->select.scaled)
         scale =
             static_cast<double>(slot.numel) / static_cast<double>(p_->select.chosen_of(slot.numel));
       table_.sources[slot.rule].selected[compute_of(slot.param_dtype)](
-          args(i), {s_.lists[i].data(), static_cast<int64_t>(s_.lists[i].size()), random, scale});
+          args(i), {s_.lists[i], unit(i).threshold, random, scale});
     });
     barrier();
   }
 
-  // counts_ is per thread: each thread has its own Stages.
-  void counts_of(size_t u) {
-    counts_.resize(s_.results.size());
-    each_chunk_of(u, [&](size_t i) { counts_[i] = s_.results[i].candidates; });
-  }
-  template <class Body>
-  void each_chunk_of(size_t u, Body body) const {
+  std::vector<size_t> chunks_of(size_t u) const {
+    std::vector<size_t> chunks;
     const SelectUnit& unit = s_.units[u];
     for (size_t t = unit.first_slot; t < unit.last_slot; ++t) {
       if (!s_.active[t]) continue;
       for (int64_t i = p_->chunks.first(static_cast<int64_t>(t));
            i < p_->chunks.first(static_cast<int64_t>(t) + 1); ++i)
-        body(static_cast<size_t>(i));
+        chunks.push_back(static_cast<size_t>(i));
     }
+    return chunks;
   }
 
   // Rand-k: the first k of a permutation of the tensor's elements.
   void draw(size_t u) {
     const SelectUnit& unit = s_.units[u];
-    each_chunk_of(u, [&](size_t i) { s_.lists[i].clear(); });
+    const std::vector<size_t> chunks = chunks_of(u);
+    for (const size_t i : chunks) s_.lists[i] = {};
     const size_t t = unit.first_slot;
     if (unit.k == 0) return;
     const auto step = static_cast<uint32_t>(*p_->slots[t].steps);
     const Permutation order(static_cast<uint64_t>(unit.elements), p_->select.seed, step,
                             static_cast<uint32_t>(t));
-    const auto first = static_cast<size_t>(p_->chunks.first(static_cast<int64_t>(t)));
-    for (int64_t j = 0; j < unit.k; ++j) {
-      const uint64_t index = order(static_cast<uint64_t>(j));
-      s_.lists[first + index / kChunk].push_back({0.0, static_cast<uint32_t>(index % kChunk)});
+    static thread_local std::vector<uint64_t> drawn;
+    drawn.clear();
+    for (int64_t j = 0; j < unit.k; ++j) drawn.push_back(order(static_cast<uint64_t>(j)));
+    const size_t first = chunks.front();
+    for (const uint64_t index : drawn) ++s_.lists[first + index / kChunk].count;
+    for (const size_t i : chunks) {
+      Picks picks = open(i);
+      picks.count = s_.lists[i].count;
+      keep(i, picks);
+      s_.lists[i].count = 0;
+    }
+    for (const uint64_t index : drawn) {
+      Picks& picks = s_.lists[first + index / kChunk];
+      picks.index[picks.count++] = static_cast<uint32_t>(index % kChunk);
     }
   }
 
   // All threads together: digit by digit, then who it is.
   void look_again(size_t u) {
-    std::vector<size_t> chunks;
-    each_chunk_of(u, [&](size_t i) { chunks.push_back(i); });
+    const std::vector<size_t> chunks = chunks_of(u);
     const auto each = [&](auto body) {
       static thread_local std::vector<double> values;
       values.resize(kChunk);
@@ -260,7 +287,8 @@ class Stages {
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < count; ++j) {
         const Chunk& chunk = p_->chunks[static_cast<int64_t>(chunks[static_cast<size_t>(j)])];
-        read(static_cast<size_t>(chunk.tensor), chunk.begin, chunk.length, true, values.data());
+        const Stretch all{static_cast<size_t>(chunk.tensor), chunk.begin, chunk.length};
+        read(&all, 1, true, values.data());
         body(static_cast<size_t>(j), values.data(), static_cast<int64_t>(chunk.length));
       }
     };
@@ -284,7 +312,9 @@ class Stages {
       for (size_t j = 0; j < chunks.size(); ++j) s_.ties[j + 1] += s_.ties[j];
     });
     each([&](size_t j, const double* values, int64_t n) {
-      radix.take(values, n, s_.ties[j], &s_.lists[chunks[j]]);
+      Picks picks = open(chunks[j]);
+      radix.take(values, n, s_.ties[j], &picks);
+      keep(chunks[j], picks);
     });
   }
 
@@ -293,7 +323,10 @@ class Stages {
   const KernelTable& table_;
   Schedule* schedule_;
   int threads_;
-  std::vector<int64_t> counts_;
+  // Of this thread: each has its own Stages.
+  PickStore& store_ = s_.stores[static_cast<size_t>(omp_get_thread_num())];
+  int tallied_ = -1;  // the unit whose candidates tally_ counts
+  std::vector<uint32_t> tally_;
 };
 
 }  // namespace
@@ -346,7 +379,7 @@ Outcome absorb(Pipeline* p, size_t t, int threads) {
   return Outcome::applied;
 }
 
-void prepare_stages(Pipeline* p, const KernelTable& table) {
+void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
   Staged& s = p->staged;
   const size_t tensors = p->slots.size();
   s.stages = 0;
@@ -356,6 +389,8 @@ void prepare_stages(Pipeline* p, const KernelTable& table) {
   if (s.stages == 0) return;
   for (std::vector<double>& values : s.values) values.assign(tensors, 0.0);
   s.results.resize(static_cast<size_t>(p->chunks.size()));
+  if (s.stores.size() < static_cast<size_t>(threads)) s.stores.resize(static_cast<size_t>(threads));
+  for (PickStore& store : s.stores) store.clear();
   s.signs_at.clear();
   const bool signs = std::any_of(p->slots.begin(), p->slots.end(), [&](const Slot& slot) {
     return slot.active && table.rules[slot.rule].sends_signs;
@@ -381,7 +416,7 @@ void prepare_stages(Pipeline* p, const KernelTable& table) {
     if (rule.selects_nothing(p->groups[static_cast<size_t>(slot.group)].hyper)) continue;
     s.selects = true;
     s.active[t] = 1;
-    if (!global || s.units.empty()) s.units.push_back({t, t + 1, 0, 0, 0.0, false, false});
+    if (!global || s.units.empty()) s.units.push_back({t, t + 1, 0, 0, 0.0, false, false, 0.0});
     SelectUnit& unit = s.units.back();
     unit.last_slot = t + 1;
     unit.elements += slot.numel;
@@ -389,6 +424,7 @@ void prepare_stages(Pipeline* p, const KernelTable& table) {
   }
   if (!s.selects) return;
   s.lists.resize(static_cast<size_t>(p->chunks.size()));
+  s.tallies.resize(s.units.size());
   s.kept = std::make_unique<std::atomic<int64_t>[]>(s.units.size());
   for (SelectUnit& unit : s.units) unit.k = p->select.chosen_of(unit.elements);
 }

@@ -10,7 +10,7 @@ namespace pysmooth {
 ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk);
 
 // Which passes this step has. One thread, once gradients are known.
-void prepare_stages(Pipeline* p, const KernelTable& table);
+void prepare_stages(Pipeline* p, const KernelTable& table, int threads);
 
 // Runs them; called by every thread of the team (or by the only one).
 void run_stages(Pipeline* p, const KernelTable& table, Schedule* schedule, int threads);

@@ -238,10 +238,16 @@ Gathering<C>::Gathering(const ApplyArgs& args, Touch touch)
 }
 
 template <class C>
-void Gathering<C>::read(const Candidate* chosen, int count) {
+void Gathering<C>::prefetch(const uint32_t* index, int count) const {
+  if (args_.layout != nullptr) return;
+  for (int i = 0; i < count; ++i) prefetch_at(args_, touch_, args_.begin + index[i]);
+}
+
+template <class C>
+void Gathering<C>::read(const uint32_t* chosen, int count) {
   const bool linear = args_.layout == nullptr;
   for (int i = 0; i < count; ++i) {
-    int64_t index = args_.begin + chosen[i].index;
+    int64_t index = args_.begin + chosen[i];
     index_[i] = static_cast<uint32_t>(index);
     if (linear) {
       at_[0][i] = index;
@@ -267,7 +273,7 @@ void Gathering<C>::read(const Candidate* chosen, int count) {
   const RowCoefs& r = args_.rows;
   if (r.coefs == nullptr || !has(touch_.reads, r.operand)) return;
   for (int i = 0; i < count; ++i)
-    room_[r.operand][i] *= static_cast<C>(r.coefs[row_of(r, args_.begin + chosen[i].index)]);
+    room_[r.operand][i] *= static_cast<C>(r.coefs[row_of(r, args_.begin + chosen[i])]);
 }
 
 template <class C>

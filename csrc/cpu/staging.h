@@ -47,6 +47,14 @@ inline Touch with_companion(const ApplyArgs& a, Touch touch) {
   return touch;
 }
 
+// Asks for what will be read of the element at `index` of the tensor, where it is easy to find.
+PYSMOOTH_HD void prefetch_at(const ApplyArgs& a, Touch touch, int64_t index) {
+  if (a.layout != nullptr) return;
+  each_of(touch.reads, [&](int k) {
+    __builtin_prefetch(static_cast<const char*>(base_of(a, k)) + index * itemsize(a.dtype[k]));
+  });
+}
+
 // Runs of consecutive elements of a chunk, in order:
 //   while (staging.next()) { kernel on staging.operand, 0 <= i < staging.count; staging.commit(); }
 // No run crosses a multiple of `most` elements. The kernel may round `count` up to a whole vector:
@@ -119,11 +127,12 @@ class Staging {
 template <class C>
 class Gathering {
  public:
-  static constexpr int kMost = 256;
+  static constexpr int kMost = 512;
 
   Gathering(const ApplyArgs& args, Touch touch);
   // count <= kMost elements of the chunk; all different.
-  void read(const Candidate* chosen, int count);
+  void prefetch(const uint32_t* index, int count) const;
+  void read(const uint32_t* index, int count);
   void write_back(int count);
 
   C* operand[kMaxOperands];

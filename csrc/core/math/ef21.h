@@ -38,7 +38,8 @@ struct Ef21 : RuleDefaults {
       {false, false, !kSelects && kMomenta == 0, kSelects ? 1u : 1u | 1u << kMomenta,
        kSelects ? 0u : 1u, !kSelects}};
   static constexpr Streams kApply{true, true, false, 1u, 0u};
-  static constexpr Streams kSelected{kOnePass, kOnePass, kMomenta == 0, ~0u, 1u};
+  static constexpr Streams kSelected{kOnePass, kOnePass, false, 1u, 1u};
+  static constexpr Streams kAgain{false, false, kMomenta == 0, 1u | 1u << kMomenta, 0u};
 
   template <class T>
   struct Hyper {
