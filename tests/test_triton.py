@@ -54,6 +54,26 @@ ELEMENTWISE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         pysmooth.AdamDNorm,
         {"lr": 0.1, "b_init": 0.5, "coordinate_wise": True},
     ),
+    "threshold": (
+        pysmooth.EFSGD,
+        {
+            "lr": 0.1,
+            "compressor": pysmooth.HardThreshold(0.05),
+            "momentum": 0.9,
+            "weight_decay": 0.1,
+            "nonfinite": "zero",
+        },
+    ),
+    "identity": (
+        pysmooth.EF21,
+        {
+            "lr": 0.1,
+            "compressor": pysmooth.Identity(),
+            "eta": 0.5,
+            "init": "full",
+            "nonfinite": "zero",
+        },
+    ),
     "adam_low": (pysmooth.Adam, {"weight_decay": 0.1, **low}),
     "amsgrad_low": (pysmooth.Adam, {"amsgrad": True, **low}),
     "adagrad_low": (pysmooth.Adagrad, low),
@@ -250,6 +270,57 @@ def test_the_order_of_gradients_in_memory_does_not_matter() -> None:
     x = torch.randn(5 * CHUNK + 3)
     norms = {float(triton_clip.total_norm([x.clone(), x.clone() * 2], 2.0)) for _ in range(4)}
     assert len(norms) == 1
+
+
+# ---- passes before apply -------------------------------------------------------------------------
+
+PASSES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "normalized": (pysmooth.NormalizedSGD, {"lr": 0.1, "weight_decay": 0.1}),
+    "clip21": (pysmooth.Clip21, {"lr": 0.1, "tau": 2.0}),
+    "clip21_group": (pysmooth.Clip21SGD2M, {"lr": 0.1, "tau": 0.5, "scope": "group"}),
+    "sign": (pysmooth.EFSGD, {"lr": 0.1, "compressor": pysmooth.ScaledSign()}),
+    "sign_global": (
+        pysmooth.EFSGD,
+        {"lr": 0.1, "compressor": pysmooth.ScaledSign(scope="global"), "momentum": 0.9},
+    ),
+    "ef21": (
+        pysmooth.EF21,
+        {"lr": 0.1, "compressor": pysmooth.ScaledSign(), "normalize": True, "scope": "tensor"},
+    ),
+    "scaled": (pysmooth.SignSGD, {"lr": 0.1, "scaled": True, "momentum": 0.5}),
+}
+
+
+@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_as_on_cpu(name: str) -> None:
+    """Sums differ in the last place: so may what is made of them."""
+    make, kwargs = PASSES[name]
+    shapes = [(n,) for n in (1, 17, 33, CHUNK + 1)]
+    rows = record_grads(make_params(shapes), 3)
+    results = []
+    for backend in ("triton", "cpu"):
+        params = make_params(shapes)
+        groups = [{"params": params[:2]}, {"params": params[2:]}]
+        optimizer = make(groups, backend=backend, **kwargs)
+        advance(optimizer, params, rows)
+        results.append(tensors(optimizer))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_skipped_first_step_does_not_fill_in_the_gradient() -> None:
+    """EF21's estimate starts as the first gradient that counts."""
+    (p,) = make_params([(4,)])
+    kwargs: dict[str, Any] = {"compressor": pysmooth.Identity(), "init": "full", "eta": 0.5}
+    optimizer = pysmooth.EF21([p], 0.1, backend="triton", **kwargs)
+    p.grad = torch.full((4,), math.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps() == 1
+    assert not optimizer.state
+    p.grad = torch.full((4,), 3.0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["grad_estimate"], p.grad)
 
 
 # ---- clipping functions --------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from .operands import TAIL, constants, locate, operands, read, row_of, write
 from .ops import gradient_in
 from .table import ROW_LAYOUT
 
-# A row of constants: what gradient_in() takes, then what prepare() returned.
-OWN = tl.constexpr(2)
+# A row of constants: what gradient_in() takes, if this is the first step, what prepare() returned.
+OWN = tl.constexpr(3)
 CONSTANTS = tl.constexpr(16)
 
 
@@ -36,7 +36,7 @@ def block(
     where = locate(o, layout, DIMS, COUNT)
     x = read(at, where, mask, READS, COUNT, C)
     g = gradient_in(x[1], h[0], h[1], ZERO)
-    p, s = UPDATE(x[0], g, x[2:], h[2:])
+    p, s = UPDATE(x[0], g, x[2:], h[OWN:])
     write(at, where, mask, (p, g) + s, o, key, WRITES, NOISY, COUNT)
 
 

@@ -23,10 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .apply import apply
-from .finalize import finalize
+from .finalize import finalize, finish_pass
 from .launch import Spec
-from .plan import Method, apply_spec, finalize_spec, reduce_spec
+from .plan import Method, apply_spec, finalize_spec, pass_specs, reduce_spec
 from .rules import RULES
+from .source import source
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -37,7 +38,7 @@ F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat1
 
 # What a kernel's arguments are; all others point to 32-bit integers.
 WIDE = {"tensors", "gradients", "layouts", "amp", "counters"}
-FLOATS = {"partials", "norms", "coefs", "known", "hypers", "lengths", "stages"}
+FLOATS = {"partials", "norms", "coefs", "known", "hypers", "sums", "lengths"}
 COUNTS = {"members", "chunks", "groups"}
 
 
@@ -75,6 +76,13 @@ def specs(rules: list[str]) -> Iterator[tuple[str, Spec]]:
         yield f"{name} finalize", finalize_spec(rule, method(), False, counts=True)
         yield f"{name} float64", apply_spec(rule, (F64,) * len(plain), 0, True, 0, False)
         yield f"{name} bfloat16", apply_spec(rule, (BF16, BF16, *states), 0, True, 0, False)
+        for k in range(len(rule.sources)):
+            hyper = [1.0] * len(rule.hyper)  # with weight decay, normalised, by scaled signs
+            how = method(pass_scopes=(0, 2))
+            run, finish = pass_specs(rule, k, hyper, plain, 0, True, 0, how)
+            yield f"{name} float32, pass {k}", run
+            if finish is not None:
+                yield f"{name} after pass {k}", finish
         if rule.low_states:
             low = [BF16 if rule.low_states >> k & 1 else F32 for k in range(rule.states)]
             dtypes = (F32, F32, *low)
@@ -98,7 +106,7 @@ def signature(spec: Spec) -> dict[str, str]:
     for name in spec.kernel.arg_names:
         if name in constants:
             out[name] = "constexpr"
-        elif name in COUNTS and spec.kernel is finalize:
+        elif name in COUNTS and spec.kernel in (finalize, finish_pass):
             out[name] = "i32"
         elif name in WIDE:
             out[name] = "*i64"
@@ -157,8 +165,8 @@ def faults(report: Report, spec: Spec) -> list[str]:
         out.append(f"{report.spills} bytes spilled")
     if values.get("ALIGNED"):
         streams = 1
-        if spec.kernel is apply:
-            if report.shared:
+        if spec.kernel in (apply, source):
+            if report.shared > 1024:  # a sum takes a little
                 out.append(f"operands go through {report.shared} B of shared memory")
             same = {t.primitive_bitwidth for t in values["TYPES"]}
             streams = sum(values[x].bit_count() for x in ("READS", "WRITES")) * (len(same) == 1)
@@ -167,7 +175,7 @@ def faults(report: Report, spec: Spec) -> list[str]:
         expected = streams * values["BLOCK"] * bits // (threads * 128)
         if vectors(report) < expected:
             out.append(f"{vectors(report)} accesses of 16 bytes, not {expected}")
-    if report.target.startswith("cuda") and spec.kernel is apply:
+    if report.target.startswith("cuda") and spec.kernel in (apply, source):
         rough = set(re.findall(r"\S*\.(?:approx|full|ftz)\S*|\bfma\.\S+", report.text))
         if rough:
             out.append(f"not exact: {', '.join(sorted(rough))}")

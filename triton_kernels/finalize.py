@@ -13,6 +13,7 @@ import triton.language as tl
 from .apply import CONSTANTS, OWN
 from .ops import noise_key
 from .reduce import MAX, POWER, PRESENT, SPOILED, SQUARES, larger, largest
+from .rule import COEF, FIRST, KNOWN, STAGE
 from .table import (
     GROUP_COUNTS,
     GROUP_EPS,
@@ -27,6 +28,8 @@ from .table import (
     ROW_FIRST,
     ROW_GROUP,
     ROW_NORM,
+    ROW_NUMEL,
+    ROW_SCALE,
     ROW_STEPS,
     ROW_WORDS,
 )
@@ -35,9 +38,6 @@ from .table import (
 GLOBAL = tl.constexpr(0)
 GROUP = tl.constexpr(1)
 TENSOR = tl.constexpr(2)
-
-# A row of what is known of a tensor: see rule.py.
-KNOWN = tl.constexpr(8)
 
 
 @triton.jit
@@ -152,6 +152,7 @@ def keep_constants(numbers, t, mask, x, coef, bound, h, PREPARE: tl.constexpr, C
     made = PREPARE(h, x)
     tl.store(row, coef, mask=mask)
     tl.store(row + 1, bound, mask=mask)
+    tl.store(row + 2, x[FIRST], mask=mask)
     for i in tl.static_range(COUNT):
         tl.store(row + OWN + i, made[i], mask=mask)
 
@@ -291,8 +292,10 @@ def finalize(
     after = before
     if ACCUMULATE is not None:
         after = tl.where(moves != 0, ACCUMULATE(h, before, summed), before)
-    x = (first.to(tl.float64), steps + 1.0, coef, before, after)
-    for i in tl.static_range(5):
+    _, _, scale = number_at(tl.load(row + ROW_SCALE), mask, tl.float64)
+    none = tl.zeros([ROWS], tl.float64)
+    x = (first.to(tl.float64), steps + 1.0, coef, before, after, scale, none, none)
+    for i in tl.static_range(KNOWN):
         tl.store(known + t * KNOWN + i, x[i], mask=mask)
     keep_constants(numbers, t, mask, x, coef, bound, h, PREPARE, NUMBERS)
     if NOISY:
@@ -305,3 +308,70 @@ def finalize(
     tl.store(steps_at, (steps + 1.0).to(tl.float32), mask=done & active & counted)
     tl.store(norm_at, after, mask=done & held)
     tl.store(fresh + t, 0, mask=done & active)
+
+
+@triton.jit(do_not_specialize=["members", "chunks"])
+def finish_pass(
+    tensors,
+    gradients,
+    hypers,
+    sums,
+    lengths,
+    ranges,
+    member,
+    known,
+    numbers,
+    go,
+    members,
+    chunks,
+    PREPARE: tl.constexpr,
+    HYPER: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    PASS: tl.constexpr,
+    SUM: tl.constexpr,
+    SCOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROW_SPAN: tl.constexpr,
+):
+    """After a pass: its sums become what STAGE says, and all constants are made again."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = place < members
+    t = tl.load(member + place, mask=mask, other=0)
+    row = tensors + t.to(tl.int64) * ROW_WORDS
+    g = tl.load(row + ROW_GROUP).to(tl.int32)
+    total = tl.zeros([ROWS], tl.float64)
+    elements = tl.load(row + ROW_NUMEL).to(tl.float64)
+    if SCOPE == TENSOR:
+        first = tl.load(row + ROW_FIRST)
+        total = fold_rows(sums, first, tl.load(row + ROW_CHUNKS), SQUARES, ROWS, ROW_SPAN)
+    elif SCOPE == GLOBAL:
+        total += fold(sums, 0, chunks, SQUARES, SPAN)
+        elements = total * 0 + fold(lengths, 0, chunks, SQUARES, SPAN)
+    else:
+        low = tl.min(tl.where(mask, g, 0x7FFFFFFF), axis=0)
+        for u in range(low, tl.max(tl.where(mask, g, 0), axis=0) + 1):
+            a = tl.load(ranges + u)
+            b = tl.load(ranges + u + 1)
+            total = tl.where(g == u, fold(sums, a, b, SQUARES, SPAN), total)
+            elements = tl.where(g == u, fold(lengths, a, b, SQUARES, SPAN), elements)
+    value = total * 0
+    if SUM == 1:
+        value = total / elements
+    elif SUM == 2:
+        value = tl.sqrt(total)
+    tl.store(known + t * KNOWN + STAGE + PASS, value, mask=mask)
+    # In registers: what was just stored is not yet to be read.
+    x = gather(known, t * KNOWN, KNOWN)
+    if PASS == 0:
+        x = (x[0], x[1], x[2], x[3], x[4], x[5], value, x[7])
+    else:
+        x = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], value)
+    h = gather(hypers, g * GROUP_WORDS, HYPER)
+    bound = tl.load(hypers + g * GROUP_WORDS + GROUP_VALUE)
+    keep_constants(numbers, t, mask, x, x[COEF], bound, h, PREPARE, NUMBERS)
+    if KEEPS:
+        at = tl.load(row + ROW_SCALE)
+        done = mask & (at != 0) & (tl.load(gradients + t) != 0) & (t * 0 + tl.load(go) != 0)
+        tl.store(at.to(tl.pointer_type(tl.float64)), value, mask=done)

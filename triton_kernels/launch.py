@@ -24,6 +24,11 @@ class Spec:
     constants: tuple[tuple[str, Any], ...]
     warps: int
 
+    def having(self, **values: Any) -> Spec:
+        """The same with other values of some parameters."""
+        constants = tuple((name, values.get(name, old)) for name, old in self.constants)
+        return Spec(self.kernel, constants, self.warps)
+
     @property
     def options(self) -> dict[str, Any]:
         """No a * b + c becomes one rounding, as in every backend."""
@@ -42,6 +47,8 @@ class Launch:
 
     def __call__(self) -> None:
         """Launches on the current stream."""
+        if self.grid[0] == 0:  # nothing but empty tensors
+            return
         if self._compiled is not None:
             self._compiled(*self._all)
             return

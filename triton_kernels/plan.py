@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from . import tuning
 from .apply import CONSTANTS, apply
-from .finalize import KNOWN, finalize
+from .finalize import finalize, finish_pass
 from .launch import Launch, Spec
 from .reduce import reduce
-from .rule import Rule
+from .rule import KNOWN, NOTHING, Rule
 from .rules import RULES
+from .source import source
 from .table import (
     CHUNK,
     GROUP_HYPER,
@@ -56,7 +57,9 @@ class Slot:
     norm_sq: Tensor | None = None
     scale: Tensor | None = None
     low: int = 0  # states in bfloat16, as bits
+    starts: int = 0  # states that start as the gradient, as bits
     fresh: bool = False
+    hyper: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,20 @@ class Method:
     zero: bool  # what is not finite counts as 0
     norm_type: float
     reduces: bool  # norms are taken
+    pass_scopes: tuple[int, ...] = ()  # over what each pass before apply sums up
 
     @property
     def kind(self) -> int:
         """What the partial sums are of."""
         return {2.0: SQUARES, 1.0: ABS, float("inf"): MAX}.get(self.norm_type, POWER)
+
+
+class Work(NamedTuple):
+    """What a slot goes through: slots that go through the same share their launches."""
+
+    apply: Spec
+    finalize: Spec
+    passes: tuple[tuple[Spec, Spec | None], ...]  # and what makes constants of their sums
 
 
 @dataclass
@@ -136,7 +148,7 @@ class Plan:
         first = cut(numels)
         self.chunks = first[-1]
         self._layouts: list[int] = [0]
-        passes = [self._pass_of(s) for s in slots]
+        passes = [self._work_of(s) for s in slots]
         reads = [self._reduce_of(s) for s in slots]
         rows = [
             self._row(s, first[i], first[i + 1] - first[i], passes[i][1], reads[i][1])
@@ -184,9 +196,13 @@ class Plan:
             return tuple(ints(x, torch.int32) for x in (owner[which], index[which], which))
 
         self._reduces = [(spec, chunks_of(m)) for spec, m in _grouped(r[0] for r in reads)]
-        self._applies = [
-            (spec, chunks_of(m), ints(m, torch.int32), slots[m[0]])
-            for spec, m in _grouped(p[0] for p in passes)
+        self._works = [
+            (work, chunks_of(m), ints(m, torch.int32), slots[m[0]])
+            for work, m in _grouped(p[0] for p in passes)
+        ]
+        most = max((len(work.passes) for work, *_ in self._works), default=0)
+        self._passes = [
+            (floats(max(1, self.chunks)), floats(max(1, self.chunks))) for _ in range(most)
         ]
         self.words = Words(len(slots), groups, device)
         self._eager = self._bind(self.words)
@@ -215,12 +231,21 @@ class Plan:
         dims, at = self._layout(s.grad.shape, [s.grad])
         return reduce_spec(s.grad.dtype, self.method, dims, not dims and _aligned(s.grad)), at
 
-    def _pass_of(self, s: Slot) -> tuple[Spec | None, int]:
+    def _work_of(self, s: Slot) -> tuple[Work, int]:
         operands = [s.param, s.grad, *s.states]
         dims, at = self._layout(s.param.shape, operands)
         aligned = not dims and all(_aligned(t) for t in operands)
         dtypes = tuple(t.dtype for t in operands)
-        return apply_spec(RULES[s.rule], dtypes, dims, aligned, s.low, self.method.zero), at
+        rule, method = RULES[s.rule], self.method
+        work = Work(
+            apply_spec(rule, dtypes, dims, aligned, s.low, method.zero),
+            finalize_spec(rule, method, bool(s.low), counts=False),
+            tuple(
+                pass_specs(rule, k, s.hyper, dtypes, dims, aligned, s.starts, method)
+                for k in range(len(rule.sources))
+            ),
+        )
+        return work, at
 
     def _row(self, s: Slot, first: int, chunks: int, layout: int, grad_layout: int) -> list[int]:
         states = [t.data_ptr() for t in s.states] + [0] * (4 - len(s.states))
@@ -237,20 +262,41 @@ class Plan:
         for spec, (owner, index, number) in self._reduces:
             chunks = (self.rows, words.gradients, self.layouts, owner, index, number)
             norms.append(Launch(spec, len(owner), (*chunks, self.partials, self.flags)))
-        for n, (_, _, members, slot) in enumerate(self._applies):
-            spec = finalize_spec(RULES[slot.rule], self.method, bool(slot.low), counts=n == 0)
-            arguments = (
-                *(self.rows, words.gradients, words.hypers, words.amp, self.partials, self.flags),
-                *(self.ranges, members, self.fresh, self.norms, self.coefs, self.known),
-                *(self._numbers[_compute(slot)], self.keys, self.go, self.counters, self.spoiled),
-                *(len(members), self.chunks, self.groups),
+        rows, gradients, hypers = self.rows, words.gradients, words.hypers
+        for n, (work, _, members, slot) in enumerate(self._works):
+            launch = Launch(
+                work.finalize.having(COUNTS=n == 0),  # one of them counts skipped steps
+                -(-len(members) // tuning.FINALIZE_ROWS),
+                (
+                    *(rows, gradients, hypers, words.amp, self.partials, self.flags, self.ranges),
+                    *(members, self.fresh, self.norms, self.coefs, self.known),
+                    *(self._numbers[_compute(slot)], self.keys, self.go, self.counters),
+                    *(self.spoiled, len(members), self.chunks, self.groups),
+                ),
             )
-            norms.append(Launch(spec, -(-len(members) // tuning.FINALIZE_ROWS), arguments))
-        for spec, (owner, index, _), _, slot in self._applies:
-            if len(owner) > 0:
-                tables = (self.rows, words.gradients, self.layouts, owner, index)
-                rest = (self._numbers[_compute(slot)], self.keys, self.go)
-                applies.append(Launch(spec, len(owner), (*tables, *rest)))
+            norms.append(launch)
+        for k, (sums, lengths) in enumerate(self._passes):
+            mine = [w for w in self._works if k < len(w[0].passes)]
+            for work, (owner, index, number), _, slot in mine:
+                chunks = (rows, gradients, self.layouts, owner, index, number)
+                own = (self._numbers[_compute(slot)], self.keys, self.go, sums, lengths)
+                applies.append(Launch(work.passes[k][0], len(owner), (*chunks, *own)))
+            for work, _, members, slot in mine:
+                finish = work.passes[k][1]
+                if finish is not None:
+                    launch = Launch(
+                        finish,
+                        -(-len(members) // tuning.FINALIZE_ROWS),
+                        (
+                            *(rows, gradients, hypers, sums, lengths, self.ranges, members),
+                            *(self.known, self._numbers[_compute(slot)], self.go),
+                            *(len(members), self.chunks),
+                        ),
+                    )
+                    applies.append(launch)
+        for work, (owner, index, _), _, slot in self._works:
+            own = (owner, index, self._numbers[_compute(slot)], self.keys, self.go)
+            applies.append(Launch(work.apply, len(owner), (rows, gradients, self.layouts, *own)))
         return norms, applies
 
     def run(
@@ -291,9 +337,9 @@ def group_words(hyper: Sequence[float], clip: Sequence[float], counts: bool) -> 
     return [float(x) for x in [*row, counts]]
 
 
-def _grouped(specs: Any) -> list[tuple[Spec, list[int]]]:
+def _grouped(specs: Iterable[Any]) -> list[tuple[Any, list[int]]]:
     """Who shares a launch: the numbers of the slots of each spec."""
-    found: dict[Spec, list[int]] = {}
+    found: dict[Any, list[int]] = {}
     for i, spec in enumerate(specs):
         if spec is not None:
             found.setdefault(spec, []).append(i)
@@ -368,7 +414,7 @@ def apply_spec(
     """The pass of a rule over operands of these dtypes."""
     widest = max(d.itemsize for d in dtypes)
     shape = tuning.shape_for(len(dtypes), strided=dims > 0, wide=widest == 8)
-    states = (1 << rule.states) - 1
+    reads, writes = rule.applies.of(rule.states, reads_grad=rule.reads_grad)
     return Spec(
         apply,
         (
@@ -378,8 +424,8 @@ def apply_spec(
             ("UPDATE", rule.update),
             ("NUMBERS", rule.constants),
             ("ALONE", not rule.reads_grad),
-            ("READS", 1 | rule.reads_grad << 1 | states << 2),
-            ("WRITES", 1 | states << 2),
+            ("READS", reads),
+            ("WRITES", writes),
             ("NOISY", low << 2),
             ("ZERO", zero),
             ("DIMS", dims),
@@ -390,3 +436,61 @@ def apply_spec(
         ),
         shape.warps,
     )
+
+
+def pass_specs(
+    rule: Rule,
+    k: int,
+    hyper: Sequence[float],
+    dtypes: tuple[torch.dtype, ...],
+    dims: int,
+    aligned: bool,
+    starts: int,
+    method: Method,
+) -> tuple[Spec, Spec | None]:
+    """Pass number k of a rule, and what makes constants of its sum, if it has one."""
+    widest = max(d.itemsize for d in dtypes)
+    shape = tuning.shape_for(len(dtypes), strided=dims > 0, wide=widest == 8)
+    reads, writes = rule.passes[k].of(rule.states)
+    kind = rule.sums(hyper)[k]
+    run = Spec(
+        source,
+        (
+            ("TYPES", tuple(STORED[d] for d in dtypes)),
+            ("C", tl.float64 if dtypes[0] == torch.float64 else tl.float32),
+            ("COUNT", len(dtypes)),
+            ("SOURCE", rule.sources[k]),
+            ("NUMBERS", rule.constants),
+            ("SUM", kind),
+            ("STARTS", starts if k == 0 else 0),
+            ("READS", reads if rule.reads_param(hyper) else reads & ~1),
+            ("WRITES", writes),
+            ("ZERO", method.zero),
+            ("DIMS", dims),
+            ("ALIGNED", aligned),
+            ("VECTOR", 16 // widest),
+            ("CHUNK", CHUNK),
+            ("BLOCK", shape.block),
+        ),
+        shape.warps,
+    )
+    keeps = rule.keeps_scale and k == 0
+    if kind == NOTHING and not keeps:
+        return run, None
+    finish = Spec(
+        finish_pass,
+        (
+            ("PREPARE", rule.prepare),
+            ("HYPER", len(rule.hyper)),
+            ("NUMBERS", rule.constants),
+            ("PASS", k),
+            ("SUM", kind),
+            ("SCOPE", method.pass_scopes[k]),
+            ("KEEPS", keeps),
+            ("ROWS", tuning.FINALIZE_ROWS),
+            ("SPAN", tuning.FINALIZE_SPAN),
+            ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),
+        ),
+        tuning.FINALIZE_WARPS,
+    )
+    return run, finish

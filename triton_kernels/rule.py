@@ -7,12 +7,19 @@ A rule is a pair of small @triton.jit functions in triton_kernels/math:
     update(p, g, s, h)  one block of elements in registers: parameter, gradient, states,
                         constants; returns the new parameter and the tuple of new states
 
+and, for a method whose scale or clip depends on more than the gradient, a source per pass:
+
+    source(p, g, s, h)  the same for a pass before apply: returns a value, which is summed up over
+                        the scope of the pass, then the new parameter and states. prepare() is
+                        called again with every sum
+
 The drivers own loading and storing, dtypes, tails and layouts, and what becomes of the gradient
 before a rule sees it; a rule never sees a pointer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +31,30 @@ STEP = tl.constexpr(1)  # how many steps it has seen, this one included; 0 where
 COEF = tl.constexpr(2)  # what its gradient is multiplied by
 NORM_BEFORE = tl.constexpr(3)  # accumulated squared norm, without and with this step's
 NORM_AFTER = tl.constexpr(4)
+LAST_SCALE = tl.constexpr(5)  # STAGE of the step before, for rules that keep it
+STAGE = tl.constexpr(6)  # of each pass: the mean magnitude, or the norm, of its values; 0 before
+KNOWN = tl.constexpr(8)
+
+# What a pass sums up. Values as in csrc/core/rule.h.
+NOTHING, ABS, SQUARES = range(3)
+# What a pass reads and writes, as bits: parameter, gradient, states.
+PARAM, GRAD, STATE = 1, 2, 4
+EVERYTHING = 127
 
 Function = Any  # of triton.jit: a compiled one, or the interpreter's
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a pass reads and writes, as bits."""
+
+    reads: int = EVERYTHING
+    writes: int = EVERYTHING & ~GRAD
+
+    def of(self, states: int, *, reads_grad: bool = True) -> tuple[int, int]:
+        """The same, as far as there are such streams."""
+        there = PARAM | GRAD * reads_grad | STATE * ((1 << states) - 1)
+        return self.reads & there, self.writes & there
 
 
 @dataclass(frozen=True)
@@ -43,6 +72,11 @@ class Rule:
         accumulate: for rules that accumulate the squared norm of a scope unit's clipped gradients:
             accumulate(h, norm_sq, sum_squares).
         low_states: states, as bits, that may be kept in bfloat16.
+        sources: the passes before apply.
+        passes, applies: the streams that each pass and apply touch.
+        sums: what each pass sums up, given the hyper-parameters.
+        reads_param: whether the passes read the parameter, given the hyper-parameters.
+        keeps_scale: whether it wants to know the first pass's sum of the step before.
     """
 
     name: str
@@ -55,3 +89,9 @@ class Rule:
     counts_steps: bool = False
     accumulate: Function = None
     low_states: int = 0
+    sources: tuple[Function, ...] = ()
+    passes: tuple[Streams, ...] = ()
+    applies: Streams = Streams()
+    sums: Callable[[Sequence[float]], tuple[int, ...]] = lambda _: ()
+    reads_param: Callable[[Sequence[float]], bool] = lambda _: True
+    keeps_scale: bool = False

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .._errors import BackendError, NonFiniteGradientError
+from ..triton_kernels.codec import KINDS
 from ..triton_kernels.plan import STORED, Method, Plan, Slot, group_words
 from ..triton_kernels.rules import RULES
 from .amp import Amp
 from .checks import check_gradient, check_layout, check_memory, check_state
 from .recipe import (
+    GRADIENT,
     NORM_SQ,
     SCALE,
     STEP,
@@ -219,7 +221,10 @@ class TritonEngine:
             if key == NORM_SQ and group_of[p] in veterans:
                 state.copy_(veterans[group_of[p]])
             else:
-                fill_state(state, recipe.initial(key), p, 1.0)
+                # The gradient, if that is what it starts from, is filled in by the first pass: it
+                # knows if the step happens.
+                start = recipe.initial(key)
+                fill_state(state, 0.0 if start == GRADIENT else start, p, 1.0)
             optimizer.state[p][key] = state
         for p, recipe in zip(params, recipes, strict=True):
             # Counted on the device: the host does not know if a step happened.
@@ -298,6 +303,11 @@ def lacks(recipe: Recipe) -> str | None:
     """What the recipe asks for and this backend has no kernel for, in words; None: nothing."""
     if recipe.rule not in RULES:
         return repr(recipe.rule)
+    rule = RULES[recipe.rule]
+    if dict(zip(rule.hyper, recipe.hyper, strict=True)).get("codec", 0.0) >= KINDS:
+        return "a compressor that draws random numbers"
+    if any(not rule.low_states >> recipe.states.index(key) & 1 for key in recipe.low_states):
+        return f"bfloat16 states of {recipe.rule!r}"
     if recipe.clip.mode == ClipMode.AGC:
         return "clip='agc'"
     if recipe.param_storage != ParamStorage.PLAIN:
@@ -342,8 +352,13 @@ def _slot(
     states = [_real(held[key] if held else p).detach() for key in recipe.states]
     low = sum(1 << i for i, key in enumerate(recipe.states) if held and key in recipe.low_states)
     numbers = (held.get(key) for key in (STEP, NORM_SQ, SCALE))
+    starts = sum(1 << i for i, key in enumerate(recipe.states) if recipe.initial(key) == GRADIENT)
     return Slot(
-        recipe.rule, group, _real(p.detach()), _real(grad.detach()), states, *numbers, low, fresh
+        *(recipe.rule, group, _real(p.detach()), _real(grad.detach()), states, *numbers),
+        low=low,
+        starts=starts,
+        fresh=fresh,
+        hyper=recipe.hyper,
     )
 
 
@@ -355,6 +370,7 @@ def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
         zero=optimizer.policy == Policy.ZERO,
         norm_type=optimizer.norm_type,
         reduces=needs_reduce(optimizer.policy, recipes),
+        pass_scopes=tuple(int(scope) for scope in optimizer.stage_scopes),
     )
 
 
@@ -363,5 +379,11 @@ def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...
     return (
         len(optimizer.state),
         _method(optimizer, recipes),
-        *((recipe.rule, recipe.low_states, recipe.param_storage) for recipe in recipes),
+        *((r.rule, r.low_states, r.param_storage, _passes(r)) for r in recipes),
     )
+
+
+def _passes(recipe: Recipe) -> tuple[object, ...]:
+    """What passes before apply are specialised for, of the hyper-parameters."""
+    rule = RULES[recipe.rule]
+    return (rule.sums(recipe.hyper), rule.reads_param(recipe.hyper)) if rule.sources else ()
