@@ -27,6 +27,8 @@ def tame() -> None:
         if seen not in patched:
             patched.add(seen)
             patch(fn)
+            # Triton 3.6 leaves this to numpy, which no longer takes arrays of one element.
+            tl.tensor.__index__ = lambda x: int(x.handle.data.item())
         return Kept()
 
     interpreter._patch_lang = once

@@ -41,5 +41,5 @@ def test_other_faults_are_seen() -> None:
     assert "div.rn.f32" in report.text
     rough = dataclasses.replace(report, text=report.text.replace("div.rn.f32", "div.full.f32"))
     assert aot.faults(rough, ADAM) == ["not exact: div.full.f32"]
-    assert "8 bytes spilled" in aot.faults(dataclasses.replace(report, spills=8), ADAM)
+    assert "64 bytes spilled" in aot.faults(dataclasses.replace(report, spills=64), ADAM)
     assert any("shared" in f for f in aot.faults(dataclasses.replace(report, shared=4096), ADAM))

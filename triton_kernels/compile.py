@@ -3,8 +3,9 @@
     python -m pysmooth.triton_kernels.compile [--targets cuda:80,cuda:90,hip:gfx942] [--rules adam]
 
 For every kernel and target: registers, spills, shared memory, how many accesses of 16 bytes. Fails
-if a kernel spills; if an aligned pass has other accesses than these, or reorders elements between
-threads; if an update rule holds an approximate division, root or fused multiply-add.
+if a kernel spills more than 16 bytes; if an aligned pass has other accesses than these, or reorders
+elements between threads; if an update rule holds an approximate division, root or fused
+multiply-add.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def faults(report: Report, spec: Spec) -> list[str]:
     """What must not be."""
     out = []
     values = dict(spec.constants)
-    if report.spills:
+    if report.spills > 16:  # a loop counter may go there, where it saves registers
         out.append(f"{report.spills} bytes spilled")
     if values.get("ALIGNED"):
         streams = 1
