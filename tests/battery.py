@@ -41,7 +41,13 @@ TRITON_LACKS_RULES = frozenset(
 )
 TRITON_LACKS = (
     *map(repr, sorted(TRITON_LACKS_RULES)),
-    *("clip='agc'", "param_storage", "a compressor that draws", "bfloat16 states of 'ef_sgd_dense"),
+    *(
+        "clip='agc'",
+        "param_storage",
+        "a compressor that draws",
+        "absorb=True",
+        "bfloat16 states of 'ef_sgd_dense",
+    ),
 )
 
 # Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.

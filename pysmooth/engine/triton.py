@@ -291,7 +291,7 @@ class TritonEngine:
         return None if plan is None or not plan.method.reduces else plan.coefs.clone()
 
     def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
-        """Refused: no rule with a residual has a Triton kernel."""
+        """Refused: no kernel takes a gradient in by itself yet."""
         raise BackendError("the triton backend has no kernel for absorb=True")
 
     def selections(self) -> tuple[int, int]:
