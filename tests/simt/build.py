@@ -32,11 +32,14 @@ def _digest(flags: Sequence[str]) -> str:
     return seen.hexdigest()[:16]
 
 
-def library(name: str, kernels: Sequence[tuple[str, Sequence[str]]]) -> ctypes.CDLL:
-    """The library of that name: sources with kernels, each with flags of its own.
+Source = tuple[str, Sequence[str]]
 
-    They are compiled as if for a thread sanitizer, whose place tests/simt/accesses.cpp takes. With
-    PYSMOOTH_SIMT_COVERAGE=1 gcc counts which of their lines run.
+
+def library(name: str, kernels: Sequence[Source], others: Sequence[Source] = ()) -> ctypes.CDLL:
+    """The library of that name: sources with kernels, and others, each with flags of its own.
+
+    Kernels are compiled as if for a thread sanitizer, whose place tests/simt/accesses.cpp takes.
+    With PYSMOOTH_SIMT_COVERAGE=1 gcc counts which of their lines run.
     """
     cover = ["--coverage"] if os.environ.get("PYSMOOTH_SIMT_COVERAGE") == "1" else []
     work = ROOT / "build" / "simt" / f"{name}-{_digest([*FLAGS, *cover])}"
@@ -45,6 +48,7 @@ def library(name: str, kernels: Sequence[tuple[str, Sequence[str]]]) -> ctypes.C
         work.mkdir(parents=True, exist_ok=True)
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         jobs: list[tuple[str, list[str]]] = [(str(HERE / source), []) for source in EMULATION]
+        jobs += [(source, list(extra)) for source, extra in others]
         jobs += [(source, ["-fsanitize=thread", *cover, *extra]) for source, extra in kernels]
 
         def compile_one(job: tuple[int, tuple[str, list[str]]]) -> str:

@@ -1,0 +1,331 @@
+// How a thread holds a group of neighbouring elements of every operand, and moves them to and from
+// memory in 16-byte words.
+//
+// Groups start at 16-byte boundaries. Where operands disagree about those, where they are strided,
+// and at the ends of a run, elements come one by one. Loading is apart from making numbers of what
+// was loaded, so that all loads of a turn are under way before anything waits for one.
+#pragma once
+
+#include "cuda/fold.cuh"
+#include "cuda/layout.cuh"
+
+PYSMOOTH_KERNELS_BEGIN
+
+template <class C_, int kGroup_, bool kPlain_>
+struct AccessOf {
+  using C = C_;
+  static constexpr int kGroup = kGroup_;   // elements that a thread holds
+  static constexpr bool kPlain = kPlain_;  // every operand is stored as C
+  static constexpr int kWords = kGroup * static_cast<int>(sizeof(C)) / 4;  // of 4 bytes, at most
+};
+using PlainAccess = AccessOf<float, 4, true>;
+using MixedAccess = AccessOf<float, 8, false>;  // 16-bit elements fill a 16-byte word, floats two
+using WideAccess = AccessOf<double, 4, false>;  // doubles fill two, a float gradient's one
+
+// The part of a tensor that a team walks over, row by row, and where its operands are.
+template <class Rule, class A>
+struct Span {
+  static constexpr int kOperands = 2 + Rule::kStates;
+
+  char* base[kOperands];
+  const Entry& entry;
+  const Layout* layout;
+  int64_t begin = 0, length = 0;
+  int head = 0;          // elements before the first 16-byte boundary: they are row -1
+  int end_row = 0;       // the same for all teams of a warp
+  bool vectors = false;  // groups lie on 16-byte boundaries in every operand
+
+  PYSMOOTH_DEVICE Span(const View& plan, int t, unsigned touched)
+      : entry(plan.entries[t]), layout(entry.layout < 0 ? nullptr : plan.layouts + entry.layout) {
+    auto* const grad = static_cast<char*>(const_cast<void*>(plan.grads[t]));
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k)
+      base[k] = k == 1 ? grad : static_cast<char*>(entry.operand[k]);
+    if (!Rule::kReadsGrad && base[0] == nullptr) base[0] = grad;
+    if (layout != nullptr) return;
+    // Signs are kept by where a thread meets them, which must be the same in every kernel.
+    if (!Rule::kSendsSigns) {
+      int smallest = 16;
+      PYSMOOTH_UNROLL
+      for (int k = 0; k < kOperands; ++k) {
+        if (!has(touched, k) || size_of(k) >= smallest) continue;
+        smallest = size_of(k);
+        head = static_cast<int>((16 - reinterpret_cast<uintptr_t>(base[k]) % 16) % 16) / smallest;
+      }
+    }
+    vectors = true;
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k)
+      if (has(touched, k)) {
+        const auto at = reinterpret_cast<uintptr_t>(base[k]);
+        vectors = vectors && (at + static_cast<unsigned>(head * size_of(k))) % 16 == 0;
+      }
+  }
+
+  // The team's part of item `part` of the tensor; `rows` rows of 64 elements each.
+  PYSMOOTH_DEVICE void take_part(int part, int rows) {
+    using Us = Team<A::kGroup>;
+    const int64_t most = int64_t{rows} * kRow;
+    const int64_t first = part * Us::kTeams * most;
+    begin = first + Us().team * most;
+    length = clamped(entry.numel - begin, most);
+    // All teams of a warp take as many turns as the first one, which has the most to do.
+    const int64_t longest = clamped(entry.numel - first, most);
+    end_row = longest > head ? static_cast<int>((longest - head + kRow - 1) / kRow) : 0;
+  }
+
+  PYSMOOTH_DEVICE DType dtype(int k) const {
+    if constexpr (A::kPlain) return DType::f32;
+    return static_cast<DType>(entry.dtype[k]);
+  }
+  PYSMOOTH_DEVICE int size_of(int k) const { return itemsize(dtype(k)); }
+  PYSMOOTH_DEVICE static int64_t clamped(int64_t left, int64_t most) {
+    return left < 0 ? 0 : left < most ? left : most;
+  }
+};
+
+// ---- 16-byte words
+// ----------------------------------------------------------------------------------
+
+template <class A>
+struct Raw {
+  uint32_t word[A::kWords];
+};
+
+template <class A>
+PYSMOOTH_DEVICE Raw<A> take_words(const char* at, int words) {
+  Raw<A> out;
+  PYSMOOTH_UNROLL
+  for (int w = 0; w < A::kWords; w += 4)
+    if (w < words) {
+      const uint4 x = *reinterpret_cast<const uint4*>(at + 4 * w);
+      out.word[w] = x.x;
+      out.word[w + 1] = x.y;
+      out.word[w + 2] = x.z;
+      out.word[w + 3] = x.w;
+    }
+  return out;
+}
+
+template <class A>
+PYSMOOTH_DEVICE void give_words(char* at, int words, const Raw<A>& in) {
+  PYSMOOTH_UNROLL
+  for (int w = 0; w < A::kWords; w += 4)
+    if (w < words)
+      *reinterpret_cast<uint4*>(at + 4 * w) =
+          uint4{in.word[w], in.word[w + 1], in.word[w + 2], in.word[w + 3]};
+}
+
+// Element j as a number, and back.
+template <class A>
+PYSMOOTH_DEVICE typename A::C number(const Raw<A>& raw, DType dtype, int j) {
+  if constexpr (A::kPlain) {
+    return bits_as<float>(raw.word[j]);
+  } else if constexpr (sizeof(typename A::C) == 8) {
+    if (dtype == DType::f32) return static_cast<double>(bits_as<float>(raw.word[j]));
+    return bits_as<double>(uint64_t{raw.word[2 * j]} | uint64_t{raw.word[2 * j + 1]} << 32);
+  } else {
+    if (dtype == DType::f32) return bits_as<float>(raw.word[j]);
+    return decode16((raw.word[j / 2] >> 16 * (j % 2)) & 0xffffu, dtype);
+  }
+}
+
+// The neighbour's bits stay: it may not have been read yet.
+template <class A>
+PYSMOOTH_DEVICE void put_half(Raw<A>* raw, int j, uint32_t bits) {
+  const uint32_t held = raw->word[j / 2];
+  raw->word[j / 2] = j % 2 == 0 ? (held & 0xffff0000u) | bits : (held & 0xffffu) | bits << 16;
+}
+
+// What is written is stored as C, or narrower.
+template <class A>
+PYSMOOTH_DEVICE void put_number(Raw<A>* raw, DType dtype, int j, typename A::C x) {
+  if constexpr (A::kPlain) {
+    raw->word[j] = bits_as<uint32_t>(x);
+  } else if constexpr (sizeof(typename A::C) == 8) {
+    const auto bits = bits_as<uint64_t>(x);
+    raw->word[2 * j] = static_cast<uint32_t>(bits);
+    raw->word[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+  } else if (dtype == DType::f32) {
+    raw->word[j] = bits_as<uint32_t>(x);
+  } else {
+    put_half(raw, j, encode16(x, dtype));
+  }
+}
+
+// ---- groups and single elements
+// ---------------------------------------------------------------------
+
+// 16 bits, rounded up or down by chance, where the operand asks for that. `index`: of the element,
+// in the order that the tensor is walked in.
+PYSMOOTH_DEVICE uint32_t rounded_by_chance(const Entry& entry, int k, float x, int64_t index,
+                                           NoiseKey key) {
+  const int turn = turn_of(entry.stochastic, k);
+  const uint32_t random = noise(static_cast<uint32_t>(index) * kNoiseStride, key.shifted(turn / 2));
+  return round_bf16_stochastic<uint32_t>(x, (random >> noise_shift(turn)) & 0xffffu) >> 16;
+}
+
+template <class Rule, class A, class Use>
+struct Port {
+  using Access = A;
+  using C = typename A::C;
+  static constexpr int kGroup = A::kGroup;
+  using Element = Lane<C, Rule::kStates>;
+  using Where = Span<Rule, A>;
+  static constexpr int kOperands = Where::kOperands;
+  static constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
+  static constexpr unsigned kTouched = kUse.reads | kUse.writes;
+
+  PYSMOOTH_DEVICE static C& part(Element& x, int k) {
+    return k == 0 ? x.param : k == 1 ? x.grad : x.state[k < 2 ? 0 : k - 2];
+  }
+  PYSMOOTH_DEVICE static bool reads(int k, bool reads_param) {
+    return has(kUse.reads, k) && (k != 0 || reads_param);
+  }
+
+  // A group, whole and on 16-byte boundaries; `at` in the span.
+  Raw<A> raw[kOperands];
+
+  PYSMOOTH_DEVICE void load(const Where& span, int64_t at, bool reads_param) {
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k)
+      if (reads(k, reads_param)) {
+        const int size = span.size_of(k);
+        raw[k] = take_words<A>(span.base[k] + (span.begin + at) * size, A::kGroup * size / 4);
+      }
+  }
+  PYSMOOTH_DEVICE Element element(const Where& span, const GradientIn<C>& take, int j,
+                                  bool reads_param) const {
+    Element x{};
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k)
+      if (reads(k, reads_param)) part(x, k) = number(raw[k], span.dtype(k), j);
+    if (has(kUse.reads, 1)) x.grad = take(x.grad);
+    return x;
+  }
+  PYSMOOTH_DEVICE void put(const Where& span, Element& x, int j, int64_t index, NoiseKey key) {
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k) {
+      if (!has(kUse.writes, k)) continue;
+      if constexpr (!A::kPlain && sizeof(C) == 4) {
+        if (has(span.entry.stochastic, k)) {
+          put_half(&raw[k], j, rounded_by_chance(span.entry, k, part(x, k), index, key));
+          continue;
+        }
+      }
+      put_number(&raw[k], span.dtype(k), j, part(x, k));
+    }
+  }
+  PYSMOOTH_DEVICE void store(const Where& span, int64_t at) const {
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k)
+      if (has(kUse.writes, k)) {
+        const int size = span.size_of(k);
+        give_words(span.base[k] + (span.begin + at) * size, A::kGroup * size / 4, raw[k]);
+      }
+  }
+
+  // A single element, wherever it is; `index` as above.
+  char* where[kOperands];
+
+  PYSMOOTH_DEVICE Element load_one(const Where& span, const GradientIn<C>& take, int64_t index,
+                                   bool reads_param) {
+    int64_t offset[kOperands];
+    if (span.layout != nullptr) offsets_of(*span.layout, index, offset);
+    Element x{};
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k) {
+      where[k] = span.base[k] + (span.layout == nullptr ? index : offset[k]) * span.size_of(k);
+      if (reads(k, reads_param)) part(x, k) = load_as<C>(where[k], span.dtype(k));
+    }
+    if (has(kUse.reads, 1)) x.grad = take(x.grad);
+    return x;
+  }
+  PYSMOOTH_DEVICE void store_one(const Where& span, Element& x, int64_t index, NoiseKey key) const {
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kOperands; ++k) {
+      if (!has(kUse.writes, k)) continue;
+      if constexpr (!A::kPlain && sizeof(C) == 4) {
+        if (has(span.entry.stochastic, k)) {
+          *reinterpret_cast<uint16_t*>(where[k]) =
+              static_cast<uint16_t>(rounded_by_chance(span.entry, k, part(x, k), index, key));
+          continue;
+        }
+      }
+      store_as<C>(where[k], span.dtype(k), part(x, k));
+    }
+  }
+};
+
+// A tensor's constants, as prepare left them.
+template <class Rule, class C>
+struct Constants {
+  using Hyper = typename Rule::template Hyper<C>;
+  Hyper hyper;
+  GradientIn<C> take;
+  PYSMOOTH_DEVICE explicit Constants(const Prepared& p)
+      : hyper(*reinterpret_cast<const Hyper*>(p.hyper)),
+        take(*reinterpret_cast<const GradientIn<C>*>(p.take)) {}
+};
+
+// The warp's item of a launch; its tensor is -1 where there is nothing to do.
+PYSMOOTH_DEVICE Item item_of(const View& plan, const Work& work) {
+  const int64_t i = warp_number();
+  Item out{-1, 0};
+  if (i < work.count) out = work.items[i];
+  if (out.tensor >= 0 && plan.grads[out.tensor] == nullptr) out.tensor = -1;
+  return out;
+}
+
+// How many groups of every operand are under way at once, per thread: some 256 bytes; half of that
+// where numbers take more registers than what is loaded.
+constexpr int bits_in(unsigned set) { return set == 0 ? 0 : 1 + bits_in(set & (set - 1u)); }
+template <class A>
+constexpr int turns_of(unsigned read) {
+  const int turns = (A::kPlain ? 256 : 128) / (4 * A::kWords * (read == 0 ? 1 : bits_in(read)));
+  return turns >= 4 ? 4 : turns >= 2 ? 2 : 1;
+}
+
+// Takes every element of the warp's item through body(x, row, j, there): element j of the thread's
+// group in a row. What body makes of x is stored. All lanes of the warp come to every (row, j)
+// together; for those that have no element there `there` is false.
+template <class P, class Body>
+PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typename P::C>& take,
+                          NoiseKey key, bool reads_param, Body body) {
+  constexpr int kGroup = P::kGroup, kTurns = turns_of<typename P::Access>(P::kUse.reads);
+  const int first = span.head + kGroup * Team<kGroup>().member;  // in a row
+  int row = span.head > 0 ? -1 : 0;
+  while (row < span.end_row) {
+    const int64_t at = int64_t{row} * kRow + first;
+    const bool whole = span.vectors && at >= 0 && at + (kTurns - 1) * kRow + kGroup <= span.length;
+    if (__all_sync(kEveryLane, whole)) {
+      P port[kTurns];
+      PYSMOOTH_UNROLL
+      for (int u = 0; u < kTurns; ++u) port[u].load(span, at + u * kRow, reads_param);
+      PYSMOOTH_UNROLL
+      for (int u = 0; u < kTurns; ++u) {
+        PYSMOOTH_UNROLL
+        for (int j = 0; j < kGroup; ++j) {
+          auto x = port[u].element(span, take, j, reads_param);
+          body(x, row + u, j, true);
+          port[u].put(span, x, j, span.begin + at + u * kRow + j, key);
+        }
+        port[u].store(span, at + u * kRow);
+      }
+      row += kTurns;
+      continue;
+    }
+    PYSMOOTH_ROLLED
+    for (int j = 0; j < kGroup; ++j) {
+      P port;
+      const bool there = at + j >= 0 && at + j < span.length;
+      typename P::Element x{};
+      if (there) x = port.load_one(span, take, span.begin + at + j, reads_param);
+      body(x, row, j, there);
+      if (there) port.store_one(span, x, span.begin + at + j, key);
+    }
+    ++row;
+  }
+}
+
+PYSMOOTH_KERNELS_END

@@ -1,0 +1,27 @@
+// The kernels that know no rule, or all of them.
+
+#include "cuda/kernels.h"
+#include "cuda/prepare.cuh"
+#include "cuda/put.cuh"
+#include "cuda/reduce.cuh"
+
+namespace pysmooth::cuda {
+
+template <Reduction kind>
+void fill_reduce(KernelTable* table) {
+  table->reduce[static_cast<int>(kind)] = generic::reduce<kind>;
+}
+
+void fill_common(KernelTable* table) {
+  fill_reduce<Reduction::sum_squares>(table);
+  fill_reduce<Reduction::sum_abs>(table);
+  fill_reduce<Reduction::max_abs>(table);
+  fill_reduce<Reduction::min_abs>(table);
+  fill_reduce<Reduction::count_nonzero>(table);
+  fill_reduce<Reduction::sum_power>(table);
+  table->prepare = generic::prepare;
+  table->put_few = generic::put<kFewWords>;
+  table->put_many = generic::put<kManyWords>;
+}
+
+}  // namespace pysmooth::cuda

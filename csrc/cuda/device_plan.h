@@ -1,0 +1,119 @@
+// A step as a list of launches, and what has to be in device memory for it. Host code alone:
+// nothing here calls CUDA.
+//
+//   DevicePlan plan(tensors, groups, settings);   once; again when a form or an address changes
+//   copy plan.image() to `device`, plan.bytes() of device memory
+//   every step: put plan.inputs(...) to `inputs`, plan.input_bytes() of device memory;
+//               run plan.launches(...) in order, on one stream
+//
+// `inputs` may be another piece of memory for each captured graph, so that replays and eager steps
+// do not overwrite each other's.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "cuda/plan.h"
+
+namespace pysmooth::cuda {
+
+// One parameter. Its gradient's address comes with every step, its form is part of the plan.
+struct Tensor {
+  int rule = 0, group = 0;  // tensors of a group are consecutive
+  int64_t numel = 0;
+  void* param = nullptr;
+  void* state[kMaxStates] = {};
+  DType param_dtype = DType::f32, grad_dtype = DType::f32;
+  DType state_dtype[kMaxStates] = {};
+  float* steps = nullptr;  // these three where the rule has them
+  double* norm_sq = nullptr;
+  double* scale = nullptr;
+  const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
+  const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
+  bool first = false;                   // no step was applied yet
+};
+
+struct Settings {
+  Scope scope = Scope::global;
+  Scope stage_scope[kMaxStages] = {Scope::tensor, Scope::global};
+  NonFinite policy = NonFinite::propagate;
+  double norm_type = 2.0;
+  SelectSpec select;
+  bool always_norm = false;
+  bool skip_unit_coef = false;  // coefficient 1 leaves the tensor as it is
+  int multiprocessors = 132;
+};
+
+struct Launch {
+  Kernel kernel;
+  int blocks;
+  Work work;
+};
+
+class DevicePlan {
+ public:
+  DevicePlan(const std::vector<Tensor>& tensors, int groups, const Settings& settings);
+
+  size_t bytes() const { return bytes_; }
+  std::vector<char> image() const;  // what device memory begins with
+
+  size_t input_bytes() const;
+  std::vector<char> inputs(const void* const* grads, const GroupInput* groups,
+                           const StepInput& step) const;
+
+  // Of a step with these inputs. What a launch gets beside its work is view().
+  std::vector<Launch> launches(void* device, const GroupInput* groups) const;
+  View view(void* device, const void* inputs, const GroupInput* groups) const;
+
+  // Where results of the last step lie in the device memory, from its beginning.
+  size_t status_at() const { return at_.status; }
+  size_t norms_at() const { return at_.norms; }  // double, per scope unit
+  size_t coefs_at() const { return at_.coefs; }  // double, per tensor
+  size_t nonfinite_at() const { return at_.nonfinite + sizeof(uint32_t) * tensors_.size(); }
+  size_t started_at() const { return at_.started; }  // int32, per tensor: to be carried over
+  size_t units() const;
+
+ private:
+  struct Class {  // tensors that one kernel takes
+    int rule;
+    Access access;
+    std::vector<int> tensors;
+  };
+  struct Listed {  // items of a launch
+    size_t first;
+    int count;
+  };
+  Listed list(const std::vector<int>& tensors, int64_t elements);
+  template <class Elements>
+  Listed list_each(const std::vector<int>& tensors, Elements elements);
+  void cut();
+  size_t place(size_t bytes);
+  bool reduces(const GroupInput* groups) const;
+  Entry entry(size_t t) const;
+
+  std::vector<Tensor> tensors_;
+  int groups_;
+  Settings settings_;
+  bool accumulates_ = false;
+  std::vector<Class> classes_;
+  std::vector<Item> items_;
+  std::vector<Layout> layouts_;
+  std::vector<int32_t> layout_of_, grad_layout_of_;
+  std::vector<int64_t> partial_first_;
+  Listed reduce_{};
+  struct Cut {
+    Listed source, apply;
+    int apply_rows;
+    int64_t signs;  // where its words begin
+  };
+  std::vector<Cut> cuts_;  // per class
+  int64_t sign_words_ = 0;
+  size_t bytes_ = 0;
+  struct {
+    size_t entries, layouts, group_first, partial_first, items, started, status, arrived, nonfinite;
+    size_t image;  // the image ends here; what follows needs no first value
+    size_t partial, value, norms, coefs, norm_sq, unit_sum, scalars, prepared, signs;
+  } at_{};
+};
+
+}  // namespace pysmooth::cuda

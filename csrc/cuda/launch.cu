@@ -1,0 +1,66 @@
+#include "cuda/launch.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/kernels.h"
+
+namespace pysmooth::cuda {
+namespace {
+
+cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+template <int kWords>
+cudaError_t put(PutKernel<kWords> kernel, char* at, const char* from, size_t bytes,
+                cudaStream_t stream) {
+  for (size_t done = 0; done < bytes; done += 8 * kWords) {
+    Payload<kWords> payload;
+    const size_t n = std::min<size_t>(8 * kWords, bytes - done);
+    std::memcpy(payload.word, from + done, n);
+    auto* to = reinterpret_cast<uint64_t*>(at + done);
+    int words = static_cast<int>((n + 7) / 8);
+    void* arguments[] = {&to, &words, &payload};
+    const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(1),
+                                               dim3(kThreads), arguments, 0, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int upload(const DevicePlan& plan, void* device, void* stream) {
+  const std::vector<char> image = plan.image();
+  return cudaMemcpyAsync(device, image.data(), image.size(), cudaMemcpyHostToDevice,
+                         stream_of(stream));
+}
+
+int step(const DevicePlan& plan, void* device, void* inputs, const void* const* grads,
+         const GroupInput* groups, const StepInput& numbers, void* stream) {
+  const std::vector<char> bytes = plan.inputs(grads, groups, numbers);
+  char* const to = static_cast<char*>(inputs);
+  cudaError_t error =
+      bytes.size() <= 8 * kFewWords
+          ? put<kFewWords>(kernels().put_few, to, bytes.data(), bytes.size(), stream_of(stream))
+          : put<kManyWords>(kernels().put_many, to, bytes.data(), bytes.size(), stream_of(stream));
+  if (error != cudaSuccess) return error;
+  View view = plan.view(device, inputs, groups);
+  for (Launch& launch : plan.launches(device, groups)) {
+    void* arguments[] = {&view, &launch.work};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(launch.kernel),
+                             dim3(static_cast<unsigned>(launch.blocks)), dim3(kThreads), arguments,
+                             0, stream_of(stream));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+int multiprocessors(int device, int* count) {
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+const char* error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
+
+}  // namespace pysmooth::cuda

@@ -1,0 +1,33 @@
+// What the host calls: a plan's steps on a CUDA stream. No Python, no torch; nothing here waits for
+// the device, and nothing allocates: memory comes from the caller.
+//
+//   DevicePlan plan(tensors, groups, settings)       device_plan.h
+//   device = plan.bytes() of device memory; upload(plan, device, stream)
+//   inputs = plan.input_bytes() of device memory, 8-byte aligned: one for eager steps, another one
+//            for each captured graph
+//   every step: step(plan, device, inputs, grads, groups, numbers, stream)
+//
+// A function returns 0, or a CUDA error code for error_name(). Steps of one plan must not overlap:
+// they share what kernels leave to each other. Results (norms, whether the step was skipped) are in
+// device memory, at plan.norms_at() and so on; what became of step n is there until step n + 1.
+//
+// A plan that replaces another one takes over `started` (plan.started_at()) where the tensors are
+// the same and their states were not loaded or replaced: whether a first step was applied or
+// skipped, the host does not know.
+#pragma once
+
+#include "cuda/device_plan.h"
+
+namespace pysmooth::cuda {
+
+int upload(const DevicePlan& plan, void* device, void* stream);
+
+// `grads`: of each tensor, null for one that sits out; `groups`: one per group. Host memory, read
+// before this returns. Addresses in `groups` and `numbers` are device memory, read by kernels.
+int step(const DevicePlan& plan, void* device, void* inputs, const void* const* grads,
+         const GroupInput* groups, const StepInput& numbers, void* stream);
+
+int multiprocessors(int device, int* count);
+const char* error_name(int error);
+
+}  // namespace pysmooth::cuda

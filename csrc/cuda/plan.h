@@ -1,0 +1,128 @@
+// What kernels are told: a plan, which does not change from step to step, and the step's numbers.
+//
+// Everything here lies in device memory, but for View and Work, which kernels take by value.
+#pragma once
+
+#include <cstdint>
+
+#include "core/layout.h"
+#include "core/math/clip.h"
+#include "core/random.h"
+#include "core/rule.h"
+#include "core/step.h"
+
+namespace pysmooth::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of a block
+constexpr int kWarps = kThreads / kWarp;
+
+// Values are folded in runs, and these in chunks, as the CPU backend does it (cpu/fold.h).
+constexpr int kFoldElements = 8192;  // of a gradient
+constexpr int kPassElements = 2048;  // of what a pass before apply evaluates
+constexpr int kRow = 64;             // lanes of a fold
+
+// A parameter with its states. Null addresses: there is none.
+struct Entry {
+  // Parameter, gradient (unused: it comes with the step), states. A rule that reads no gradient
+  // rewrites one stream: the parameter or, where that is null, the gradient.
+  void* operand[kMaxOperands];
+  float* steps;     // how many steps were applied
+  double* norm_sq;  // what the rule accumulates
+  double* scale;    // stage[0] of the step before
+  int64_t numel;
+  int64_t select_first;  // where its elements begin in its selection's unit
+  int32_t rule, group;
+  int32_t layout, grad_layout;  // into View::layouts; -1: linear
+  int32_t unit;                 // of the selection
+  uint8_t dtype[kMaxOperands];
+  uint8_t stochastic;  // operands that are rounded stochastically, as bits
+};
+
+// One group's numbers in one step.
+struct GroupInput {
+  double hyper[kMaxHyper];
+  const void* hyper_at[kMaxHyper];  // where not null: read from there instead, float or double
+  uint32_t hyper_is_double;         // as bits
+  int32_t maximize;
+  Clip clip;
+  double clip_value;  // bound of coordinates; negative: none
+};
+
+struct StepInput {
+  double unscale;           // what gradients are multiplied by before anything else
+  const float* grad_scale;  // where not null: and divided by
+  const float* found_inf;   // where not null, and not 0: nothing happens in this step
+};
+
+// What apply and the passes read of a tensor: the rule's constants, made once per tensor.
+constexpr int kHyperBytes = 192;
+struct Prepared {
+  alignas(16) unsigned char hyper[kHyperBytes];  // Rule::Hyper<C>
+  alignas(16) unsigned char take[32];            // GradientIn<C>
+  NoiseKey noise;
+  uint32_t step;  // before this one
+  Sum sum[kMaxStages];
+  bool reads_param[kMaxStages];
+  bool selects, unit_coef;
+};
+
+// Of a plan's last step, and of all of them.
+struct Status {
+  int32_t skip;  // this step's: nothing was changed
+  int32_t nonfinite;
+  int64_t steps, skipped;
+};
+
+// Piece `part` of a tensor, for one warp. Its length is the launch's business.
+struct Item {
+  int32_t tensor, part;
+};
+
+struct View {
+  const Entry* entries;
+  const Layout* layouts;
+  const int32_t* group_first;    // groups + 1 tensors: a group's are consecutive
+  const int64_t* partial_first;  // of each tensor, into partial
+  // The step's numbers. Gradients: null for a tensor that sits out.
+  const void* const* grads;
+  const GroupInput* inputs;
+  const StepInput* step;
+  // What kernels leave to each other.
+  double* partial;      // per fold
+  double* value;        // per tensor: its sum, or what the norm is made of
+  uint32_t* nonfinite;  // per tensor
+  uint32_t* arrived;    // per tensor, and one more: blocks of all launches of a pass
+  double* norms;        // per scope unit
+  double* coefs;        // per tensor
+  double* norm_sq;      // per tensor: before, then after this step
+  double* unit_sum;     // per scope unit, twice over
+  int32_t* started;     // per tensor: its states hold something
+  Scalars* scalars;     // per tensor
+  Prepared* prepared;   // per tensor
+  uint32_t* signs;
+  Status* status;
+  double norm_type;
+  int32_t tensors, groups;
+  Scope scope, stage_scope[kMaxStages];
+  NonFinite policy;
+  bool reduces, accumulates, skip_unit_coef;
+};
+
+// What one launch is to do.
+struct Work {
+  const Item* items;
+  int64_t first;  // where the signs of this launch begin, in words
+  int32_t count;
+  int32_t rows;    // of 64 elements, per team of threads
+  int32_t blocks;  // of all launches of this pass: the last to arrive finishes it
+  int32_t stage;
+};
+
+using Kernel = void (*)(View, Work);
+
+// How operands lie in registers (access.cuh). A tensor takes the first one that fits.
+enum Access : int { kPlain = 0, kMixed = 1, kWide = 2 };
+constexpr int kAccesses = 3;
+
+}  // namespace pysmooth::cuda

@@ -1,0 +1,95 @@
+// prepare, on CUDA: what apply and the passes need to know of each tensor, one thread each.
+//
+// All that is computed once, and in double, happens here, so that the kernels that stream memory
+// hold no double-precision instruction. Step counts and accumulated norms move on here as well;
+// where the step is refused nothing does.
+#pragma once
+
+#include "cuda/finalize.cuh"
+
+PYSMOOTH_KERNELS_BEGIN
+
+PYSMOOTH_DEVICE bool is_refused(const View& plan) {
+  const float* const found = plan.step->found_inf;
+  if (found != nullptr && *found != 0.0f) return true;
+  return plan.reduces && plan.status->nonfinite != 0 &&
+         (plan.policy == NonFinite::skip || plan.policy == NonFinite::raise);
+}
+
+// The first time in a step: everything that does not come from a pass.
+PYSMOOTH_DEVICE void begin_tensor(const View& plan, int t, const double* hyper) {
+  const Entry& e = plan.entries[t];
+  const GroupInput& group = plan.inputs[e.group];
+  Scalars s;
+  const double coef = (plan.reduces ? plan.coefs[t] : 1.0) * unscale_of(plan);
+  s.grad_coef = group.maximize != 0 ? -coef : coef;
+  s.clip_value = group.clip_value;
+  s.first = plan.started[t] == 0;
+  s.zero_nonfinite = plan.policy == NonFinite::zero;
+  if (e.norm_sq != nullptr) {
+    s.norm_sq_before = plan.norm_sq[t];
+    s.norm_sq = plan.norm_sq[plan.tensors + t];
+  }
+  if (e.scale != nullptr) s.last_scale = *e.scale;
+  Prepared& out = plan.prepared[t];
+  if (e.steps != nullptr) {
+    const double step = static_cast<double>(*e.steps) + 1.0;
+    with_rule(Rules{}, e.rule, [&](auto rule) { rule.derive(hyper, step, s.derived); });
+    out.step = static_cast<uint32_t>(*e.steps);
+    *e.steps += 1.0f;
+  }
+  if (e.stochastic != 0) out.noise = NoiseKey(out.step, static_cast<uint32_t>(t));
+  out.unit_coef = s.grad_coef == 1.0;
+  plan.started[t] = 1;
+  plan.scalars[t] = s;
+}
+
+template <class C, class T>
+PYSMOOTH_DEVICE void keep(unsigned char* at, const T& value) {
+  static_assert(sizeof(T) <= cuda::kHyperBytes && std::is_trivially_copyable_v<T>);
+  *reinterpret_cast<T*>(at) = value;
+}
+
+template <class C, class Rule>
+PYSMOOTH_DEVICE void prepare_rule(Rule, const double* hyper, const Scalars& s, Prepared* out) {
+  keep<C>(out->hyper, Rule::template prepare<C>(hyper, s));
+  keep<C>(out->take, GradientIn<C>(s));
+}
+
+// stage: the pass that was just done; -1 at the beginning.
+PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
+  const Entry& e = plan.entries[t];
+  if (stage < 0 && e.norm_sq != nullptr) *e.norm_sq = plan.norm_sq[plan.tensors + t];
+  if (!is_active(plan, t)) return;
+  double hyper[kMaxHyper];
+  read_hyper(plan.inputs[e.group], hyper);
+  Prepared& out = plan.prepared[t];
+  if (stage < 0) begin_tensor(plan, t, hyper);
+  const Scalars& s = plan.scalars[t];
+  if (stage == 0 && e.scale != nullptr) *e.scale = s.stage[0];
+  with_rule(Rules{}, e.rule, [&](auto rule) {
+    using Rule = decltype(rule);
+    if (static_cast<DType>(e.dtype[0]) == DType::f64)
+      prepare_rule<double>(rule, hyper, s, &out);
+    else
+      prepare_rule<float>(rule, hyper, s, &out);
+    for (int k = 0; k < Rule::kStages; ++k) {
+      out.sum[k] = Rule::stage_sum(hyper, k);
+      out.reads_param[k] = Rule::reads_param(hyper, k);
+    }
+    out.selects = Rule::kSelects && !Rule::selects_nothing(hyper);
+  });
+}
+
+PYSMOOTH_KERNEL prepare(View plan, Work work) {
+  const bool refused = work.stage < 0 ? is_refused(plan) : plan.status->skip != 0;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (work.stage < 0 && t == 0) {
+    plan.status->skip = refused ? 1 : 0;
+    plan.status->steps += 1;
+    plan.status->skipped += refused ? 1 : 0;
+  }
+  if (!refused && t < plan.tensors) prepare_tensor(plan, work.stage, static_cast<int>(t));
+}
+
+PYSMOOTH_KERNELS_END

@@ -1,0 +1,127 @@
+// source, on CUDA: the passes of a rule before apply. A pass evaluates the rule's source, keeps
+// what it changes, and sums its values up; the last block turns the sums into what the rule is
+// told.
+#pragma once
+
+#include "cuda/apply.cuh"
+#include "cuda/finalize.cuh"
+
+PYSMOOTH_KERNELS_BEGIN
+
+// A sum of values that are gone once they were added. As the CPU backend's in the ordinary; where
+// float overflows, or squares underflow, other sums of scaled values stand in, in the order of
+// rows.
+template <class A>
+struct PassSum {
+  using C = typename A::C;
+  C lane[A::kGroup] = {};
+  C down = C(0), up = C(0);
+
+  static constexpr double kDown = 8.271806125530277e-25;  // 2^-80
+  static constexpr double kUp = 1.298074214633707e33;     // 2^110
+
+  PYSMOOTH_DEVICE void add(Sum kind, int place, C x) {
+    const C term = kind == Sum::squares ? x * x : magnitude_of(x);
+    change_at(lane, place, [term](C held) { return held + term; });
+    if (kind == Sum::squares) {
+      if constexpr (sizeof(C) == 4) {
+        const C low = x * static_cast<C>(kDown), high = x * static_cast<C>(kUp);
+        down += low * low;
+        up += high * high;
+      }
+    } else {
+      if constexpr (sizeof(C) == 4) down += magnitude_of(x) * static_cast<C>(kDown);
+    }
+  }
+  PYSMOOTH_DEVICE double total(Sum kind, int head, double* lanes) const {
+    const double sum = combine_lanes<Reduction::sum_squares>(lane, head, lanes);
+    if constexpr (sizeof(C) == 8) return sum;
+    const bool squares = kind == Sum::squares;
+    const bool over = !(sum <= 3.4028234663852886e38);
+    const bool under = squares && sum < 7.8886090522101181e-31;
+    if (!__any_sync(kEveryLane, over || under)) return sum;
+    C scaled[A::kGroup] = {};
+    scaled[0] = under ? up : down;
+    const double again = combine_lanes<Reduction::sum_squares>(scaled, head, lanes);
+    const double scale = under ? kUp : kDown;
+    return !over && !under ? sum : squares ? again / scale / scale : again / scale;
+  }
+};
+
+template <class Rule, int kStage, class A>
+PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item& item,
+                                 double* lanes) {
+  using C = typename A::C;
+  using P = Port<Rule, A, UsePass<Rule, kStage>>;
+  using Us = Team<A::kGroup>;
+  const Us me;
+  const Prepared& prepared = plan.prepared[item.tensor];
+  const Constants<Rule, C> constants(prepared);
+  const Sum kind = prepared.sum[kStage];
+  // Some rules need the parameter for weight decay only.
+  const bool reads_param = has(P::kUse.writes, 0) || prepared.reads_param[kStage];
+  Span<Rule, A> span(plan, item.tensor, P::kTouched);
+  span.take_part(item.part, work.rows);
+  PassSum<A> sum;
+  walk<P>(span, constants.take, prepared.noise, reads_param,
+          [&](typename P::Element& x, int row, int j, bool there) {
+            const C value = Rule::template source<kStage>(x, constants.hyper);
+            if (kind != Sum::none && there) sum.add(kind, j, value);
+            if constexpr (Rule::kSendsSigns && kStage == 0) {
+              const uint32_t bits = __ballot_sync(kEveryLane, !(value >= C(0)));
+              if (lane_id() == 0) signs_of<A>(plan, work, row)[j] = bits;
+            }
+          });
+  if (kind == Sum::none) return;
+  const double total = sum.total(kind, span.head, lanes + me.team * kRow);
+  const int64_t number = static_cast<int64_t>(item.part) * Us::kTeams + me.team;
+  double* const partial = plan.partial + plan.partial_first[item.tensor];
+  if (me.member == 0 && span.length > 0) partial[number] = total;
+  const int64_t runs = (span.entry.numel + kPassElements - 1) / kPassElements;
+  const auto items = static_cast<uint32_t>((runs + Us::kTeams - 1) / Us::kTeams);
+  if (last_warp(&plan.arrived[item.tensor], items)) {
+    const double all =
+        sum_in_order<Reduction::sum_squares>(partial, runs, kChunkElements / kPassElements, lanes);
+    if (lane_id() == 0) plan.value[item.tensor] = all;
+  }
+}
+
+// What the sums of a pass come to, over its scope.
+__device__ inline void finish_stage(const View& plan, int stage) {
+  const Units units(plan, plan.stage_scope[stage]);
+  double* const elements = plan.unit_sum + plan.tensors + plan.groups + 1;
+  const auto takes_part = [&](int t) {
+    bool has_stage = false;
+    with_rule(Rules{}, plan.entries[t].rule,
+              [&](auto rule) { has_stage = stage < decltype(rule)::kStages; });
+    return has_stage && is_active(plan, t);
+  };
+  const auto add = [](double total, double x) { return total + x; };
+  each_unit(
+      plan, units, 0.0, takes_part,
+      [&](int t) { return plan.prepared[t].sum[stage] == Sum::none ? 0.0 : plan.value[t]; }, add,
+      [&](int u, double total, bool) { plan.unit_sum[u] = total; });
+  each_unit(
+      plan, units, 0.0, takes_part,
+      [&](int t) { return static_cast<double>(plan.entries[t].numel); }, add,
+      [&](int u, double total, bool) { elements[u] = total; });
+  for (int t = static_cast<int>(threadIdx.x); t < plan.tensors; t += kThreads) {
+    if (!takes_part(t)) continue;
+    const int u = units.of(plan, t);
+    plan.scalars[t].stage[stage] = plan.prepared[t].sum[stage] == Sum::squares
+                                       ? std::sqrt(plan.unit_sum[u])
+                                       : plan.unit_sum[u] / elements[u];
+  }
+}
+
+template <class Rule, int kStage, class A>
+PYSMOOTH_KERNEL source(View plan, Work work) {
+  PYSMOOTH_SHARED(Lanes, lanes);
+  if (plan.status->skip != 0) return;
+  const Item item = item_of(plan, work);
+  if (item.tensor >= 0) source_item<Rule, kStage, A>(plan, work, item, lanes[warp_id()][0]);
+  if (last_block(&plan.arrived[plan.tensors], static_cast<uint32_t>(work.blocks)))
+    finish_stage(plan, kStage);
+}
+
+PYSMOOTH_KERNELS_END

@@ -1,0 +1,247 @@
+// Steps of the CUDA backend, emulated: what test_cuda_kernels.py calls.
+//
+// Every operand is copied to memory of its own, at an address as awkward as asked for, with pages
+// around it that cannot be touched; after the step it is copied back.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "cuda/device_plan.h"
+#include "cuda/kernels.h"
+#include "simt.h"
+
+namespace {
+
+using namespace pysmooth;
+using namespace pysmooth::cuda;
+
+// Memory of the caller's, and where in it the operand's first element is. Null: there is none.
+struct Memory {
+  void* data;
+  int64_t bytes, first, misplaced;
+};
+
+struct Operand {
+  Memory memory;
+  int32_t dtype, ndim;
+  int64_t stride[8];
+};
+
+struct Parameter {
+  int32_t rule, group, first, ndim;
+  int64_t shape[8];
+  Operand operand[kMaxOperands];  // parameter, gradient, states
+  float* steps;
+  double* norm_sq;
+  double* scale;
+};
+
+struct Config {
+  int32_t groups, scope, stage_scope[kMaxStages], policy, always_norm, skip_unit_coef;
+  int32_t order, resident, races, multiprocessors;
+  double norm_type;
+  uint64_t seed;
+  int32_t selector, select_scope, scaled;
+  double ratio;
+  int64_t k, block;
+  uint64_t select_seed;
+};
+
+// Device memory that mirrors memory of the host.
+class Mirror {
+ public:
+  Mirror(void* host, size_t bytes, size_t misplaced)
+      : host_(host), bytes_(bytes), at_(simt::allocate(bytes, misplaced, 0)) {
+    if (bytes > 0) std::memcpy(at_, host, bytes);
+  }
+  ~Mirror() { simt::release(at_); }
+  Mirror(const Mirror&) = delete;
+  Mirror& operator=(const Mirror&) = delete;
+  char* at() const { return static_cast<char*>(at_); }
+  std::string copy_back() const {
+    if (bytes_ > 0) std::memcpy(host_, at_, bytes_);
+    return simt::check_surroundings(at_);
+  }
+
+ private:
+  void* host_;
+  size_t bytes_;
+  void* at_;
+};
+
+class Device {
+ public:
+  char* mirror(void* host, size_t bytes, size_t misplaced = 0) {
+    if (host == nullptr) return nullptr;
+    return all_.emplace_back(host, bytes, misplaced).at();
+  }
+  char* mirror(const Memory& m) {
+    char* const at = mirror(m.data, static_cast<size_t>(m.bytes), static_cast<size_t>(m.misplaced));
+    return at == nullptr ? nullptr : at + m.first;
+  }
+  std::string copy_back() const {
+    std::string wrong;
+    for (const Mirror& m : all_) {
+      const std::string one = m.copy_back();
+      if (wrong.empty()) wrong = one;
+    }
+    return wrong;
+  }
+
+ private:
+  std::deque<Mirror> all_;
+};
+
+template <int kWords>
+void put(PutKernel<kWords> kernel, void* at, const std::vector<char>& bytes) {
+  for (size_t done = 0; done < bytes.size(); done += 8 * kWords) {
+    Payload<kWords> payload{};
+    const size_t n = std::min<size_t>(8 * kWords, bytes.size() - done);
+    std::memcpy(payload.word, bytes.data() + done, n);
+    auto* const to = reinterpret_cast<uint64_t*>(static_cast<char*>(at) + done);
+    simt::launch(1, kThreads, false, [&] { kernel(to, static_cast<int>((n + 7) / 8), payload); });
+  }
+}
+
+Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
+                const void** grad) {
+  Tensor out;
+  out.rule = p.rule;
+  out.group = p.group;
+  out.first = p.first != 0;
+  out.numel = 1;
+  for (int d = 0; d < p.ndim; ++d) out.numel *= p.shape[d];
+  const RuleFacts& rule = facts(p.rule);
+  char* at[kMaxOperands];
+  const bool same = p.operand[0].memory.data == p.operand[1].memory.data;
+  for (int k = 0; k < kMaxOperands; ++k)
+    at[k] = k == 1 && same ? at[0] : device->mirror(p.operand[k].memory);
+  out.param = at[0];
+  *grad = at[1];
+  out.param_dtype = static_cast<DType>(p.operand[0].dtype);
+  out.grad_dtype = static_cast<DType>(p.operand[1].dtype);
+  std::vector<const int64_t*> strides{p.operand[0].stride, p.operand[1].stride};
+  for (int k = 0; k < rule.states; ++k) {
+    out.state[k] = at[2 + k];
+    out.state_dtype[k] = static_cast<DType>(p.operand[2 + k].dtype);
+    strides.push_back(p.operand[2 + k].stride);
+  }
+  const auto merged = [&](const std::vector<const int64_t*>& of) -> const Layout* {
+    Layout layout;
+    if (!merge_layout(p.ndim, p.shape, of, &layout) || layout.linear()) return nullptr;
+    layouts->push_back(layout);
+    return &layouts->back();
+  };
+  out.layout = merged(strides);
+  out.grad_layout = merged({strides[1]});
+  out.steps = reinterpret_cast<float*>(device->mirror(p.steps, sizeof(float)));
+  out.norm_sq = reinterpret_cast<double*>(device->mirror(p.norm_sq, sizeof(double)));
+  out.scale = reinterpret_cast<double*>(device->mirror(p.scale, sizeof(double)));
+  return out;
+}
+
+}  // namespace
+
+extern "C" {
+
+int rule_count() { return kRules; }
+const char* rule_name(int rule) { return facts(rule).name; }
+int rule_hypers(int rule) { return facts(rule).hypers; }
+const char* rule_hyper(int rule, int i) { return facts(rule).hyper[i]; }
+// states, stages, low_states, reads_grad, counts_steps, accumulates, keeps_scale, selects
+void rule_facts(int rule, int* out) {
+  const RuleFacts& f = facts(rule);
+  const int all[] = {f.states,      f.stages,       static_cast<int>(f.low_states),
+                     f.reads_grad,  f.counts_steps, f.accumulates,
+                     f.keeps_scale, f.selects};
+  std::copy(std::begin(all), std::end(all), out);
+}
+
+// One step. `norms` and `coefs` take as many numbers as there are scope units and parameters,
+// `status` two: skipped, nonfinite; `nonfinite` one per parameter. `first` of the parameters is
+// brought up to date.
+void emulated_step(const Config* config, Parameter* parameters, int count, GroupInput* groups,
+                   StepInput* step, double* norms, double* coefs, int* status, unsigned* nonfinite,
+                   char* error) {
+  simt::options() = {static_cast<simt::Order>(config->order), config->seed, config->resident,
+                     config->races != 0};
+  Device device;
+  std::deque<Layout> layouts;
+  std::vector<Tensor> tensors;
+  std::vector<const void*> grads(static_cast<size_t>(count));
+  for (int t = 0; t < count; ++t)
+    tensors.push_back(describe(parameters[t], &device, &layouts, &grads[static_cast<size_t>(t)]));
+  for (int g = 0; g < config->groups; ++g)
+    for (int i = 0; i < kMaxHyper; ++i) {
+      const size_t size = (groups[g].hyper_is_double >> i & 1u) != 0 ? 8 : 4;
+      groups[g].hyper_at[i] = device.mirror(const_cast<void*>(groups[g].hyper_at[i]), size);
+    }
+  const auto number = [&device](const float* at) {
+    return reinterpret_cast<const float*>(device.mirror(const_cast<float*>(at), sizeof(float)));
+  };
+  step->grad_scale = number(step->grad_scale);
+  step->found_inf = number(step->found_inf);
+
+  Settings settings;
+  settings.scope = static_cast<Scope>(config->scope);
+  for (int i = 0; i < kMaxStages; ++i)
+    settings.stage_scope[i] = static_cast<Scope>(config->stage_scope[i]);
+  settings.policy = static_cast<NonFinite>(config->policy);
+  settings.norm_type = config->norm_type;
+  settings.always_norm = config->always_norm != 0;
+  settings.skip_unit_coef = config->skip_unit_coef != 0;
+  settings.multiprocessors = config->multiprocessors;
+  settings.select.kind = static_cast<Selector>(config->selector);
+  settings.select.scope = static_cast<SelectScope>(config->select_scope);
+  settings.select.ratio = config->ratio;
+  settings.select.k = config->k;
+  settings.select.block = config->block;
+  settings.select.scaled = config->scaled != 0;
+  settings.select.seed = config->select_seed;
+
+  const DevicePlan plan(tensors, config->groups, settings);
+  void* const memory = simt::allocate(plan.bytes(), 0, 0xFF);
+  const std::vector<char> image = plan.image();
+  if (!image.empty()) std::memcpy(memory, image.data(), image.size());
+  const size_t input_bytes = plan.input_bytes();
+  void* const inputs = simt::allocate((input_bytes + 7) / 8 * 8, 0, 0xFF);
+  const std::vector<char> numbers = plan.inputs(grads.data(), groups, *step);
+  if (numbers.size() <= 8 * kFewWords)
+    put<kFewWords>(kernels().put_few, inputs, numbers);
+  else
+    put<kManyWords>(kernels().put_many, inputs, numbers);
+  const View view = plan.view(memory, inputs, groups);
+  std::string wrong;
+  for (const Launch& launch : plan.launches(memory, groups))
+    simt::launch(static_cast<unsigned>(launch.blocks), kThreads, false,
+                 [&] { launch.kernel(view, launch.work); });
+  wrong = simt::take_error();
+  if (wrong.empty()) wrong = simt::check_surroundings(memory);
+  if (wrong.empty()) wrong = simt::check_surroundings(inputs);
+  const std::string back = device.copy_back();
+  if (wrong.empty()) wrong = back;
+
+  const auto read = [memory](size_t at, void* out, size_t bytes) {
+    if (bytes > 0) std::memcpy(out, static_cast<char*>(memory) + at, bytes);
+  };
+  Status outcome;
+  const auto n = static_cast<size_t>(count);
+  read(plan.status_at(), &outcome, sizeof(outcome));
+  status[0] = outcome.skip;
+  status[1] = outcome.nonfinite;
+  read(plan.norms_at(), norms, plan.units() * sizeof(double));
+  read(plan.coefs_at(), coefs, n * sizeof(double));
+  read(plan.nonfinite_at(), nonfinite, n * sizeof(unsigned));
+  std::vector<int32_t> started(n);
+  read(plan.started_at(), started.data(), n * sizeof(int32_t));
+  for (size_t t = 0; t < n; ++t) parameters[t].first = started[t] == 0 ? 1 : 0;
+  simt::release(memory);
+  simt::release(inputs);
+  std::snprintf(error, 256, "%s", wrong.c_str());
+}
+}
