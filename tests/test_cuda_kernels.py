@@ -77,6 +77,7 @@ def make_slot(
     dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32),
     *,
     low: bool = False,
+    storage: int = 0,
     group: int = 0,
     lay: Callable[[Tensor, int], Tensor] = lambda x, k: x,
     misplaced: Sequence[int] = (0,) * 6,
@@ -91,6 +92,9 @@ def make_slot(
                 states[k] = lay(states[k].to(BF16), 2 + k)
     param = lay(torch.randn(shape).to(dtypes[0]), 0)
     grad = lay(torch.randn(shape).to(dtypes[1]), 1) if info.reads_grad else param
+    if storage in (1, 2):  # a master, or what a Kahan sum keeps
+        rest = param.float() if storage == 1 else (torch.randn(shape) * 1e-3).to(dtypes[0])
+        states.append(lay(rest, 2 + len(states)))
     return Slot(
         rule,
         param,
@@ -98,8 +102,9 @@ def make_slot(
         states,
         norm_sq=number(0.3, F64) if info.accumulates else None,
         scale=number(0.2, F64) if info.keeps_scale else None,
-        steps=number(3.0, F32) if info.counts_steps else None,
+        steps=number(3.0, F32) if info.counts_steps or storage == 3 else None,
         group=group,
+        storage=storage,
         misplaced=misplaced,
     )
 
@@ -122,7 +127,8 @@ def on_cpu(slots: Sequence[Slot], run: Run) -> Run:
         groups[slot.group].append(p)
         state_dicts.append(state)
         keys.append(tuple(state))
-        low.append(sum(1 << k for k, x in enumerate(slot.states) if x.dtype == BF16))
+        own = slot.states[: INFO[slot.rule].states]
+        low.append(sum(1 << k for k, x in enumerate(own) if x.dtype == BF16))
     plan = _cpu.Plan(
         params=params,
         state_dicts=state_dicts,
@@ -138,6 +144,8 @@ def on_cpu(slots: Sequence[Slot], run: Run) -> Run:
         stage_scopes=list(run.stage_scopes),
         select=run.select if run.select[0] else None,
         low_states=low,
+        param_storage=[slot.storage for slot in slots],
+        by_rows=[False] * len(slots),
     )
     with torch.no_grad():
         outcome = plan.step(groups, run.hypers, run.clips, 2, run.unscale)
@@ -239,6 +247,20 @@ def test_bfloat16_states_get_the_same_noise(
     slots += [make_slot(rule, (5, 41), dtypes, low=True, lay=transposed)]
     slots += [make_slot(rule, (99,), dtypes, low=True, misplaced=(4, 4, 2, 2, 2, 2))]
     assert_same(slots, run_of(rule), steps=3)
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if INFO[name].reads_grad])
+@pytest.mark.parametrize("storage", [1, 2, 3], ids=["master", "kahan", "stochastic"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_storage_of_16_bit_parameters(rule: str, storage: int, dtype: torch.dtype) -> None:
+    if storage == 3 and dtype == F16:
+        pytest.skip("bfloat16 alone is rounded at random")
+    sizes = (1, 33, 2049, 8195)
+    low = bool(INFO[rule].low_states)
+    slots = [make_slot(rule, (n,), (dtype, F32), storage=storage, low=low) for n in sizes]
+    slots += [make_slot(rule, (3, 5, 7), (dtype, dtype), storage=storage, lay=transposed)]
+    slots += [make_slot(rule, (99,), (dtype, dtype), storage=storage, misplaced=(2, 2) + (4,) * 4)]
+    assert_same(slots, run_of(rule), steps=2)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -448,3 +470,106 @@ def test_passes(rule: str, codec: float, scale: float) -> None:
             if x is not None:
                 bound = 1e-5 * float(x.detach().abs().max())
                 torch.testing.assert_close(x.detach(), y.detach(), rtol=1e-5, atol=bound)
+
+
+# ---- select -------------------------------------------------------------------------------------
+
+SELECTING = [name for name in INFO if INFO[name].selects]
+TOP_K, RAND_K = 1, 2
+TENSOR, GLOBAL, BLOCK = 0, 1, 2
+
+
+def top_k(ratio: float, scope: int = TENSOR, k: int = 0, block: int = 1024) -> Any:
+    return (TOP_K, scope, ratio, k, block, False, 0)
+
+
+@pytest.mark.parametrize("rule", SELECTING)
+@pytest.mark.parametrize("scope", [TENSOR, GLOBAL, BLOCK], ids=["tensor", "global", "block"])
+@pytest.mark.parametrize("ratio", [0.01, 0.3])
+def test_top_k(rule: str, scope: int, ratio: float) -> None:
+    for dtypes in [(F32, F32), (BF16, F32), (F64, F64)]:
+        slots = [make_slot(rule, (n,), dtypes) for n in (1, 33, 1023, 4097, 12011)]
+        slots += [make_slot(rule, (3, 7, 11), dtypes, lay=transposed)]
+        run = run_of(rule, select=top_k(ratio, scope), order=2, hyper={"normalize": 1.0})
+        assert_same(slots, run)
+
+
+@pytest.mark.parametrize("rule", SELECTING)
+def test_top_k_of_equals_takes_the_first(rule: str) -> None:
+    """Few distinct magnitudes: filters mislead, lists overflow, ties are everywhere."""
+    for scope, block in [(TENSOR, 1024), (GLOBAL, 1024), (BLOCK, 64)]:
+        slots = [make_slot(rule, (n,)) for n in (50, 5000, 30000)]
+        for slot in slots:
+            assert slot.grad is not None
+            slot.grad.sign_()
+            slot.grad[::3] *= 2.0
+            for state in slot.states:
+                state.zero_()
+        run = run_of(rule, select=top_k(0.02, scope, block=block), clip=NO_CLIP)
+        run.hypers = [hyper_of(rule, weight_decay=0.0)]
+        assert_same(slots, run)
+
+
+@pytest.mark.parametrize("scope", [TENSOR, GLOBAL, BLOCK], ids=["tensor", "global", "block"])
+def test_top_k_never_takes_zeros(scope: int) -> None:
+    slots = [make_slot("ef_sgd_select", (n,)) for n in (40, 9000, 30000)]
+    for slot in slots:
+        assert slot.grad is not None
+        slot.states[0].zero_()
+        slot.grad[: slot.grad.numel() - 3] = 0.0
+    assert_same(slots, run_of("ef_sgd_select", select=top_k(0.5, scope)))
+
+
+def test_top_k_of_values_that_a_sample_misses() -> None:
+    """All large values in one place: too many, or too few, reach the filter."""
+    for where in (slice(0, 2000), slice(28000, 30000)):
+        slots = [make_slot("ef_sgd_select", (30000,))]
+        assert slots[0].grad is not None
+        slots[0].grad[where] *= 1e4
+        for k in (1, 1999, 2000, 2001, 29999, 30000):
+            select = (TOP_K, TENSOR, 0.0, k, 1024, False, 0)
+            assert_same(slots, run_of("ef_sgd_select", select=select, clip=NO_CLIP))
+
+
+def test_top_k_over_rules_and_dtypes() -> None:
+    names = [name for name in SELECTING if INFO[name].hyper == INFO["ef21_select"].hyper]
+    slots = [
+        make_slot(name, (3000 + g,), DTYPES[g % len(DTYPES)], group=g)
+        for g, name in enumerate(names)
+    ]
+    slots[2].grad = None
+    run = Run(hypers=[hyper_of(name) for name in names], clips=[NO_CLIP] * len(names))
+    run.select = top_k(0.05, GLOBAL)
+    assert_same(slots, run)
+
+
+@pytest.mark.parametrize("rule", SELECTING)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rand_k(rule: str, scaled: bool) -> None:
+    slots = [make_slot(rule, (n,)) for n in (1, 33, 1023, 20011)]
+    slots += [make_slot(rule, (3, 7, 11), (F64, F64), lay=transposed)]
+    select = (RAND_K, TENSOR, 0.1, 0, 1024, scaled, 12345)
+    assert_same(slots, run_of(rule, select=select), steps=2)
+
+
+@pytest.mark.parametrize("rule", SELECTING)
+def test_no_race_in_selections(rule: str) -> None:
+    for scope, kind, order in [(TENSOR, 1, 2), (GLOBAL, 1, 1), (BLOCK, 1, 0), (TENSOR, 2, 2)]:
+        slots = [make_slot(rule, (n,)) for n in (130, 5000)]
+        run = run_of(rule, select=(kind, scope, 0.1, 0, 256, False, 7), races=True, order=order)
+        run.resident, run.seed = 3, 5
+        assert_same(slots, run)
+
+
+@pytest.mark.parametrize("storage", [1, 2, 3], ids=["master", "kahan", "stochastic"])
+def test_selections_with_stored_parameters_and_residuals(storage: int) -> None:
+    slots = [
+        make_slot("ef_sgd_select_momentum", (n,), (BF16, F32), low=True, storage=storage)
+        for n in (33, 9000)
+    ]
+    assert_same(slots, run_of("ef_sgd_select_momentum", select=top_k(0.05)), steps=2)
+
+
+def test_nothing_is_selected_at_a_learning_rate_of_zero() -> None:
+    slots = [make_slot("ef_sgd_select", (n,)) for n in (33, 9000)]
+    assert_same(slots, run_of("ef_sgd_select", select=top_k(0.1), hyper={"lr": 0.0}))

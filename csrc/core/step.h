@@ -1,10 +1,10 @@
 // What a step is told, the same for every backend.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "core/config.h"
 #include "core/dtype.h"
 
 namespace pysmooth {
@@ -44,11 +44,11 @@ struct SelectSpec {
   uint64_t seed = 0;
 
   // Of so many elements.
-  int64_t chosen_of(int64_t elements) const {
+  PYSMOOTH_HD int64_t chosen_of(int64_t elements) const {
     if (elements == 0) return 0;
     const double wanted = std::ceil(ratio * static_cast<double>(elements));
     const int64_t count = ratio > 0.0 ? static_cast<int64_t>(wanted) : k;
-    return std::min(elements, std::max<int64_t>(1, count));
+    return count < 1 ? 1 : count < elements ? count : elements;
   }
 };
 

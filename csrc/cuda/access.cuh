@@ -6,6 +6,7 @@
 // was loaded, so that all loads of a turn are under way before anything waits for one.
 #pragma once
 
+#include "core/param_storage.h"
 #include "cuda/fold.cuh"
 #include "cuda/layout.cuh"
 
@@ -26,8 +27,12 @@ using WideAccess = AccessOf<double, 4, false>;  // doubles fill two, a float gra
 template <class Rule, class A>
 struct Span {
   static constexpr int kOperands = 2 + Rule::kStates;
+  // A 16-bit parameter may have a companion (core/param_storage.h): it comes after the rule's own.
+  static constexpr bool kPairs = !A::kPlain && sizeof(typename A::C) == 4;
+  static constexpr int kCompanion = kOperands;
+  static constexpr int kAll = kOperands + (kPairs ? 1 : 0);
 
-  char* base[kOperands];
+  char* base[kAll];
   const Entry& entry;
   const Layout* layout;
   int64_t begin = 0, length = 0;
@@ -38,16 +43,16 @@ struct Span {
   PYSMOOTH_DEVICE Span(const View& plan, int t, unsigned touched)
       : entry(plan.entries[t]), layout(entry.layout < 0 ? nullptr : plan.layouts + entry.layout) {
     auto* const grad = static_cast<char*>(const_cast<void*>(plan.grads[t]));
+    if (companion()) touched |= 1u << kCompanion;
     PYSMOOTH_UNROLL
-    for (int k = 0; k < kOperands; ++k)
-      base[k] = k == 1 ? grad : static_cast<char*>(entry.operand[k]);
+    for (int k = 0; k < kAll; ++k) base[k] = k == 1 ? grad : static_cast<char*>(entry.operand[k]);
     if (!Rule::kReadsGrad && base[0] == nullptr) base[0] = grad;
     if (layout != nullptr) return;
     // Signs are kept by where a thread meets them, which must be the same in every kernel.
     if (!Rule::kSendsSigns) {
       int smallest = 16;
       PYSMOOTH_UNROLL
-      for (int k = 0; k < kOperands; ++k) {
+      for (int k = 0; k < kAll; ++k) {
         if (!has(touched, k) || size_of(k) >= smallest) continue;
         smallest = size_of(k);
         head = static_cast<int>((16 - reinterpret_cast<uintptr_t>(base[k]) % 16) % 16) / smallest;
@@ -55,7 +60,7 @@ struct Span {
     }
     vectors = true;
     PYSMOOTH_UNROLL
-    for (int k = 0; k < kOperands; ++k)
+    for (int k = 0; k < kAll; ++k)
       if (has(touched, k)) {
         const auto at = reinterpret_cast<uintptr_t>(base[k]);
         vectors = vectors && (at + static_cast<unsigned>(head * size_of(k))) % 16 == 0;
@@ -78,6 +83,10 @@ struct Span {
     if constexpr (A::kPlain) return DType::f32;
     return static_cast<DType>(entry.dtype[k]);
   }
+  PYSMOOTH_DEVICE ParamStorage storage() const {
+    return kPairs ? static_cast<ParamStorage>(entry.storage) : ParamStorage::plain;
+  }
+  PYSMOOTH_DEVICE bool companion() const { return has_companion(storage()); }
   PYSMOOTH_DEVICE int size_of(int k) const { return itemsize(dtype(k)); }
   PYSMOOTH_DEVICE static int64_t clamped(int64_t left, int64_t most) {
     return left < 0 ? 0 : left < most ? left : most;
@@ -165,6 +174,21 @@ PYSMOOTH_DEVICE uint32_t rounded_by_chance(const Entry& entry, int k, float x, i
   return round_bf16_stochastic<uint32_t>(x, (random >> noise_shift(turn)) & 0xffffu) >> 16;
 }
 
+PYSMOOTH_DEVICE float rounded16(float x, DType dtype) {
+  return decode16(encode16(x, dtype), dtype);
+}
+
+// Kahan's: what the parameter and its companion hold of x. Stored is what this rounds to.
+struct Kept {
+  float param, rest;
+  PYSMOOTH_DEVICE Kept(float x, DType dtype) {
+    const float q = rounded16(x, dtype);
+    param = q - q == 0.0f ? q + rounded16(x - q, dtype) : x;
+    const float p = rounded16(param, dtype);
+    rest = p - p == 0.0f ? param - p : 0.0f;
+  }
+};
+
 template <class Rule, class A, class Use>
 struct Port {
   using Access = A;
@@ -172,24 +196,51 @@ struct Port {
   static constexpr int kGroup = A::kGroup;
   using Element = Lane<C, Rule::kStates>;
   using Where = Span<Rule, A>;
-  static constexpr int kOperands = Where::kOperands;
+  static constexpr int kOperands = Where::kOperands, kAll = Where::kAll;
+  static constexpr int kCompanion = Where::kCompanion;
   static constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   static constexpr unsigned kTouched = kUse.reads | kUse.writes;
 
   PYSMOOTH_DEVICE static C& part(Element& x, int k) {
     return k == 0 ? x.param : k == 1 ? x.grad : x.state[k < 2 ? 0 : k - 2];
   }
-  PYSMOOTH_DEVICE static bool reads(int k, bool reads_param) {
-    return has(kUse.reads, k) && (k != 0 || reads_param);
+  PYSMOOTH_DEVICE static bool reads(const Where& span, int k, bool reads_param) {
+    const bool needs =
+        k == 0 || k == kCompanion ? has(kUse.reads, 0) && reads_param : has(kUse.reads, k);
+    return needs && (k != kCompanion || span.storage() == ParamStorage::kahan);
+  }
+  PYSMOOTH_DEVICE static bool writes(const Where& span, int k) {
+    return k == kCompanion ? has(kUse.writes, 0) && span.companion() : has(kUse.writes, k);
+  }
+  // Whether operand k is rounded by chance, where anything can be.
+  PYSMOOTH_DEVICE static bool by_chance(const Where& span, int k) {
+    return Where::kPairs && has(span.entry.stochastic, k);
   }
 
+  // What becomes of an element as it is written, operand by operand.
+  struct Parts {
+    C value[kAll];
+    PYSMOOTH_DEVICE Parts(const Where& span, Element& x) {
+      PYSMOOTH_UNROLL
+      for (int k = 0; k < kOperands; ++k) value[k] = part(x, k);
+      if constexpr (Where::kPairs) {
+        value[kCompanion] = x.param;  // a master's 16-bit copy
+        if (has(kUse.writes, 0) && span.storage() == ParamStorage::kahan) {
+          const Kept kept(x.param, span.dtype(0));
+          value[0] = kept.param;
+          value[kCompanion] = kept.rest;
+        }
+      }
+    }
+  };
+
   // A group, whole and on 16-byte boundaries; `at` in the span.
-  Raw<A> raw[kOperands];
+  Raw<A> raw[kAll];
 
   PYSMOOTH_DEVICE void load(const Where& span, int64_t at, bool reads_param) {
     PYSMOOTH_UNROLL
-    for (int k = 0; k < kOperands; ++k)
-      if (reads(k, reads_param)) {
+    for (int k = 0; k < kAll; ++k)
+      if (reads(span, k, reads_param)) {
         const int size = span.size_of(k);
         raw[k] = take_words<A>(span.base[k] + (span.begin + at) * size, A::kGroup * size / 4);
       }
@@ -199,60 +250,68 @@ struct Port {
     Element x{};
     PYSMOOTH_UNROLL
     for (int k = 0; k < kOperands; ++k)
-      if (reads(k, reads_param)) part(x, k) = number(raw[k], span.dtype(k), j);
+      if (reads(span, k, reads_param)) part(x, k) = number(raw[k], span.dtype(k), j);
+    if constexpr (Where::kPairs)
+      if (reads(span, kCompanion, reads_param))
+        x.param += number(raw[kCompanion], span.dtype(kCompanion), j);
     if (has(kUse.reads, 1)) x.grad = take(x.grad);
     return x;
   }
   PYSMOOTH_DEVICE void put(const Where& span, Element& x, int j, int64_t index, NoiseKey key) {
+    const Parts parts(span, x);
     PYSMOOTH_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      if (!has(kUse.writes, k)) continue;
-      if constexpr (!A::kPlain && sizeof(C) == 4) {
-        if (has(span.entry.stochastic, k)) {
-          put_half(&raw[k], j, rounded_by_chance(span.entry, k, part(x, k), index, key));
+    for (int k = 0; k < kAll; ++k) {
+      if (!writes(span, k)) continue;
+      if constexpr (Where::kPairs)
+        if (by_chance(span, k)) {
+          put_half(&raw[k], j, rounded_by_chance(span.entry, k, parts.value[k], index, key));
           continue;
         }
-      }
-      put_number(&raw[k], span.dtype(k), j, part(x, k));
+      put_number(&raw[k], span.dtype(k), j, parts.value[k]);
     }
   }
   PYSMOOTH_DEVICE void store(const Where& span, int64_t at) const {
     PYSMOOTH_UNROLL
-    for (int k = 0; k < kOperands; ++k)
-      if (has(kUse.writes, k)) {
+    for (int k = 0; k < kAll; ++k)
+      if (writes(span, k)) {
         const int size = span.size_of(k);
         give_words(span.base[k] + (span.begin + at) * size, A::kGroup * size / 4, raw[k]);
       }
   }
 
   // A single element, wherever it is; `index` as above.
-  char* where[kOperands];
+  char* where[kAll];
 
   PYSMOOTH_DEVICE Element load_one(const Where& span, const GradientIn<C>& take, int64_t index,
                                    bool reads_param) {
-    int64_t offset[kOperands];
+    int64_t offset[kAll];
     if (span.layout != nullptr) offsets_of(*span.layout, index, offset);
     Element x{};
     PYSMOOTH_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
+    for (int k = 0; k < kAll; ++k) {
       where[k] = span.base[k] + (span.layout == nullptr ? index : offset[k]) * span.size_of(k);
-      if (reads(k, reads_param)) part(x, k) = load_as<C>(where[k], span.dtype(k));
+      if (!reads(span, k, reads_param)) continue;
+      const C value = load_as<C>(where[k], span.dtype(k));
+      if (k == kCompanion)
+        x.param += value;
+      else
+        part(x, k) = value;
     }
     if (has(kUse.reads, 1)) x.grad = take(x.grad);
     return x;
   }
   PYSMOOTH_DEVICE void store_one(const Where& span, Element& x, int64_t index, NoiseKey key) const {
+    const Parts parts(span, x);
     PYSMOOTH_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      if (!has(kUse.writes, k)) continue;
-      if constexpr (!A::kPlain && sizeof(C) == 4) {
-        if (has(span.entry.stochastic, k)) {
+    for (int k = 0; k < kAll; ++k) {
+      if (!writes(span, k)) continue;
+      if constexpr (Where::kPairs)
+        if (by_chance(span, k)) {
           *reinterpret_cast<uint16_t*>(where[k]) =
-              static_cast<uint16_t>(rounded_by_chance(span.entry, k, part(x, k), index, key));
+              static_cast<uint16_t>(rounded_by_chance(span.entry, k, parts.value[k], index, key));
           continue;
         }
-      }
-      store_as<C>(where[k], span.dtype(k), part(x, k));
+      store_as<C>(where[k], span.dtype(k), parts.value[k]);
     }
   }
 };
@@ -286,9 +345,9 @@ constexpr int turns_of(unsigned read) {
   return turns >= 4 ? 4 : turns >= 2 ? 2 : 1;
 }
 
-// Takes every element of the warp's item through body(x, row, j, there): element j of the thread's
-// group in a row. What body makes of x is stored. All lanes of the warp come to every (row, j)
-// together; for those that have no element there `there` is false.
+// Takes every element of the warp's item through body(x, row, j, there, index): element j of the
+// thread's group in a row. What body makes of x is stored. All lanes of the warp come to every
+// (row, j) together; for those that have no element there `there` is false.
 template <class P, class Body>
 PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typename P::C>& take,
                           NoiseKey key, bool reads_param, Body body) {
@@ -307,7 +366,7 @@ PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typena
         PYSMOOTH_UNROLL
         for (int j = 0; j < kGroup; ++j) {
           auto x = port[u].element(span, take, j, reads_param);
-          body(x, row + u, j, true);
+          body(x, row + u, j, true, span.begin + at + u * kRow + j);
           port[u].put(span, x, j, span.begin + at + u * kRow + j, key);
         }
         port[u].store(span, at + u * kRow);
@@ -321,7 +380,7 @@ PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typena
       const bool there = at + j >= 0 && at + j < span.length;
       typename P::Element x{};
       if (there) x = port.load_one(span, take, span.begin + at + j, reads_param);
-      body(x, row, j, there);
+      body(x, row, j, there, span.begin + at + j);
       if (there) port.store_one(span, x, span.begin + at + j, key);
     }
     ++row;

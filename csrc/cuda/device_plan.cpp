@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <utility>
 
 #include "cuda/kernels.h"
 
@@ -10,6 +12,9 @@ namespace pysmooth::cuda {
 namespace {
 
 constexpr int kRows = kPassElements / kRow;
+constexpr int64_t kDirect = 4096;       // a unit of so few elements is selected from as a whole
+constexpr int64_t kMostLines = 256;     // of a unit's sample
+constexpr int64_t kSelectPiece = 8192;  // elements that a block looks at
 
 Access access_of(const Tensor& tensor) {
   if (tensor.param_dtype == DType::f64) return kWide;
@@ -59,8 +64,77 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     });
     if (found == classes_.end()) found = classes_.insert(classes_.end(), {tensor.rule, access, {}});
     found->tensors.push_back(static_cast<int>(t));
+    class_of_.push_back(static_cast<int32_t>(found - classes_.begin()));
   }
   cut();
+}
+
+// Units of the selection. Room for candidates: twice as many as are wanted, and some per cent.
+void DevicePlan::cut_units() {
+  const SelectSpec& spec = settings_.select;
+  const bool together = spec.kind == Selector::top_k && spec.scope == SelectScope::global;
+  int64_t first = 0;
+  for (size_t t = 0; t < tensors_.size(); ++t) {
+    const Tensor& tensor = tensors_[t];
+    const auto index = static_cast<int32_t>(t);
+    const bool selects = facts(tensor.rule).selects && spec.kind != Selector::none;
+    if (!together) first = 0;
+    select_first_.push_back(first);
+    if (selects && (!together || units_.empty()))
+      units_.push_back({index, index + 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}});
+    unit_of_.push_back(selects ? static_cast<int32_t>(units_.size()) - 1 : -1);
+    if (!selects) continue;
+    Unit& unit = units_.back();
+    unit.last_tensor = index + 1;
+    unit.elements += tensor.numel;
+    if (tensor.param_dtype == DType::f64) unit.wide = 1;
+    first += tensor.numel;
+  }
+  for (Unit& unit : units_) {
+    while (unit.elements >> unit.place_bits != 0) ++unit.place_bits;
+    unit.first_candidate = candidates_;
+    unit.room =
+        std::min(unit.elements, 2 * spec.chosen_of(unit.elements) + unit.elements / 32 + kDirect);
+    candidates_ += unit.room;
+    const int digits = ((unit.wide != 0 ? 63 : 31) + kDigitBits - 1) / kDigitBits +
+                       (unit.place_bits + kDigitBits - 1) / kDigitBits;
+    digits_ = std::max(digits_, digits);
+  }
+}
+
+// Lines of neighbouring elements to be looked at before the pass: one at random from each of as
+// many equal stretches of a unit. None where the unit is small, and its values are all candidates.
+void DevicePlan::list_sample() {
+  std::vector<std::vector<Item>> of(classes_.size());
+  for (const Unit& unit : units_) {
+    if (unit.elements <= kDirect) continue;
+    const int64_t lines = std::clamp<int64_t>(unit.elements / 128, 64, kMostLines);
+    const int64_t all = unit.elements / kSampleLine;
+    int t = unit.first_tensor;
+    for (int64_t line = 0; line < lines; ++line) {
+      const int64_t begin = all * line / lines, end = all * (line + 1) / lines;
+      const int64_t at =
+          begin + mix32(static_cast<uint32_t>(line) + 1) % std::max<int64_t>(1, end - begin);
+      const auto past = [&](int i) {
+        const auto s = static_cast<size_t>(i);
+        return unit_of_[s] < 0 || at * kSampleLine >= select_first_[s] + tensors_[s].numel;
+      };
+      while (past(t)) ++t;
+      const auto s = static_cast<size_t>(t);
+      const int64_t own = std::max<int64_t>(0, at * kSampleLine - select_first_[s]) / kSampleLine;
+      of[static_cast<size_t>(class_of_[s])].push_back({t, static_cast<int32_t>(own)});
+    }
+  }
+  for (size_t c = 0; c < classes_.size(); ++c) {
+    cuts_[c].sample = {items_.size(), static_cast<int>(of[c].size())};
+    cuts_[c].sample_first = sample_lines_;
+    for (const Item& item : of[c]) {
+      Unit& unit = units_[static_cast<size_t>(unit_of_[static_cast<size_t>(item.tensor)])];
+      if (unit.sample_lines++ == 0) unit.first_sample = sample_lines_;
+      ++sample_lines_;
+      items_.push_back(item);
+    }
+  }
 }
 
 template <class Elements>
@@ -112,8 +186,15 @@ void DevicePlan::cut() {
         out.apply_rows /= 2;
       out.apply = list(c.tensors, row * out.apply_rows);
     }
+    if (rule.selects)
+      out.select =
+          list(c.tensors, settings_.select.scope == SelectScope::block ? settings_.select.block
+                                                                       : kSelectPiece);
     cuts_.push_back(out);
   }
+  cut_units();
+  if (settings_.select.kind == Selector::top_k && settings_.select.scope != SelectScope::block)
+    list_sample();
   const size_t units = n + static_cast<size_t>(groups_) + 1;
   at_.entries = place(n * sizeof(Entry));
   at_.layouts = place(layouts_.size() * sizeof(Layout));
@@ -124,6 +205,8 @@ void DevicePlan::cut() {
   at_.status = place(sizeof(Status));
   at_.arrived = place((n + 1) * sizeof(uint32_t));
   at_.nonfinite = place(2 * n * sizeof(uint32_t));
+  at_.units = place(units_.size() * sizeof(Unit));
+  at_.unit_arrived = place(units_.size() * sizeof(uint32_t));
   at_.image = bytes_;
   at_.partial = place(static_cast<size_t>(partials) * sizeof(double));
   at_.value = place(n * sizeof(double));
@@ -134,6 +217,9 @@ void DevicePlan::cut() {
   at_.scalars = place(n * sizeof(Scalars));
   at_.prepared = place(n * sizeof(Prepared));
   at_.signs = place(static_cast<size_t>(sign_words_) * sizeof(uint32_t));
+  at_.samples = place(static_cast<size_t>(sample_lines_) * kSampleLine * sizeof(uint64_t));
+  at_.histogram = place(units_.size() * kDigits * sizeof(uint64_t));
+  at_.candidates = place(static_cast<size_t>(candidates_) * sizeof(Candidate));
 }
 
 size_t DevicePlan::place(size_t bytes) {
@@ -150,11 +236,19 @@ Entry DevicePlan::entry(size_t t) const {
   out.operand[0] = tensor.param;
   out.dtype[0] = static_cast<uint8_t>(tensor.param_dtype);
   out.dtype[1] = static_cast<uint8_t>(tensor.grad_dtype);
-  for (int k = 0; k < rule.states; ++k) {
+  const int companion = has_companion(tensor.storage) ? 1 : 0;
+  for (int k = 0; k < rule.states + companion; ++k) {
     out.operand[2 + k] = tensor.state[k];
     out.dtype[2 + k] = static_cast<uint8_t>(tensor.state_dtype[k]);
-    if (tensor.state_dtype[k] == DType::bf16)
+    if (k < rule.states && tensor.state_dtype[k] == DType::bf16)
       out.stochastic = static_cast<uint8_t>(out.stochastic | 4u << k);
+  }
+  out.storage = static_cast<uint8_t>(tensor.storage);
+  if (tensor.storage == ParamStorage::stochastic)
+    out.stochastic = static_cast<uint8_t>(out.stochastic | 1u);
+  if (tensor.storage == ParamStorage::master) {  // the rule's parameter is the master
+    std::swap(out.operand[0], out.operand[2 + rule.states]);
+    std::swap(out.dtype[0], out.dtype[2 + rule.states]);
   }
   out.steps = tensor.steps;
   out.norm_sq = tensor.norm_sq;
@@ -164,6 +258,9 @@ Entry DevicePlan::entry(size_t t) const {
   out.group = tensor.group;
   out.layout = layout_of_[t];
   out.grad_layout = grad_layout_of_[t];
+  out.unit = unit_of_[t];
+  out.select_first = select_first_[t];
+  out.kernels = class_of_[t];
   return out;
 }
 
@@ -183,6 +280,7 @@ std::vector<char> DevicePlan::image() const {
   write(&out, at_.partial_first, partial_first_);
   write(&out, at_.items, items_);
   write(&out, at_.started, started);
+  write(&out, at_.units, units_);
   return out;
 }
 
@@ -193,6 +291,9 @@ size_t DevicePlan::input_bytes() const {
 
 std::vector<char> DevicePlan::inputs(const void* const* grads, const GroupInput* groups,
                                      const StepInput& step) const {
+  for (int g = 0; g < groups_; ++g)
+    if (groups[g].clip.mode == ClipMode::agc)
+      throw std::invalid_argument("clipping by rows has no CUDA kernel");
   std::vector<char> out(input_bytes());
   char* at = out.data();
   const auto append = [&at](const void* from, size_t bytes) {
@@ -245,6 +346,12 @@ View DevicePlan::view(void* device, const void* inputs, const GroupInput* groups
   at(at_.prepared, &v.prepared);
   at(at_.signs, &v.signs);
   at(at_.status, &v.status);
+  at(at_.units, &v.units);
+  at(at_.unit_arrived, &v.unit_arrived);
+  at(at_.samples, &v.samples);
+  at(at_.histogram, &v.histogram);
+  at(at_.candidates, &v.candidates);
+  v.select = settings_.select;
   v.norm_type = settings_.norm_type;
   v.tensors = static_cast<int32_t>(n);
   v.groups = groups_;
@@ -276,9 +383,43 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups)
     const auto n = static_cast<int>(tensors_.size());
     out.push_back({table.prepare, std::max(1, (n + kThreads - 1) / kThreads), work});
   };
+  // A block per item, for the classes of tensors that select.
+  using RuleKernels = const Kernel[kRules][kAccesses];
+  const auto selecting = [&](RuleKernels& of, Listed Cut::* listed, int64_t piece, int stage) {
+    const size_t first = out.size();
+    int blocks = 0;
+    for (size_t c = 0; c < classes_.size(); ++c) {
+      const Listed& items_of = cuts_[c].*listed;
+      if (items_of.count == 0) continue;
+      add(of[classes_[c].rule][classes_[c].access], items_of, 0, stage);
+      out.back().blocks = items_of.count;
+      out.back().work.piece = piece;
+      blocks += items_of.count;
+    }
+    for (size_t i = first; i < out.size(); ++i) out[i].work.blocks = blocks;
+  };
+  const auto units = [&](Kernel kernel) {
+    out.push_back({kernel, static_cast<int>(units_.size()), Work{}});
+  };
+  const SelectSpec& spec = settings_.select;
+  const bool selects = !units_.empty();
+  const bool by_blocks = spec.scope == SelectScope::block && spec.kind == Selector::top_k;
+  const bool filters = selects && spec.kind == Selector::top_k && !by_blocks;
+
   if (reduces(groups))
     add(table.reduce[static_cast<int>(reduction_of(settings_.norm_type))], reduce_, 0, 0);
   prepare(-1);
+  if (selects && !by_blocks) units(table.begin_select);
+  if (filters) {
+    for (size_t c = 0; c < classes_.size(); ++c) {
+      if (cuts_[c].sample.count == 0) continue;
+      add(table.sample[classes_[c].rule][classes_[c].access], cuts_[c].sample, 0, 0);
+      constexpr int kLines = kThreads / kSampleLine;
+      out.back().blocks = (cuts_[c].sample.count + kLines - 1) / kLines;
+      out.back().work.first = int64_t{cuts_[c].sample_first} * kSampleLine;
+    }
+    units(table.set_filter);
+  }
   for (int stage = 0; stage < kMaxStages; ++stage) {
     const size_t first = out.size();
     int blocks = 0;
@@ -290,6 +431,14 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups)
     }
     for (size_t i = first; i < out.size(); ++i) out[i].work.blocks = blocks;
     if (out.size() > first) prepare(stage);
+    if (stage != 0 || !selects) continue;
+    if (filters)
+      for (int digit = 0; digit < digits_; ++digit)
+        selecting(table.narrow, &Cut::select, kSelectPiece, digit);
+    if (by_blocks)
+      selecting(table.select_block, &Cut::select, spec.block, 0);
+    else
+      selecting(table.selected, &Cut::select, kSelectPiece, 0);
   }
   for (size_t c = 0; c < classes_.size(); ++c) {
     if (!facts(classes_[c].rule).applies || cuts_[c].apply.count == 0) continue;

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "core/param_storage.h"
 #include "cuda/plan.h"
 
 namespace pysmooth::cuda {
@@ -25,7 +26,9 @@ struct Tensor {
   void* state[kMaxStates] = {};
   DType param_dtype = DType::f32, grad_dtype = DType::f32;
   DType state_dtype[kMaxStates] = {};
-  float* steps = nullptr;  // these three where the rule has them
+  ParamStorage storage = ParamStorage::plain;  // its companion is the state after the rule's
+  float* steps =
+      nullptr;  // these three where the rule has them (steps: or the storage is stochastic)
   double* norm_sq = nullptr;
   double* scale = nullptr;
   const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
@@ -57,6 +60,7 @@ class DevicePlan {
   size_t bytes() const { return bytes_; }
   std::vector<char> image() const;  // what device memory begins with
 
+  // Throws std::invalid_argument for a clip that has no kernel here: that by rows.
   size_t input_bytes() const;
   std::vector<char> inputs(const void* const* grads, const GroupInput* groups,
                            const StepInput& step) const;
@@ -87,6 +91,8 @@ class DevicePlan {
   template <class Elements>
   Listed list_each(const std::vector<int>& tensors, Elements elements);
   void cut();
+  void cut_units();
+  void list_sample();
   size_t place(size_t bytes);
   bool reduces(const GroupInput* groups) const;
   Entry entry(size_t t) const;
@@ -96,23 +102,33 @@ class DevicePlan {
   Settings settings_;
   bool accumulates_ = false;
   std::vector<Class> classes_;
+  std::vector<int32_t> class_of_;  // per tensor
   std::vector<Item> items_;
   std::vector<Layout> layouts_;
   std::vector<int32_t> layout_of_, grad_layout_of_;
   std::vector<int64_t> partial_first_;
   Listed reduce_{};
   struct Cut {
-    Listed source, apply;
+    Listed source, apply, sample, select;
+    int sample_first;  // line
     int apply_rows;
     int64_t signs;  // where its words begin
   };
   std::vector<Cut> cuts_;  // per class
   int64_t sign_words_ = 0;
+  std::vector<Unit> units_;
+  std::vector<int32_t> unit_of_;       // per tensor; -1: none
+  std::vector<int64_t> select_first_;  // per tensor
+  int sample_lines_ = 0;
+  int64_t candidates_ = 0;
+  int digits_ = 0;  // of the longest threshold
   size_t bytes_ = 0;
   struct {
     size_t entries, layouts, group_first, partial_first, items, started, status, arrived, nonfinite;
+    size_t units, unit_arrived;
     size_t image;  // the image ends here; what follows needs no first value
     size_t partial, value, norms, coefs, norm_sq, unit_sum, scalars, prepared, signs;
+    size_t samples, histogram, candidates;
   } at_{};
 };
 

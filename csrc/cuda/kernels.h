@@ -26,6 +26,9 @@ struct KernelTable {
   Kernel prepare;
   Kernel source[kRules][kMaxStages][kAccesses];
   Kernel apply[kRules][kAccesses];
+  Kernel begin_select, set_filter;
+  Kernel sample[kRules][kAccesses], narrow[kRules][kAccesses];
+  Kernel selected[kRules][kAccesses], select_block[kRules][kAccesses];
   PutKernel<kFewWords> put_few;
   PutKernel<kManyWords> put_many;
 };

@@ -14,7 +14,7 @@
 namespace pysmooth::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 128;  // of a block
 constexpr int kWarps = kThreads / kWarp;
 
 // Values are folded in runs, and these in chunks, as the CPU backend does it (cpu/fold.h).
@@ -34,9 +34,11 @@ struct Entry {
   int64_t select_first;  // where its elements begin in its selection's unit
   int32_t rule, group;
   int32_t layout, grad_layout;  // into View::layouts; -1: linear
-  int32_t unit;                 // of the selection
+  int32_t unit;                 // of the selection; -1: nothing is selected here
+  int32_t kernels;              // tensors with the same number share their kernels
   uint8_t dtype[kMaxOperands];
   uint8_t stochastic;  // operands that are rounded stochastically, as bits
+  uint8_t storage;     // ParamStorage; a companion comes after the rule's operands
 };
 
 // One group's numbers in one step.
@@ -65,6 +67,34 @@ struct Prepared {
   Sum sum[kMaxStages];
   bool reads_param[kMaxStages];
   bool selects, unit_coef;
+};
+
+// The k-th largest so far: digits of it that are not known yet are 0.
+struct Threshold {
+  uint64_t key, place;
+  int64_t left;     // how many of those that are equal so far belong to the k
+  int32_t settled;  // all of them do
+};
+constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
+constexpr int kSampleLine = 16;  // elements
+
+struct Candidate {
+  uint64_t key;
+  int64_t index;  // in the unit
+};
+
+// What is selected from together.
+struct Unit {
+  int32_t first_tensor, last_tensor;   // [first, last)
+  int32_t first_sample, sample_lines;  // lines of the sample; none: every value is a candidate
+  int32_t wide, place_bits;            // keys of doubles; bits of an index
+  int64_t first_candidate, room;       // in the list of candidates
+  // Of this step.
+  int64_t elements, k;
+  uint64_t filter;  // least key of a candidate
+  unsigned long long candidates;
+  int32_t complete;  // the filter lets all values but zeros pass
+  Threshold threshold;
 };
 
 // Of a plan's last step, and of all of them.
@@ -101,6 +131,12 @@ struct View {
   Scalars* scalars;     // per tensor
   Prepared* prepared;   // per tensor
   uint32_t* signs;
+  Unit* units;
+  uint32_t* unit_arrived;
+  uint64_t* samples;    // keys
+  uint64_t* histogram;  // per unit
+  Candidate* candidates;
+  SelectSpec select;
   Status* status;
   double norm_type;
   int32_t tensors, groups;
@@ -112,11 +148,12 @@ struct View {
 // What one launch is to do.
 struct Work {
   const Item* items;
-  int64_t first;  // where the signs of this launch begin, in words
+  int64_t first;  // where the signs of this launch begin, in words; or its samples
   int32_t count;
   int32_t rows;    // of 64 elements, per team of threads
   int32_t blocks;  // of all launches of this pass: the last to arrive finishes it
   int32_t stage;
+  int64_t piece;  // elements of an item, where a block works on one
 };
 
 using Kernel = void (*)(View, Work);

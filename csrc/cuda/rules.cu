@@ -11,6 +11,12 @@ void fill_access(KernelTable* table, int rule, Access access) {
   if constexpr (Rule::kApplies) table->apply[rule][access] = generic::apply<Rule, A>;
   if constexpr (Rule::kStages > 0) table->source[rule][0][access] = generic::source<Rule, 0, A>;
   if constexpr (Rule::kStages > 1) table->source[rule][1][access] = generic::source<Rule, 1, A>;
+  if constexpr (Rule::kSelects) {
+    table->sample[rule][access] = generic::sample<Rule, A>;
+    table->narrow[rule][access] = generic::narrow<Rule, A>;
+    table->selected[rule][access] = generic::selected<Rule, A>;
+    table->select_block[rule][access] = generic::select_block<Rule, A>;
+  }
 }
 
 template <int kRule, class Rule>

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/apply.cuh"
-#include "cuda/finalize.cuh"
+#include "cuda/select.cuh"
 
 PYSMOOTH_KERNELS_BEGIN
 
@@ -62,10 +62,20 @@ PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item&
   const bool reads_param = has(P::kUse.writes, 0) || prepared.reads_param[kStage];
   Span<Rule, A> span(plan, item.tensor, P::kTouched);
   span.take_part(item.part, work.rows);
+  [[maybe_unused]] const bool collects = prepared.selects && plan.select.kind == Selector::top_k &&
+                                         plan.select.scope != SelectScope::block;
   PassSum<A> sum;
-  walk<P>(span, constants.take, prepared.noise, reads_param,
-          [&](typename P::Element& x, int row, int j, bool there) {
-            const C value = Rule::template source<kStage>(x, constants.hyper);
+  // What apply, or a selection, rounds after this is rounded by other noise.
+  const NoiseKey key = prepared.noise.shifted(kNoisePass * (1 + kStage));
+  walk<P>(span, constants.take, key, reads_param,
+          [&](typename P::Element& x, int row, int j, bool there, int64_t index) {
+            C value = Rule::template source<kStage>(x, constants.hyper);
+            if constexpr (Rule::kKeepsValue && kStage == 0)
+              if (P::by_chance(span, 2))
+                value = x.state[0] =
+                    widen_bf16<float>(rounded_by_chance(span.entry, 2, x.state[0], index, key));
+            if constexpr (Rule::kSelects && kStage == 0)
+              if (collects) collect(plan, span.entry, value, there, index);
             if (kind != Sum::none && there) sum.add(kind, j, value);
             if constexpr (Rule::kSendsSigns && kStage == 0) {
               const uint32_t bits = __ballot_sync(kEveryLane, !(value >= C(0)));

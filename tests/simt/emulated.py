@@ -42,6 +42,7 @@ class _Parameter(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("first", ctypes.c_int32),
         ("ndim", ctypes.c_int32),
+        ("storage", ctypes.c_int32),
         ("shape", ctypes.c_int64 * 8),
         ("operand", _Operand * MAX_OPERANDS),
         ("steps", ctypes.c_void_p),
@@ -146,6 +147,7 @@ class Slot:
     steps: Tensor | None = None
     group: int = 0
     first: bool = True
+    storage: int = 0  # of the parameter; a companion comes after the rule's states
     misplaced: Sequence[int] = (0,) * MAX_OPERANDS  # bytes from a 16-byte boundary, per operand
 
 
@@ -214,6 +216,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         shaped = slot.param if slot.param is not None else slot.grad
         assert shaped is not None
         p.rule, p.group, p.first = numbers[slot.rule], slot.group, int(slot.first)
+        p.storage = slot.storage
         p.ndim = shaped.ndim
         p.shape[: shaped.ndim] = shaped.shape
         for k, x in enumerate((slot.param, slot.grad, *slot.states)):

@@ -9,6 +9,7 @@
 #include <deque>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/device_plan.h"
@@ -33,7 +34,7 @@ struct Operand {
 };
 
 struct Parameter {
-  int32_t rule, group, first, ndim;
+  int32_t rule, group, first, ndim, storage;
   int64_t shape[8];
   Operand operand[kMaxOperands];  // parameter, gradient, states
   float* steps;
@@ -126,11 +127,13 @@ Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
   out.param_dtype = static_cast<DType>(p.operand[0].dtype);
   out.grad_dtype = static_cast<DType>(p.operand[1].dtype);
   std::vector<const int64_t*> strides{p.operand[0].stride, p.operand[1].stride};
-  for (int k = 0; k < rule.states; ++k) {
+  out.storage = static_cast<ParamStorage>(p.storage);
+  for (int k = 0; k < rule.states + (has_companion(out.storage) ? 1 : 0); ++k) {
     out.state[k] = at[2 + k];
     out.state_dtype[k] = static_cast<DType>(p.operand[2 + k].dtype);
     strides.push_back(p.operand[2 + k].stride);
   }
+  if (out.storage == ParamStorage::master) std::swap(strides.front(), strides.back());
   const auto merged = [&](const std::vector<const int64_t*>& of) -> const Layout* {
     Layout layout;
     if (!merge_layout(p.ndim, p.shape, of, &layout) || layout.linear()) return nullptr;
