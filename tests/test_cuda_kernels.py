@@ -146,9 +146,10 @@ def on_cpu(slots: Sequence[Slot], run: Run) -> Run:
         low_states=low,
         param_storage=[slot.storage for slot in slots],
         by_rows=[False] * len(slots),
+        sums=[None] * len(slots),
     )
     with torch.no_grad():
-        outcome = plan.step(groups, run.hypers, run.clips, 2, run.unscale)
+        outcome = plan.step(groups, run.hypers, run.clips, 2, run.unscale, False)
     out = Run(skipped=outcome != 0)
     if plan.reduced:
         out.norms, out.coefs = list(plan.norms()), list(plan.coefs())
@@ -446,11 +447,12 @@ def test_scale_rewrites_gradients_and_leaves_them_alone() -> None:
 
 
 @pytest.mark.parametrize("rule", [name for name in STAGED if name in RULES])
-@pytest.mark.parametrize("codec", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("codec", [0.0, 1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e15])
 def test_passes(rule: str, codec: float, scale: float) -> None:
     slots = [make_slot(rule, (n,)) for n in (3, 2048, 33000)]
-    hyper = {"codec": codec, "normalize": 1.0, "weight_decay": 0.0, "level": 0.05 * scale}
+    level = 8.0 if codec == 3.0 else 0.05 * scale
+    hyper = {"codec": codec, "normalize": 1.0, "weight_decay": 0.0, "level": level}
     for slot in slots:
         assert slot.grad is not None
         slot.grad.mul_(scale)
@@ -484,8 +486,11 @@ def top_k(ratio: float, scope: int = TENSOR, k: int = 0, block: int = 1024) -> A
 
 
 @pytest.mark.parametrize("rule", SELECTING)
-@pytest.mark.parametrize("scope", [TENSOR, GLOBAL, BLOCK], ids=["tensor", "global", "block"])
-@pytest.mark.parametrize("ratio", [0.01, 0.3])
+@pytest.mark.parametrize(
+    ("scope", "ratio"),
+    [(TENSOR, 0.01), (GLOBAL, 0.3), (BLOCK, 0.05)],
+    ids=["tensor", "global", "block"],
+)
 def test_top_k(rule: str, scope: int, ratio: float) -> None:
     for dtypes in [(F32, F32), (BF16, F32), (F64, F64)]:
         slots = [make_slot(rule, (n,), dtypes) for n in (1, 33, 1023, 4097, 12011)]
@@ -498,7 +503,7 @@ def test_top_k(rule: str, scope: int, ratio: float) -> None:
 def test_top_k_of_equals_takes_the_first(rule: str) -> None:
     """Few distinct magnitudes: filters mislead, lists overflow, ties are everywhere."""
     for scope, block in [(TENSOR, 1024), (GLOBAL, 1024), (BLOCK, 64)]:
-        slots = [make_slot(rule, (n,)) for n in (50, 5000, 30000)]
+        slots = [make_slot(rule, (n,)) for n in (50, 5000, 12000)]
         for slot in slots:
             assert slot.grad is not None
             slot.grad.sign_()

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "core/param_storage.h"
+#include "cuda/draw.cuh"
 #include "cuda/fold.cuh"
 #include "cuda/layout.cuh"
 
@@ -200,6 +201,7 @@ struct Port {
   static constexpr int kCompanion = Where::kCompanion;
   static constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   static constexpr unsigned kTouched = kUse.reads | kUse.writes;
+  static constexpr bool kDraws = Use::kStreams.draws;
 
   PYSMOOTH_DEVICE static C& part(Element& x, int k) {
     return k == 0 ? x.param : k == 1 ? x.grad : x.state[k < 2 ? 0 : k - 2];
@@ -350,7 +352,7 @@ constexpr int turns_of(unsigned read) {
 // (row, j) together; for those that have no element there `there` is false.
 template <class P, class Body>
 PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typename P::C>& take,
-                          NoiseKey key, bool reads_param, Body body) {
+                          Drawer<typename P::C> drawer, NoiseKey key, bool reads_param, Body body) {
   constexpr int kGroup = P::kGroup, kTurns = turns_of<typename P::Access>(P::kUse.reads);
   const int first = span.head + kGroup * Team<kGroup>().member;  // in a row
   int row = span.head > 0 ? -1 : 0;
@@ -366,6 +368,7 @@ PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typena
         PYSMOOTH_UNROLL
         for (int j = 0; j < kGroup; ++j) {
           auto x = port[u].element(span, take, j, reads_param);
+          if constexpr (P::kDraws) x.drawn = drawer(span.begin + at + u * kRow + j);
           body(x, row + u, j, true, span.begin + at + u * kRow + j);
           port[u].put(span, x, j, span.begin + at + u * kRow + j, key);
         }
@@ -380,6 +383,8 @@ PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typena
       const bool there = at + j >= 0 && at + j < span.length;
       typename P::Element x{};
       if (there) x = port.load_one(span, take, span.begin + at + j, reads_param);
+      if constexpr (P::kDraws)
+        if (there) x.drawn = drawer(span.begin + at + j);
       body(x, row, j, there, span.begin + at + j);
       if (there) port.store_one(span, x, span.begin + at + j, key);
     }

@@ -22,7 +22,7 @@ PYSMOOTH_DEVICE void apply_item(const View& plan, const Work& work, const Item& 
   const Constants<Rule, C> constants(prepared);
   Span<Rule, A> span(plan, item.tensor, P::kTouched);
   span.take_part(item.part, work.rows);
-  walk<P>(span, constants.take, prepared.noise, true,
+  walk<P>(span, constants.take, Drawer<C>(prepared, item.tensor), prepared.noise, true,
           [&](typename P::Element& x, int row, int j, bool /*there*/, int64_t /*index*/) {
             if constexpr (Rule::kSendsSigns)
               x.grad = (signs_of<A>(plan, work, row)[j] >> lane_id() & 1u) != 0 ? C(-1) : C(1);

@@ -29,7 +29,7 @@ PYSMOOTH_DEVICE typename float_bits<C>::type magnitude_bits(C x) {
   return bits_as<typename float_bits<C>::type>(x) & float_bits<C>::kMagnitude;
 }
 template <class C>
-PYSMOOTH_DEVICE C magnitude_of(C x) {
+PYSMOOTH_DEVICE C absolute(C x) {
   return bits_as<C>(magnitude_bits(x));
 }
 
@@ -41,9 +41,9 @@ PYSMOOTH_DEVICE double neutral() {
 template <Reduction kind, class C>
 PYSMOOTH_DEVICE C fold_in(C acc, C x) {
   if constexpr (kind == Reduction::sum_squares) return acc + x * x;
-  if constexpr (kind == Reduction::sum_abs) return acc + magnitude_of(x);
+  if constexpr (kind == Reduction::sum_abs) return acc + absolute(x);
   if constexpr (kind == Reduction::count_nonzero) return acc + (x != C(0) ? C(1) : C(0));
-  const C a = magnitude_of(x);
+  const C a = absolute(x);
   if constexpr (kind == Reduction::max_abs)
     return magnitude_bits(a) > magnitude_bits(acc) ? a : acc;
   return a != a || a < acc ? a : acc;

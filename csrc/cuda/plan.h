@@ -63,6 +63,7 @@ struct Prepared {
   alignas(16) unsigned char hyper[kHyperBytes];  // Rule::Hyper<C>
   alignas(16) unsigned char take[32];            // GradientIn<C>
   NoiseKey noise;
+  Draw draw;
   uint32_t step;  // before this one
   Sum sum[kMaxStages];
   bool reads_param[kMaxStages];

@@ -77,6 +77,7 @@ PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
       out.sum[k] = Rule::stage_sum(hyper, k);
       out.reads_param[k] = Rule::reads_param(hyper, k);
     }
+    out.draw = Rule::draw(hyper);
     out.selects = Rule::kSelects && !Rule::selects_nothing(hyper);
   });
 }

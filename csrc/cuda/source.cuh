@@ -21,7 +21,7 @@ struct PassSum {
   static constexpr double kUp = 1.298074214633707e33;     // 2^110
 
   PYSMOOTH_DEVICE void add(Sum kind, int place, C x) {
-    const C term = kind == Sum::squares ? x * x : magnitude_of(x);
+    const C term = kind == Sum::squares ? x * x : absolute(x);
     change_at(lane, place, [term](C held) { return held + term; });
     if (kind == Sum::squares) {
       if constexpr (sizeof(C) == 4) {
@@ -30,7 +30,7 @@ struct PassSum {
         up += high * high;
       }
     } else {
-      if constexpr (sizeof(C) == 4) down += magnitude_of(x) * static_cast<C>(kDown);
+      if constexpr (sizeof(C) == 4) down += absolute(x) * static_cast<C>(kDown);
     }
   }
   PYSMOOTH_DEVICE double total(Sum kind, int head, double* lanes) const {
@@ -67,7 +67,7 @@ PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item&
   PassSum<A> sum;
   // What apply, or a selection, rounds after this is rounded by other noise.
   const NoiseKey key = prepared.noise.shifted(kNoisePass * (1 + kStage));
-  walk<P>(span, constants.take, key, reads_param,
+  walk<P>(span, constants.take, Drawer<C>(prepared, item.tensor), key, reads_param,
           [&](typename P::Element& x, int row, int j, bool there, int64_t index) {
             C value = Rule::template source<kStage>(x, constants.hyper);
             if constexpr (Rule::kKeepsValue && kStage == 0)
