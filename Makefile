@@ -27,11 +27,19 @@ INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton battery bad_input_
 
 .PHONY: test
 test: lint $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test
-	$(BIN)/python -m pytest tests bench -q --benchmark-disable --timeout 600
+	$(BIN)/python -m pytest tests bench -q --benchmark-disable --timeout 600 --ignore $(EMULATED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -q --timeout 600
 	$(BIN)/python -m pysmooth.triton_kernels.compile
 	.ci/cuda-compile
 	.ci/wheel-smoke $(BIN)/python
+
+# The CUDA kernels, which no backend uses yet: run by the emulation, compiled by nvcc.
+EMULATED := tests/test_cuda_kernels.py
+
+.PHONY: test-cuda
+test-cuda: $(VENV)/checked ## CUDA kernels against the CPU backend, emulated; nvcc for sm_80, sm_90, sm_100 (half an hour)
+	$(BIN)/python -m pytest $(EMULATED) -q --timeout 600
+	.ci/cuda-kernels
 
 .PHONY: lint
 lint: $(VENV)/built ## ruff, mypy --strict, clang-format

@@ -147,6 +147,7 @@ def on_cpu(slots: Sequence[Slot], run: Run) -> Run:
         param_storage=[slot.storage for slot in slots],
         by_rows=[False] * len(slots),
         sums=[None] * len(slots),
+        absorbs=False,
     )
     with torch.no_grad():
         outcome = plan.step(groups, run.hypers, run.clips, 2, run.unscale, False)

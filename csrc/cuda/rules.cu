@@ -5,6 +5,7 @@
 #include "cuda/source.cuh"
 
 namespace pysmooth::cuda {
+namespace {  // functions of one name differ from part to part
 
 template <class Rule, class A>
 void fill_access(KernelTable* table, int rule, Access access) {
@@ -32,6 +33,8 @@ template <int... kRule, class... R>
 void fill_rules(KernelTable* table, std::integer_sequence<int, kRule...>, generic::RuleList<R...>) {
   (fill_rule<kRule, R>(table), ...);
 }
+
+}  // namespace
 
 #define PYSMOOTH_JOIN(a, b) a##b
 #define PYSMOOTH_FILL_PART(part) PYSMOOTH_JOIN(fill_part_, part)

@@ -192,7 +192,7 @@ template <class Rule, class A>
 PYSMOOTH_KERNEL selected(View plan, Work work) {
   if (plan.status->skip != 0) return;
   using C = typename A::C;
-  using Taken = Elements<Rule, A, UseSelected<Rule>>;
+  using Taken = Elements<Rule, A, UseSelected<Rule, true>>;
   const Item item = work.items[blockIdx.x];
   const Entry& e = plan.entries[item.tensor];
   const Unit& u = plan.units[e.unit];
@@ -237,7 +237,7 @@ PYSMOOTH_KERNEL select_block(View plan, Work work) {
   const Item item = work.items[blockIdx.x];
   if (!is_selecting(plan, item.tensor)) return;
   constexpr bool kIsWide = sizeof(C) == 8;
-  Elements<Rule, A, UseSelected<Rule>> mine(plan, item.tensor);
+  Elements<Rule, A, UseSelected<Rule, true>> mine(plan, item.tensor);
   const int64_t begin = item.part * plan.select.block;
   const int64_t left = plan.entries[item.tensor].numel - begin;
   const int64_t n = left < plan.select.block ? left : plan.select.block;

@@ -2,8 +2,8 @@
 //
 // Every thread counts its steps, and knows how far every other thread was when it last heard of it
 // (a vector clock). Barriers, warp exchanges, and atomics between fences pass that knowledge on.
-// Two accesses to the same pair of bytes, one of them a write, are a race if neither thread knew of the
-// other's, and not both are atomic.
+// Two accesses to the same pair of bytes, one of them a write, are a race if neither thread knew of
+// the other's, and not both are atomic.
 #pragma once
 
 #include <cstddef>
