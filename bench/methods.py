@@ -39,6 +39,7 @@ class Method:
     states: float = 0  # in float32 values per parameter
     models: tuple[str, ...] | None = None  # in a default run; None: all
     dtype: str | None = None  # of DTYPES, if it is for one only
+    draws: bool = False  # random numbers, each contestant its own: results cannot be compared
     rounds_states: bool = False  # keeps something in 16 bits: one step has no float64 twin
 
     @property
@@ -258,6 +259,61 @@ METHODS = {
             ),
             {rivals.EAGER: Written(written.ef21_top_k, 1).eager},
             states=1,
+            models=(),
+        ),
+        Method(
+            "ef_sgd-qsgd",
+            ((1, 1), (2, 0)),
+            _optimizer(
+                lambda p: pysmooth.EFSGD(
+                    p.params, p.lr, pysmooth.QSGD(written.LEVELS), nonfinite="zero"
+                )
+            ),
+            {rivals.EAGER: Written(written.ef_qsgd, 1).eager},
+            compiled=Written(written.ef_qsgd, 1).compiled,
+            states=1,
+            draws=True,
+            models=(),
+        ),
+        Method(
+            "ef_sgd-natural",
+            ((1, 1), (2, 0)),
+            _optimizer(
+                lambda p: pysmooth.EFSGD(
+                    p.params, p.lr, pysmooth.NaturalCompression(), nonfinite="zero"
+                )
+            ),
+            {rivals.EAGER: Written(written.ef_natural, 1).eager},
+            compiled=Written(written.ef_natural, 1).compiled,
+            states=1,
+            draws=True,
+            models=(),
+        ),
+        Method(
+            "ef21_plus-top-k",  # and marks, which count as nothing
+            ((0, 2), (0, 1), (0, 2), (0, 1), (1, 1), (1, 1)),
+            _optimizer(
+                lambda p: pysmooth.EF21Plus(
+                    p.params, p.lr, pysmooth.TopK(ratio=written.RATIO), nonfinite="zero"
+                )
+            ),
+            {rivals.EAGER: Written(written.ef21_plus_top_k, 1).eager},
+            states=1,
+            models=(),
+        ),
+        Method(
+            "clip21_sgd2m-noise",
+            ((1, 2), (3, 1)),
+            _optimizer(
+                lambda p: pysmooth.Clip21SGD2M(
+                    p.params, p.lr, p.max_norm, noise_std=1.0, nonfinite="zero"
+                )
+            ),
+            {rivals.EAGER: Written(written.clip21_sgd2m_noise, 3).eager},
+            compiled=Written(written.clip21_sgd2m_noise, 3).compiled,
+            clips=True,
+            states=3,
+            draws=True,
             models=(),
         ),
         Method(

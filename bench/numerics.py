@@ -11,6 +11,7 @@ they neither blow up nor vanish, and errors do not feed back into them. Two meas
   next to 0 has. Such a decision moves a coordinate by a whole step, in the rival as in pysmooth.
 
 Methods that keep something in 16 bits have no float64 twin: only the distance says something there.
+Methods that draw random numbers are left out: a rival draws others.
 """
 
 from __future__ import annotations
@@ -125,10 +126,11 @@ def compare(
     steps: tuple[int, ...] = CHECKPOINTS,
 ) -> list[dict[str, Any]]:
     """Errors of pysmooth and of a rival after so many steps; one dict per method and checkpoint."""
+    methods = [METHODS[name] for name in names if not METHODS[name].draws]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are small, and the numbers of pysmooth are the same
     try:
-        return [row for name in names for row in _compare(METHODS[name], device, steps)]
+        return [row for method in methods for row in _compare(method, device, steps)]
     finally:
         torch.set_num_threads(threads)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from . import backward, bandwidth, end_to_end, numerics, rivals, selection
 from .methods import METHODS, make_problem
@@ -97,27 +98,44 @@ def test_probes_stream_without_changing_the_data_much() -> None:
         torch.testing.assert_close(tensor, torch.full((10_000,), 1e-3))
 
 
-@pytest.mark.parametrize(
-    ("of", "name"),
-    [
-        (m.name, n)
-        for m in METHODS.values()
-        for n in m.rivals
-        if "clip_grad_norm" not in m.name and rivals.present(n, "cpu")
-    ],
-)
-def test_rivals_do_the_same_step_as_pysmooth(of: str, name: str) -> None:
+RIVALS = [
+    (m.name, n)
+    for m in METHODS.values()
+    for n in m.rivals
+    if "clip_grad_norm" not in m.name and rivals.present(n, "cpu")
+]
+
+
+def steps_of_both(of: str, name: str, shapes: list[tuple[int, ...]]) -> list[list[Tensor]]:
+    """Where three steps of pysmooth and of a rival lead, parameter by parameter."""
     method = METHODS[of]
     results = []
     for make in (lambda p: method.ours(p)[0], method.rivals[name]):
-        problem = make_problem([(33, 5), (7,)], method, "fp32", "cpu")
+        problem = make_problem(shapes, method, "fp32", "cpu")
         problem.lr = 0.1
         step = make(problem)
         for _ in range(3):
             problem.restore()
             step()
         results.append([p.detach() for p in problem.params])
-    for ours, theirs in zip(*results, strict=True):
+    return results
+
+
+@pytest.mark.parametrize(("of", "name"), [r for r in RIVALS if METHODS[r[0]].draws])
+def test_rivals_that_draw_do_the_same_step_on_average(of: str, name: str) -> None:
+    torch.manual_seed(1)  # gradients are drawn from 0
+    [ours], [theirs] = steps_of_both(of, name, [(200, 100)])
+    start = make_problem([(200, 100)], METHODS[of], "fp32", "cpu").params[0].detach()
+    difference = ours - theirs
+    deviation = float(difference.std())
+    assert deviation > 0
+    assert abs(float(difference.mean())) < 4 * deviation / 20_000**0.5
+    assert float((ours - start).std()) == pytest.approx(float((theirs - start).std()), rel=0.03)
+
+
+@pytest.mark.parametrize(("of", "name"), [r for r in RIVALS if not METHODS[r[0]].draws])
+def test_rivals_do_the_same_step_as_pysmooth(of: str, name: str) -> None:
+    for ours, theirs in zip(*steps_of_both(of, name, [(33, 5), (7,)]), strict=True):
         # A rounding to bfloat16 is off by less than 2^-7.
         rtol, atol = (2**-6, 2**-6 * 0.1) if "bf16" in of else (1e-5, 1e-6)
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
@@ -182,7 +200,13 @@ def test_second_looks_are_counted() -> None:
     assert len(names) == len(set(names)) > 5
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_draw_have_no_numerics() -> None:
+    drawing = [name for name in METHODS if METHODS[name].draws]
+    assert drawing
+    assert numerics.compare(drawing, steps=(1,)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].draws])
 def test_numerics_of_pysmooth_are_no_worse_than_float32_allows(name: str) -> None:
     first, last = numerics.compare([name], steps=(1, 20))
     assert (first["method"], first["steps"], last["steps"]) == (name, 1, 20)

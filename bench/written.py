@@ -22,6 +22,7 @@ Lists = Sequence[list[Tensor]]
 Function = Callable[[list[Tensor], list[Tensor], Lists, float, float], None]
 
 RATIO = 0.01  # of top-k
+LEVELS = 256  # of QSGD
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,67 @@ def ef21_top_k(
         chosen = torch.topk(d.abs(), k, sorted=False).indices
         h.view(-1).index_add_(0, chosen, d[chosen])
         p.sub_(h, alpha=lr)
+
+
+def ef_qsgd(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Error feedback with QSGD, one tensor at a time."""
+    for p, g, e in zip(params, grads, states[0], strict=True):
+        v = e + lr * g
+        level = torch.linalg.vector_norm(v) / LEVELS
+        n = torch.floor(v.abs() / level + torch.rand_like(v))
+        c = n * level * torch.sign(v)
+        p.sub_(c)
+        e.copy_(v - c)
+
+
+def ef_natural(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Error feedback with natural compression: random digits carry over into the exponent."""
+    for p, g, e in zip(params, grads, states[0], strict=True):
+        v = e + lr * g
+        bits = v.view(torch.int32)
+        noise = torch.randint_like(bits, 1 << 23)
+        c = (bits + noise & ~((1 << 23) - 1)).view(torch.float32)
+        p.sub_(c)
+        e.copy_(v - c)
+
+
+def ef21_plus_top_k(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """EF21+ with top-k, one tensor at a time."""
+    for p, g, h in zip(params, grads, states[0], strict=True):
+        k = math.ceil(RATIO * g.numel())
+        d = (g - h).view(-1)
+        chosen = torch.topk(d.abs(), k, sorted=False).indices
+        moved = h.flatten().index_add_(0, chosen, d[chosen])
+        w = g.view(-1)
+        chosen = torch.topk(w.abs(), k, sorted=False).indices
+        direct = torch.zeros_like(w).index_copy_(0, chosen, w[chosen])
+        better = torch.linalg.vector_norm(w - direct) < torch.linalg.vector_norm(w - moved)
+        h.copy_(torch.where(better, direct, moved).view_as(h))
+        p.sub_(h, alpha=lr)
+
+
+def clip21_sgd2m_noise(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Clip21-SGD2M with Gaussian noise, one tensor at a time around one norm."""
+    momentum, estimates, servers = states
+    distances = []
+    for g, v, h in zip(grads, momentum, estimates, strict=True):
+        v.mul_(0.9).add_(0.1 * g)
+        distances.append(v - h)
+    norm = torch.sqrt(torch.stack([(d * d).sum() for d in distances]).sum())
+    coef = torch.clamp(max_norm / norm, max=1.0)
+    for p, h, s, d in zip(params, estimates, servers, distances, strict=True):
+        u = coef * d
+        h.add_(u)
+        s.add_(u + torch.randn_like(u))
+        p.sub_(lr * s)
 
 
 def clip21_sgd2m(

@@ -35,6 +35,7 @@ STEPS, EXAMPLES = (3, 3) if triton_interpreted() else (20, 20)
 TRITON_LACKS_RULES = frozenset(
     {
         "clip21_sgd2m_noise",
+        *("ef21_plus", "ef21_plus_m"),
         *(f"ef_sgd_select{m}" for m in ("", "_momentum")),
         *(f"ef21_{form}{m}" for form in ("select", "select_normalized") for m in ("", "_m", "_2m")),
     }
@@ -367,6 +368,29 @@ REGISTRY: tuple[Entry, ...] = (
             "identity": {"lr": 0.1, "compressor": Identity(), "eta": 0.5, "init": "full"},
             "natural": {"lr": 0.1, "compressor": NaturalCompression(seed=1), "normalize": True},
             "qsgd": {"lr": 0.1, "compressor": QSGD(256, seed=1), "eta": 0.3},
+        },
+        lambda kwargs: (
+            "grad_estimate",
+            *(("momentum_buffer",) if kwargs.get("eta") is not None else ()),
+        ),
+        ulp=4.0,
+        clips=False,
+    ),
+    Entry(
+        "ef21_plus",
+        pysmooth.EF21Plus,
+        {
+            "main": {
+                "lr": 0.1,
+                "compressor": TopK(ratio=0.05),
+                "eta": 0.3,
+                "normalize": True,
+                "weight_decay": 0.1,
+            },
+            "global": {"lr": 0.1, "compressor": TopK(k=40, scope="global")},
+            "rand_k": {"lr": 0.1, "compressor": RandK(k=5, scaled=False), "init": "zero"},
+            "sign": {"lr": 0.1, "compressor": ScaledSign(), "eta": 0.5},
+            "natural": {"lr": 0.1, "compressor": NaturalCompression(seed=1), "init": "full"},
         },
         lambda kwargs: (
             "grad_estimate",

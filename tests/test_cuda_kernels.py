@@ -23,8 +23,8 @@ from pysmooth import _cpu
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 INFO = rules()
 STAGED = [name for name, rule in INFO.items() if rule.stages > 0]
-# What selects has tests of its own.
-RULES = [name for name, rule in INFO.items() if not rule.selects]
+# What selects has tests of its own; what marks is refused.
+RULES = [name for name, rule in INFO.items() if not rule.selects and not rule.marks]
 # Ends of words, rows, runs, warps' pieces and chunks.
 SIZES = (0, 1, 7, 31, 33, 64, 1023, 2049, 8191, 8193, 32767, 32769)
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (BF16, F32), (F16, F16)]
@@ -442,6 +442,17 @@ def test_scale_rewrites_gradients_and_leaves_them_alone() -> None:
         assert step([Slot("scale", None, g) for g in got], run) == ""
         for a, b in zip(expected, got, strict=True):
             assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("rule", [name for name in INFO if INFO[name].marks])
+def test_rules_that_mark_selections_are_refused(rule: str) -> None:
+    slots = [make_slot("sgd", (3,)), make_slot(rule, (33,), group=1)]
+    before = clone(slots)
+    run = Run(hypers=[hyper_of("sgd"), hyper_of(rule)], clips=[NO_CLIP] * 2)
+    assert step(slots, run) == f"{rule} has no CUDA kernel"
+    for a, b in zip(before, slots, strict=True):
+        for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
+            assert x is y is None or torch.equal(x, y)
 
 
 # ---- passes before apply -------------------------------------------------------------------------

@@ -86,6 +86,8 @@ def states(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[T
         (EF21, {"normalize": True, "init": "zero", "weight_decay": 0.1}),
         (EF21, {"normalize": True, "eta": 0.3}),
         (EF21SGD2M, {"eta": 0.3}),
+        (EF21Plus, {"weight_decay": 0.1}),
+        (EF21Plus, {"eta": 0.3, "normalize": True, "scope": "tensor"}),
     ],
 )
 def test_fused_equals_eager(cls: Any, kwargs: dict[str, Any], compressor: Compressor) -> None:
@@ -333,9 +335,10 @@ def test_ef21_init(init: Any, backend: str) -> None:
     assert p.tolist() == [-x for x in estimate]
 
 
-def test_ef21_plus_takes_the_better_message() -> None:
+@every_backend
+def test_ef21_plus_takes_the_better_message(backend: str) -> None:
     p = Parameter(torch.zeros(2, dtype=torch.float64))
-    optimizer = EF21Plus([p], 1.0, TopK(k=1), backend="eager")
+    optimizer = EF21Plus([p], 1.0, TopK(k=1), backend=backend)
     for grad, expected in (
         ([4.0, 3.0], [4.0, 0.0]),  # equal at first: EF21's
         ([4.0, 3.0], [4.0, 3.0]),  # the estimate completes itself
@@ -344,6 +347,51 @@ def test_ef21_plus_takes_the_better_message() -> None:
         p.grad = torch.tensor(grad, dtype=torch.float64)
         optimizer.step()
         assert optimizer.state[p]["grad_estimate"].tolist() == expected
+
+
+@every_backend
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_ef21_plus_chooses_per_unit(scope: Any, backend: str) -> None:
+    """The first tensor wants the gradient itself, the second one the difference, by more."""
+    a, b = Parameter(torch.zeros(4)), Parameter(torch.zeros(4))
+    optimizer = EF21Plus([a, b], 1.0, TopK(ratio=0.25, scope=scope), init="full", backend=backend)
+    set_grads([a, b], [torch.tensor([3.0, 0, 3, 0]), torch.tensor([8.0, 8, 8, 8])])
+    optimizer.step()
+    set_grads([a, b], [torch.tensor([0.0, 2, 0, 0]), torch.tensor([8.0, 8, 8, 9])])
+    optimizer.step()
+    first, second = (optimizer.state[p]["grad_estimate"].tolist() for p in (a, b))
+    assert second == [8, 8, 8, 9 if scope == "tensor" else 8]
+    assert first == ([0, 2, 0, 0] if scope == "tensor" else [0, 0, 0, 0])
+
+
+@every_backend
+@every_compressor
+def test_ef21_plus_is_never_further_off(compressor: Compressor, backend: str) -> None:
+    """Its estimate is the better of the two that its state allows, in every step."""
+    params = make_params(SHAPES, torch.float64)
+    optimizer = EF21Plus(params, 0.1, compressor, init="zero", backend=backend)
+    estimates = [torch.zeros_like(p) for p in params]
+    taken = set()
+    for step, row in enumerate(record_grads(params, 6)):
+        advance(optimizer, params, [row])
+        whole = [g - h for g, h in zip(row, estimates, strict=True)]
+        one = [h + c for h, c in zip(estimates, compressor.compress(whole, step=step), strict=True)]
+        two = compressor.compress(row, step=step)
+        for i, p in enumerate(params):
+            if p.numel():
+                estimates[i] = optimizer.state[p]["grad_estimate"].clone()
+        units = (
+            [range(len(params))]
+            if compressor.scale_scope == "global"
+            else [[i] for i in range(len(params))]
+        )
+        for unit in units:
+            errors = [sum(float((row[i] - x[i]).square().sum()) for i in unit) for x in (one, two)]
+            better = two if errors[1] < errors[0] else one
+            taken.add(better is two)
+            for i in unit:
+                torch.testing.assert_close(estimates[i], better[i], rtol=1e-12, atol=1e-12)
+    assert taken == {True, False} or isinstance(compressor, Identity)
 
 
 def quadratic(cls: Any, lr: float, steps: int, **kwargs: Any) -> list[float]:
@@ -458,7 +506,6 @@ def test_normalized_sgd(scope: Any, backend: str) -> None:
         (lambda p: Clip21SGD2M(p, seed=-1), ValueError, "seed must be"),
         (lambda p: NormalizedSGD(p, momentum=1.0), ValueError, "momentum must be less than 1"),
         (lambda p: EFSGD(p, 0.1, Compressor()), TypeError, "compressor must be one of"),
-        (lambda p: EF21Plus(p, 0.1, TopK(k=1)), pysmooth.BackendError, "no kernel for 'ef21_plus'"),
     ],
 )
 def test_refused(make: Any, error: type[Exception], message: str) -> None:

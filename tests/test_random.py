@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from pysmooth import EF21, EF21SGD2M, EFSGD, QSGD, Clip21SGD2M, NaturalCompression, _cpu
+from pysmooth import (
+    EF21,
+    EF21SGD2M,
+    EFSGD,
+    QSGD,
+    Clip21SGD2M,
+    EF21Plus,
+    NaturalCompression,
+    TopK,
+    _cpu,
+)
 from pysmooth.reference import random
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -34,6 +44,8 @@ EXACT: dict[str, Make] = {
 SUMMING: dict[str, Make] = {
     "ef qsgd": lambda p, **k: EFSGD(p, 0.1, QSGD(200, seed=SEED), momentum=0.9, **k),
     "ef21 qsgd": lambda p, **k: EF21(p, 0.1, QSGD(200, seed=SEED), eta=0.3, normalize=True, **k),
+    "ef21 plus": lambda p, **k: EF21Plus(p, 0.1, QSGD(200, seed=SEED), eta=0.3, **k),
+    "ef21 plus top-k": lambda p, **k: EF21Plus(p, 0.1, TopK(ratio=0.1), eta=0.3, **k),
     "norm ef21": lambda p, **k: EF21(p, 0.1, NaturalCompression(seed=SEED), normalize=True, **k),
     "clipped noise": lambda p, **k: Clip21SGD2M(p, 0.1, 2.0, 0.3, 0.5, 1.5, seed=SEED, **k),
 }

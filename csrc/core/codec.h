@@ -6,6 +6,7 @@
 //   qsgd            n step with x's sign, n drawn from the two integers next to |x| / step;
 //                   step is the norm of all over the number of levels
 //   natural         one of the two powers of two next to |x|, drawn, with x's sign
+//   marks           scale x where the coordinate was selected, else 0
 //
 // What is drawn has the mean x: bits are cut off where a uniform number is at least what they are.
 #pragma once
@@ -14,7 +15,7 @@
 
 namespace pysmooth {
 
-enum class CodecKind : int { identity, scaled_sign, hard_threshold, qsgd, natural };
+enum class CodecKind : int { identity, scaled_sign, hard_threshold, qsgd, natural, marks };
 
 PYSMOOTH_HD constexpr CodecKind codec_kind(double kind) {
   return static_cast<CodecKind>(static_cast<int>(kind));
@@ -80,7 +81,7 @@ struct Codec {
   CodecKind kind;
   T level, scale, inverse;
 
-  // h: kind and level; sum: what was taken over all coordinates.
+  // h: kind and level; sum: what was taken over all coordinates, or the scale of marks.
   PYSMOOTH_HD Codec(const double* h, double sum)
       : kind(codec_kind(h[0])),
         level(static_cast<T>(h[1])),
@@ -95,13 +96,15 @@ struct Codec {
     inverse = static_cast<T>(step < kTiny ? 0.0 : 1.0 / (step > kMost ? kMost : step));
   }
 
+  // aid: what was drawn for the coordinate; for marks, whether it was selected: 1 or 0.
   template <class V>
-  PYSMOOTH_HD V operator()(V x, V drawn) const {
+  PYSMOOTH_HD V operator()(V x, V aid) const {
     if (kind == CodecKind::scaled_sign) return scaled_sign<V, T>(x, scale);
     if (kind == CodecKind::hard_threshold)
       return ops<V>::select(magnitude_of<V>(x) >= V{} + level, x, V{});
-    if (kind == CodecKind::qsgd) return dithered<V, T>(x, drawn, scale, inverse, level);
-    if (kind == CodecKind::natural) return natural<V, T>(x, drawn);
+    if (kind == CodecKind::qsgd) return dithered<V, T>(x, aid, scale, inverse, level);
+    if (kind == CodecKind::natural) return natural<V, T>(x, aid);
+    if (kind == CodecKind::marks) return ops<V>::select(aid != V{}, x * scale, V{});
     return x;
   }
 };

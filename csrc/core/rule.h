@@ -24,6 +24,9 @@
 //                 states, and sums its values up as stage_sum() says, over the scope of the pass
 //   kSelects      true if the values of pass 0 are selected from: selected() then takes in each
 //                 chosen coordinate, and again() gives a value once more after the pass
+//   kMarks        of how many passes, from the first on, the values are selected from, and those
+//                 that were chosen marked, for passes whose streams say so
+//   selects_nothing()   whether the hyper-parameters ask for no selection
 //   kApplies      false if nothing is left to do for apply
 //   kAbsorbs      true if all that pass 0 does with a gradient is to add it to states, so that
 //                 again() then gives the pass's value: gradients can be taken in one by one, before
@@ -48,7 +51,8 @@
 namespace pysmooth {
 
 constexpr int kMaxDerived = 4;
-constexpr int kMaxStages = 2;
+constexpr int kMaxStages = 5;
+constexpr int kMaxSelections = 2;
 
 // What a pass before apply adds up over the values of its source.
 enum class Sum : int { none = 0, abs = 1, squares = 2 };
@@ -58,6 +62,7 @@ struct Streams {
   bool reads_param = true, writes_param = true, reads_grad = true;
   unsigned reads_state = ~0u, writes_state = ~0u;
   bool draws = false;  // what draw() says
+  unsigned marks = 0;  // selections, as bits, whose marks are read
 };
 constexpr Streams with_reads(Streams a, Streams b) {
   a.reads_param |= b.reads_param;
@@ -90,6 +95,7 @@ struct Scalars {
   double stage[kMaxStages] = {};
   // The accumulated sum of squares of the tensor's scope unit, without and with this step's.
   double norm_sq_before = 0.0, norm_sq = 0.0;
+  double mark_scale = 1.0;  // of the values that were selected: more than 1 for unbiased rand-k
   double last_scale = 0.0;  // stage[0] of the step before, for rules that keep it
   double derived[kMaxDerived] = {};
 };
@@ -108,6 +114,7 @@ struct RuleDefaults {
   static constexpr bool kKeepsValue = false;
   static constexpr int kStages = 0;
   static constexpr bool kSelects = false;
+  static constexpr int kMarks = 0;
   static constexpr bool kApplies = true;
   static constexpr bool kAbsorbs = false;
   static constexpr Streams kApply{};
@@ -130,7 +137,8 @@ struct Lane {
   V param;
   V grad;
   V state[kStates > 0 ? kStates : 1];
-  V drawn;  // a number, or bits in the place of one
+  V drawn;                   // a number, or bits in the place of one
+  V marked[kMaxSelections];  // 1 where it was selected, else 0
 };
 
 // The unsigned integer that has a number's bits, and how many of them are digits.

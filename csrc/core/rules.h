@@ -6,6 +6,7 @@
 #include "core/math/adam.h"
 #include "core/math/clip21.h"
 #include "core/math/ef21.h"
+#include "core/math/ef21_plus.h"
 #include "core/math/ef_sgd.h"
 #include "core/math/normalized_sgd.h"
 #include "core/math/scale.h"
@@ -23,6 +24,6 @@ using Rules =
              Ef21<0, Ef21Form::dense>, Ef21<1, Ef21Form::dense>, Ef21<2, Ef21Form::dense>,
              Ef21<0, Ef21Form::select>, Ef21<1, Ef21Form::select>, Ef21<2, Ef21Form::select>,
              Ef21<0, Ef21Form::select_normalized>, Ef21<1, Ef21Form::select_normalized>,
-             Ef21<2, Ef21Form::select_normalized>>;
+             Ef21<2, Ef21Form::select_normalized>, Ef21Plus<0>, Ef21Plus<1>>;
 
 PYSMOOTH_KERNELS_END

@@ -50,6 +50,11 @@ struct SelectSpec {
     const int64_t count = ratio > 0.0 ? static_cast<int64_t>(wanted) : k;
     return count < 1 ? 1 : count < elements ? count : elements;
   }
+  // What the chosen ones are multiplied by.
+  double scale_of(int64_t elements) const {
+    if (kind != Selector::rand_k || !scaled) return 1.0;
+    return static_cast<double>(elements) / static_cast<double>(chosen_of(elements));
+  }
 };
 
 }  // namespace pysmooth

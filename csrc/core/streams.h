@@ -16,6 +16,10 @@ PYSMOOTH_HD int turn_of(unsigned stochastic, int k) {
 }
 PYSMOOTH_HD int noise_shift(int turn) { return turn % 2 * 16; }
 
+// How many of a rule's passes are selected from.
+template <class Rule>
+constexpr int selections_of = Rule::kSelects ? 1 : Rule::kMarks;
+
 struct Touch {
   unsigned reads, writes;
 };

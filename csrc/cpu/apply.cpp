@@ -1,5 +1,7 @@
 // apply, on CPU: one pass over parameter, gradient and states with a rule's update.
 
+#include <utility>
+
 #include "core/rules.h"
 #include "cpu/port.h"
 
@@ -37,13 +39,18 @@ void apply(const ApplyArgs& args) {
     const Port<Rule, C> port(run.operand, a.scalars, drawing.next(run.count));
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i);
-      if constexpr (Rule::kSendsSigns) x.grad = load_signs<C>(a.signs, done + i);
+      if constexpr (Rule::kSendsSigns) x.grad = load_bits<C>(a.bits[0], done + i, C(-1), C(1));
       Rule::update(x, h);
       port.template store<Use>(x, i);
     }
     run.commit();
     done += run.count;
   }
+}
+
+template <class Rule, int... kStage>
+constexpr unsigned idle_passes(std::integer_sequence<int, kStage...>) {
+  return (0u | ... | (touch_of<Rule>(Rule::kPass[kStage]).writes == 0u ? 1u << kStage : 0u));
 }
 
 template <class Rule>
@@ -63,7 +70,9 @@ RuleInfo describe() {
   info.derive = Rule::derive;
   for (const char* name : Rule::kHyper) info.hyper[info.hypers++] = name;
   info.stages = Rule::kStages;
-  info.selects = Rule::kSelects;
+  info.selections = selections_of<Rule>;
+  info.marks = Rule::kMarks > 0;
+  info.idle = idle_passes<Rule>(std::make_integer_sequence<int, Rule::kStages>{});
   info.applies = Rule::kApplies;
   info.stage_sum = Rule::stage_sum;
   info.reads_param = Rule::reads_param;

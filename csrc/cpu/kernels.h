@@ -55,7 +55,9 @@ struct ApplyArgs {
   unsigned stochastic;  // operands, as bits, that are rounded stochastically: bfloat16 ones
   NoiseKey noise;
   uint32_t step, tensor;  // steps that the tensor has seen, and its number: what is drawn
-  uint64_t* signs;        // a bit per element of the chunk, set where negative; null: none are kept
+  // A bit per element of the chunk: set where negative, or where it was selected. Null: none are
+  // kept.
+  uint64_t* bits[kMaxSelections];
   RowCoefs rows;
 };
 using ApplyFn = void (*)(const ApplyArgs&);
@@ -101,6 +103,7 @@ struct SelectedTask {
   double threshold;
   bool fetch;
   double scale;
+  uint64_t* marks;  // a bit per element of the chunk, to be set; null: they are taken in
 };
 using SelectedFn = void (*)(const ApplyArgs&, const SelectedTask&);
 
@@ -113,8 +116,10 @@ struct RuleInfo {
   bool keeps_scale;
   bool sends_signs;
   unsigned low_states;
-  int stages;    // passes before apply
-  bool selects;  // from the values of pass 0
+  int stages;      // passes before apply
+  int selections;  // of the first passes' values
+  bool marks;      // those that were selected, instead of taking them in
+  unsigned idle;   // passes, as bits, that change nothing: needless where nothing is summed up
   bool applies;
   bool absorbs;  // gradients, one by one
   Sum (*stage_sum)(const double* hyper, int stage);
@@ -139,7 +144,7 @@ struct RuleInfo {
 struct SourceInfo {
   SourceFn source[kMaxStages][kComputes];
   SourceFn absorbed[kComputes];  // pass 0 where states have taken in the gradient already
-  ValuesFn values[kComputes];
+  ValuesFn values[kMaxSelections][kComputes];
   SelectedFn selected[kComputes];
 };
 

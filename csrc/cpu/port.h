@@ -124,15 +124,22 @@ PYSMOOTH_HD void store_signs(const C* values, int n, uint64_t* words) {
   }
 }
 
-// 1 or -1 for a vector of elements; `first` is a multiple of its length.
+// `set` or `clear` for a vector of elements; `first` is a multiple of its length.
 template <class C>
-PYSMOOTH_HD vec<C> load_signs(const uint64_t* words, int64_t first) {
+PYSMOOTH_HD vec<C> load_bits(const uint64_t* words, int64_t first, C set, C clear) {
   using U = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
   vec<U> lane;
   for (int j = 0; j < lanes_of<C>; ++j) lane[j] = U{1} << j;
   const vec<U> bits = vec<U>{} + static_cast<U>(words[first / 64] >> first % 64);
-  const vec<C> one = vec<C>{} + C(1);
-  return (bits & lane) != 0u ? -one : one;
+  return (bits & lane) != 0u ? vec<C>{} + set : vec<C>{} + clear;
+}
+
+// Of the element `first` of the chunk and those after it.
+template <class Use, class C, class Vector>
+PYSMOOTH_HD void load_marks(const ApplyArgs& a, int64_t first, Vector* x) {
+  for (int k = 0; k < kMaxSelections; ++k)
+    if (has(Use::kStreams.marks, k) && a.bits[k] != nullptr)
+      x->marked[k] = load_bits<C>(a.bits[k], first, C(1), C(0));
 }
 
 PYSMOOTH_KERNELS_END

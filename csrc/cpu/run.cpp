@@ -58,7 +58,7 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   if (!slot.active || !rule.applies) return;
   if (p->skip_unit_coef && p->coefs[static_cast<size_t>(p->chunks[i].tensor)] == 1.0) return;
   ApplyArgs args = args_of(*p, rule, p->chunks[i]);
-  args.signs = p->staged.signs_of(i);
+  p->staged.hand_bits(i, &args);
   rule.apply[compute_of(slot.param_dtype)](args);
 }
 
@@ -194,6 +194,7 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
     args.scalars.norm_sq_before = p.norm_sq_before[t];
     args.scalars.norm_sq = p.norm_sq[t];
   }
+  if (rule.marks) args.scalars.mark_scale = p.select.scale_of(slot.numel);
   if (slot.scale != nullptr) args.scalars.last_scale = *slot.scale;
   if (rule.counts_steps) {
     const double step = static_cast<double>(*slot.steps) + 1.0;
@@ -203,7 +204,7 @@ ApplyArgs args_of(const Pipeline& p, const RuleInfo& rule, const Chunk& chunk) {
       rule.derive(group.hyper, step, args.scalars.derived);
   }
   args.stochastic = 0;
-  args.signs = nullptr;
+  for (uint64_t*& bits : args.bits) bits = nullptr;
   args.param = slot.param;
   args.grad = slot.grad;
   args.dtype[0] = slot.param_dtype;

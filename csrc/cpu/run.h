@@ -63,8 +63,7 @@ enum class Outcome : int { applied = 0, skipped = 1, nonfinite = 2, stale = 3 };
 
 // What the passes before apply need, and what they leave behind.
 struct Staged {
-  int stages = 0;  // the most that any active slot's rule has
-  bool selects = false;
+  int stages = 0;                          // the most that any active slot's rule has
   std::vector<double> values[kMaxStages];  // per slot: what Scalars::stage is to hold
   std::vector<SourceResult> results;       // per chunk, of the pass that ran last
   std::vector<SelectUnit> units;
@@ -76,13 +75,19 @@ struct Staged {
   std::vector<int64_t> numels;
   std::unique_ptr<std::atomic<int64_t>[]> kept;  // per unit: candidates kept so far
   std::vector<int64_t> histogram, ties;          // of a second look
-  std::vector<uint64_t> signs;   // of the values of pass 0, for rules that send them
-  std::vector<size_t> signs_at;  // per chunk: where its words are; empty if no rule needs them
+  int selected_passes = 0;                       // of how many the values are selected from
+  // Of signs or marks, one set of words after another: how many words in a set, where a chunk's
+  // are.
+  std::vector<uint64_t> bits;
+  std::vector<size_t> bits_at;
+  int bit_sets = 0;
   // Over the life of the pipeline.
   int64_t selections = 0, second_looks = 0;
 
-  uint64_t* signs_of(int64_t chunk) {
-    return signs_at.empty() ? nullptr : signs.data() + signs_at[static_cast<size_t>(chunk)];
+  void hand_bits(int64_t chunk, ApplyArgs* args) {
+    for (int k = 0; k < bit_sets; ++k)
+      args->bits[k] = bits.data() + static_cast<size_t>(k) * bits_at.back() +
+                      bits_at[static_cast<size_t>(chunk)];
   }
 };
 

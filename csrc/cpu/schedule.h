@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/chunks.h"
+#include "core/rule.h"
 
 namespace pysmooth {
 
@@ -23,10 +24,9 @@ enum PassName : int {
   kReducePass,
   kRowsPass,
   kApplyPass,
-  kSourcePass,
-  kSecondSourcePass,
-  kSelectedPass,
-  kPasses
+  kSourcePass,                               // and those after it
+  kSelectedPass = kSourcePass + kMaxStages,  // the same
+  kPasses = kSelectedPass + kMaxSelections
 };
 
 class Schedule {

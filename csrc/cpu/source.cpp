@@ -39,7 +39,7 @@ int64_t source_low(const ApplyArgs& a, const SourceTask& task, bool reads_param,
       vector_io<float>::store(values + i, value);
     }
     if constexpr (Rule::kSendsSigns)
-      if (a.signs != nullptr) store_signs(values, kBlockElements, a.signs + done / 64);
+      if (a.bits[0] != nullptr) store_signs(values, kBlockElements, a.bits[0] + done / 64);
     result->sum += sum_up(values, kBlockElements, task.sum);
   }
   return done;
@@ -71,6 +71,7 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
     C* const out = values + filled;
     for (int64_t i = 0; i < run.count; i += lanes_of<C>) {
       auto x = port.template load<Use>(i, reads_param);
+      if constexpr (Use::kStreams.marks != 0) load_marks<Use, C>(a, done + filled + i, &x);
       if constexpr (kAgain)
         vector_io<C>::store(out + i, Rule::template again<kStage>(x, h));
       else
@@ -86,7 +87,7 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
     filled += static_cast<int>(run.count);
     if (filled < kBlockElements && done + filled < args.length) continue;
     if constexpr (Rule::kSendsSigns && kStage == 0)
-      if (a.signs != nullptr) store_signs(values, filled, a.signs + done / 64);
+      if (a.bits[0] != nullptr) store_signs(values, filled, a.bits[0] + done / 64);
     result.sum += sum_up(values, filled, task.sum);
     done += filled;
     filled = 0;
@@ -99,9 +100,9 @@ SourceResult source(const ApplyArgs& args, const SourceTask& task) {
 enum class Sieved { none, values, stored };
 
 // A pass whose values are selected from, and not summed up.
-template <class Rule, class C, Sieved kSieved, bool kAgain>
+template <class Rule, int kStage, class C, Sieved kSieved, bool kAgain>
 SourceResult filtered(const ApplyArgs& args, const SourceTask& task) {
-  using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, 0>>;
+  using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, kStage>>;
   static_assert(!Use::kStreams.draws, "nothing is drawn for a pass that is selected from");
   constexpr int W = lanes_of<C>;
   const auto h = Rule::template prepare<C>(args.hyper, args.scalars);
@@ -118,7 +119,7 @@ SourceResult filtered(const ApplyArgs& args, const SourceTask& task) {
       int64_t done = 0;
       for (; done + W <= a.length; done += W, place += static_cast<uint32_t>(W)) {
         auto x = port.template load<Use>(done, reads_param);
-        vec<C> value = Rule::template source<0>(x, h);
+        vec<C> value = Rule::template source<kStage>(x, h);
         port.template store<Use>(&x, done);
         if constexpr (kSieved == Sieved::stored) value = x.state[0];
         if constexpr (kSieved != Sieved::none)
@@ -137,9 +138,9 @@ SourceResult filtered(const ApplyArgs& args, const SourceTask& task) {
       auto x = port.template load<Use>(i, reads_param);
       vec<C> value;
       if constexpr (kAgain)
-        value = Rule::template again<0>(x, h);
+        value = Rule::template again<kStage>(x, h);
       else
-        value = Rule::template source<0>(x, h);
+        value = Rule::template source<kStage>(x, h);
       port.template store<Use>(x, i);
       if constexpr (kSieved == Sieved::values)
         sieve.take(value, place, reach_bits<C>(value, least) & lanes);
@@ -167,25 +168,31 @@ SourceResult filtered(const ApplyArgs& args, const SourceTask& task) {
   return {0.0, sieve.count};
 }
 
-template <class Rule, class C>
+template <class Rule, int kStage, class C>
 SourceResult select_source(const ApplyArgs& a, const SourceTask& task) {
-  if (task.filter < 0.0) return filtered<Rule, C, Sieved::none, false>(a, task);
+  if (task.filter < 0.0) {
+    // What can be selected from may be summed up instead.
+    if constexpr (Rule::kMarks > 0)
+      return source<Rule, kStage, false, C>(a, task);
+    else
+      return filtered<Rule, kStage, C, Sieved::none, false>(a, task);
+  }
   if constexpr (Rule::kKeepsValue)
-    if (has(a.stochastic, 2)) return filtered<Rule, C, Sieved::stored, false>(a, task);
-  return filtered<Rule, C, Sieved::values, false>(a, task);
+    if (has(a.stochastic, 2)) return filtered<Rule, kStage, C, Sieved::stored, false>(a, task);
+  return filtered<Rule, kStage, C, Sieved::values, false>(a, task);
 }
 
 // The same where states have taken in the gradient already: what they hold is what is stored.
 template <class Rule, class C>
 SourceResult select_absorbed(const ApplyArgs& a, const SourceTask& task) {
   if (task.filter < 0.0) return {};
-  return filtered<Rule, C, Sieved::values, true>(a, task);
+  return filtered<Rule, 0, C, Sieved::values, true>(a, task);
 }
 
 // For samples, where time counts, and for second looks.
-template <class Rule, bool kAgain, class C>
+template <class Rule, int kStage, bool kAgain, class C>
 void read_values(const ApplyArgs& args, const Stretch* stretches, int64_t count, double* out) {
-  using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, 0>>;
+  using Use = std::conditional_t<kAgain, UseAgain<Rule>, UsePass<Rule, kStage>>;
   const auto h = Rule::template prepare<C>(args.hyper, args.scalars);
   const Touch touch{touch_of<Rule>(Use::kStreams).reads, 0u};
   ApplyArgs a = args;
@@ -203,9 +210,9 @@ void read_values(const ApplyArgs& args, const Stretch* stretches, int64_t count,
         auto x = port.template load<Use>(i);
         alignas(64) C row[lanes_of<C>];
         if constexpr (kAgain)
-          vector_io<C>::store(row, Rule::template again<0>(x, h));
+          vector_io<C>::store(row, Rule::template again<kStage>(x, h));
         else
-          vector_io<C>::store(row, Rule::template source<0>(x, h));
+          vector_io<C>::store(row, Rule::template source<kStage>(x, h));
         const int64_t n = run.count - i < lanes_of<C> ? run.count - i : lanes_of<C>;
         for (int64_t j = 0; j < n; ++j) *out++ = static_cast<double>(row[j]);
       }
@@ -213,10 +220,10 @@ void read_values(const ApplyArgs& args, const Stretch* stretches, int64_t count,
   }
 }
 
-template <class Rule, class C>
+template <class Rule, int kStage, class C>
 void values(const ApplyArgs& a, const Stretch* stretches, int64_t count, bool again, double* out) {
-  again ? read_values<Rule, true, C>(a, stretches, count, out)
-        : read_values<Rule, false, C>(a, stretches, count, out);
+  again ? read_values<Rule, kStage, true, C>(a, stretches, count, out)
+        : read_values<Rule, kStage, false, C>(a, stretches, count, out);
 }
 
 template <class Rule, class C, bool kFetch>
@@ -248,30 +255,49 @@ void take_in(const ApplyArgs& a, const SelectedTask& task, int64_t count) {
   }
 }
 
-template <class Rule, class C>
-void selected(const ApplyArgs& a, const SelectedTask& task) {
-  if (task.fetch) return take_in<Rule, C, true>(a, task, task.picks.count);
-  int64_t count = task.picks.count;
-  if (task.threshold > 0.0)
-    count = sift(static_cast<C*>(task.picks.values), task.picks.index, count,
-                 least_of<C>(task.threshold));
-  take_in<Rule, C, false>(a, task, count);
+// The picks that stay: all of them, or those that reach the threshold, moved to the front.
+template <class C>
+int64_t chosen_of(const SelectedTask& task) {
+  if (task.fetch || !(task.threshold > 0.0)) return task.picks.count;
+  return sift(static_cast<C*>(task.picks.values), task.picks.index, task.picks.count,
+              least_of<C>(task.threshold));
 }
 
 template <class Rule, class C>
+void selected(const ApplyArgs& a, const SelectedTask& task) {
+  const int64_t count = chosen_of<C>(task);
+  if (task.fetch)
+    take_in<Rule, C, true>(a, task, count);
+  else
+    take_in<Rule, C, false>(a, task, count);
+}
+
+template <class C>
+void mark(const ApplyArgs& a, const SelectedTask& task) {
+  const int64_t count = chosen_of<C>(task);
+  std::memset(task.marks, 0, static_cast<size_t>((a.length + 63) / 64) * sizeof(uint64_t));
+  for (int64_t j = 0; j < count; ++j)
+    task.marks[task.picks.index[j] / 64] |= uint64_t{1} << task.picks.index[j] % 64;
+}
+
+template <class Rule, class C, int kStage = 0>
 void fill(SourceInfo* info, Compute c) {
-  if constexpr (Rule::kSelects)
-    info->source[0][c] = select_source<Rule, C>;
-  else if constexpr (Rule::kStages > 0)
-    info->source[0][c] = source<Rule, 0, false, C>;
-  if constexpr (Rule::kStages > 1) info->source[1][c] = source<Rule, 1, false, C>;
-  if constexpr (Rule::kSelects && Rule::kAbsorbs)
-    info->absorbed[c] = select_absorbed<Rule, C>;
-  else if constexpr (Rule::kAbsorbs)
-    info->absorbed[c] = source<Rule, 0, true, C>;
-  if constexpr (Rule::kSelects) {
-    info->values[c] = values<Rule, C>;
-    info->selected[c] = selected<Rule, C>;
+  if constexpr (kStage < selections_of<Rule>) {
+    info->source[kStage][c] = select_source<Rule, kStage, C>;
+    info->values[kStage][c] = values<Rule, kStage, C>;
+    fill<Rule, C, kStage + 1>(info, c);
+  } else if constexpr (kStage < Rule::kStages) {
+    info->source[kStage][c] = source<Rule, kStage, false, C>;
+    fill<Rule, C, kStage + 1>(info, c);
+  } else {
+    if constexpr (Rule::kSelects && Rule::kAbsorbs)
+      info->absorbed[c] = select_absorbed<Rule, C>;
+    else if constexpr (Rule::kAbsorbs)
+      info->absorbed[c] = source<Rule, 0, true, C>;
+    if constexpr (Rule::kSelects)
+      info->selected[c] = selected<Rule, C>;
+    else if constexpr (Rule::kMarks > 0)
+      info->selected[c] = mark<C>;
   }
 }
 

@@ -19,13 +19,13 @@ class Stages {
       : p_(p), s_(p->staged), table_(table), schedule_(schedule), threads_(threads) {}
 
   void run() {
-    if (s_.selects) sample();
     for (int stage = 0; stage < s_.stages; ++stage) {
+      if (stage < s_.selected_passes) sample(stage);
       each_chunk(kSourcePass + stage, [&](size_t i) { source(stage, i); });
-      if (stage == 0 && s_.selects) count_in(-1);
+      if (stage < s_.selected_passes) count_in(-1);
       barrier();
       one([&] { finish(stage); });
-      if (stage == 0 && s_.selects) select();
+      if (stage < s_.selected_passes) select(stage);
     }
   }
 
@@ -68,14 +68,15 @@ class Stages {
     s_.results[i] = {};
     if (!slot.active || stage >= rule.stages) return;
     ApplyArgs a = args(i);
-    a.signs = s_.signs_of(static_cast<int64_t>(i));
+    s_.hand_bits(static_cast<int64_t>(i), &a);
     // What apply, or a selection, rounds after this is rounded by other noise.
     a.noise = a.noise.shifted(kNoisePass * (1 + stage));
     SourceTask task;
     task.sum = rule.stage_sum(a.hyper, stage);
     task.reads_param = rule.reads_param(a.hyper, stage);
-    const bool selects = stage == 0 && s_.active[tensor_of(i)];
+    const bool selects = stage < rule.selections && s_.active[tensor_of(i)];
     const bool filters = selects && p_->select.kind == Selector::top_k;
+    if (!filters && task.sum == Sum::none && (rule.idle >> stage & 1u) != 0) return;
     if (filters) {
       task.filter = blocks() ? kAnyMagnitude : unit(i).filter;
       task.room = open(i);
@@ -167,15 +168,15 @@ class Stages {
   }
 
   // Stretches of one slot.
-  void read(const Stretch* stretches, size_t count, bool again, double* out) const {
+  void read(int stage, const Stretch* stretches, size_t count, bool again, double* out) const {
     const size_t t = stretches->slot;
     const Slot& slot = p_->slots[t];
     const ApplyArgs a = args_of(*p_, rule_of(slot), {static_cast<int32_t>(t), 0, 0});
-    table_.sources[slot.rule].values[compute_of(slot.param_dtype)](
+    table_.sources[slot.rule].values[stage][compute_of(slot.param_dtype)](
         a, stretches, static_cast<int64_t>(count), again || slot.absorbed, out);
   }
 
-  void sample() {
+  void sample(int stage) {
     if (p_->select.kind != Selector::top_k || blocks()) return;
     each_unit([&](size_t u) {
       static thread_local std::vector<Stretch> places;
@@ -193,7 +194,7 @@ class Stages {
         int64_t length = 0;
         for (next = j; next < places.size() && places[next].slot == places[j].slot; ++next)
           length += places[next].length;
-        read(&places[j], next - j, false, out);
+        read(stage, &places[j], next - j, false, out);
         out += length;
       }
       keys.resize(values.size());
@@ -203,7 +204,7 @@ class Stages {
     });
   }
 
-  void select() {
+  void select(int stage) {
     if (p_->select.kind == Selector::rand_k) {
       each_unit([&](size_t u) { draw(u); });
     } else if (!blocks()) {
@@ -216,7 +217,7 @@ class Stages {
         unit.second_look = !choose(&unit, chunks, found, s_.tallies[u].data(), &s_.lists, &scratch);
       });
       for (size_t u = 0; u < s_.units.size(); ++u)
-        if (s_.units[u].second_look) look_again(u);
+        if (s_.units[u].second_look) look_again(stage, u);
       one([&] {
         for (const SelectUnit& unit : s_.units) {
           s_.selections += unit.k > 0 ? 1 : 0;
@@ -224,16 +225,16 @@ class Stages {
         }
       });
     }
-    each_chunk(kSelectedPass, [&](size_t i) {
+    each_chunk(kSelectedPass + stage, [&](size_t i) {
       const Slot& slot = slot_of(i);
-      if (!s_.active[tensor_of(i)] || s_.lists[i].count == 0) return;
+      const bool marks = rule_of(slot).marks;
+      if (!s_.active[tensor_of(i)] || (s_.lists[i].count == 0 && !marks)) return;
+      ApplyArgs a = args(i);
+      s_.hand_bits(static_cast<int64_t>(i), &a);
       const bool random = p_->select.kind == Selector::rand_k;
-      double scale = 1.0;
-      if (random && p_->select.scaled)
-        scale =
-            static_cast<double>(slot.numel) / static_cast<double>(p_->select.chosen_of(slot.numel));
+      const double scale = p_->select.scale_of(slot.numel);
       table_.sources[slot.rule].selected[compute_of(slot.param_dtype)](
-          args(i), {s_.lists[i], unit(i).threshold, random, scale});
+          a, {s_.lists[i], unit(i).threshold, random, scale, marks ? a.bits[stage] : nullptr});
     });
     barrier();
   }
@@ -278,7 +279,7 @@ class Stages {
   }
 
   // All threads together: digit by digit, then who it is.
-  void look_again(size_t u) {
+  void look_again(int stage, size_t u) {
     const std::vector<size_t> chunks = chunks_of(u);
     const auto each = [&](auto body) {
       static thread_local std::vector<double> values;
@@ -288,7 +289,7 @@ class Stages {
       for (int64_t j = 0; j < count; ++j) {
         const Chunk& chunk = p_->chunks[static_cast<int64_t>(chunks[static_cast<size_t>(j)])];
         const Stretch all{static_cast<size_t>(chunk.tensor), chunk.begin, chunk.length};
-        read(&all, 1, true, values.data());
+        read(stage, &all, 1, true, values.data());
         body(static_cast<size_t>(j), values.data(), static_cast<int64_t>(chunk.length));
       }
     };
@@ -328,6 +329,15 @@ class Stages {
   int tallied_ = -1;  // the unit whose candidates tally_ counts
   std::vector<uint32_t> tally_;
 };
+
+void lay_out_bits(Pipeline* p) {
+  Staged& s = p->staged;
+  s.bits_at.assign(1, 0);
+  for (int64_t i = 0; i < p->chunks.size(); ++i)
+    s.bits_at.push_back(s.bits_at.back() + static_cast<size_t>(p->chunks[i].length + 63) / 64);
+  const size_t words = s.bits_at.back() * static_cast<size_t>(s.bit_sets);
+  if (s.bits.size() < words) s.bits.resize(words);
+}
 
 }  // namespace
 
@@ -383,7 +393,7 @@ void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
   Staged& s = p->staged;
   const size_t tensors = p->slots.size();
   s.stages = 0;
-  s.selects = false;
+  s.selected_passes = s.bit_sets = 0;
   for (const Slot& slot : p->slots)
     if (slot.active) s.stages = std::max(s.stages, table.rules[slot.rule].stages);
   if (s.stages == 0) return;
@@ -391,18 +401,6 @@ void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
   s.results.resize(static_cast<size_t>(p->chunks.size()));
   if (s.stores.size() < static_cast<size_t>(threads)) s.stores.resize(static_cast<size_t>(threads));
   for (PickStore& store : s.stores) store.clear();
-  s.signs_at.clear();
-  const bool signs = std::any_of(p->slots.begin(), p->slots.end(), [&](const Slot& slot) {
-    return slot.active && table.rules[slot.rule].sends_signs;
-  });
-  if (signs) {
-    size_t words = 0;
-    for (int64_t i = 0; i < p->chunks.size(); ++i) {
-      s.signs_at.push_back(words);
-      words += static_cast<size_t>(p->chunks[i].length + 63) / 64;
-    }
-    if (s.signs.size() < words) s.signs.resize(words);
-  }
   s.active.assign(tensors, 0);
   s.numels.resize(tensors);
   s.units.clear();
@@ -412,9 +410,13 @@ void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
     const Slot& slot = p->slots[t];
     s.numels[t] = slot.numel;
     const RuleInfo& rule = table.rules[slot.rule];
-    if (!slot.active || !rule.selects) continue;
-    if (rule.selects_nothing(p->groups[static_cast<size_t>(slot.group)].hyper)) continue;
-    s.selects = true;
+    if (!slot.active) continue;
+    if (rule.sends_signs) s.bit_sets = std::max(s.bit_sets, 1);
+    if (rule.selections == 0 ||
+        rule.selects_nothing(p->groups[static_cast<size_t>(slot.group)].hyper))
+      continue;
+    s.selected_passes = std::max(s.selected_passes, rule.selections);
+    if (rule.marks) s.bit_sets = std::max(s.bit_sets, rule.selections);
     s.active[t] = 1;
     if (!global || s.units.empty()) s.units.push_back({t, t + 1, 0, 0, 0.0, false, false, 0.0});
     SelectUnit& unit = s.units.back();
@@ -422,7 +424,8 @@ void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
     unit.elements += slot.numel;
     s.unit_of[t] = static_cast<int>(s.units.size()) - 1;
   }
-  if (!s.selects) return;
+  if (s.bit_sets > 0) lay_out_bits(p);
+  if (s.selected_passes == 0) return;
   s.lists.resize(static_cast<size_t>(p->chunks.size()));
   s.tallies.resize(s.units.size());
   s.kept = std::make_unique<std::atomic<int64_t>[]>(s.units.size());

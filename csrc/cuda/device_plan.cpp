@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "cuda/kernels.h"
@@ -50,6 +51,8 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     : tensors_(tensors), groups_(groups), settings_(settings) {
   for (size_t t = 0; t < tensors_.size(); ++t) {
     const Tensor& tensor = tensors_[t];
+    if (facts(tensor.rule).marks)
+      throw std::invalid_argument(std::string(facts(tensor.rule).name) + " has no CUDA kernel");
     accumulates_ = accumulates_ || tensor.norm_sq != nullptr;
     const auto number = [this](const Layout* layout) {
       if (layout == nullptr) return -1;

@@ -60,7 +60,7 @@ struct RuleFacts {
   int states = 0, stages = 0;
   unsigned low_states = 0;
   bool reads_grad = true, counts_steps = false, accumulates = false, keeps_scale = false;
-  bool sends_signs = false, selects = false, applies = true;
+  bool sends_signs = false, selects = false, marks = false, applies = true;
   int hypers = 0;
   const char* const* hyper = nullptr;
 };
@@ -78,6 +78,7 @@ RuleFacts facts_of() {
   out.keeps_scale = Rule::kKeepsScale;
   out.sends_signs = Rule::kSendsSigns;
   out.selects = Rule::kSelects;
+  out.marks = Rule::kMarks > 0;
   out.applies = Rule::kApplies;
   out.hypers = static_cast<int>(sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]));
   out.hyper = Rule::kHyper;

@@ -22,7 +22,7 @@ void fill_access(KernelTable* table, int rule, Access access) {
 
 template <int kRule, class Rule>
 void fill_rule(KernelTable* table) {
-  if constexpr (kRule % kParts == PYSMOOTH_PART) {
+  if constexpr (kRule % kParts == PYSMOOTH_PART && Rule::kMarks == 0) {
     fill_access<Rule, generic::PlainAccess>(table, kRule, kPlain);
     fill_access<Rule, generic::MixedAccess>(table, kRule, kMixed);
     fill_access<Rule, generic::WideAccess>(table, kRule, kWide);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..compressors import Compressor, Select
+from ..compressors import Compressor, Dense, Select
 from ..engine.recipe import Scope
 from ._base import FusedOptimizer
 
@@ -12,26 +12,31 @@ from ._base import FusedOptimizer
 ResidualPolicy = Literal["skip", "raise", "zero"]
 
 
+MARKS: Dense = (5, 0.0, 0)  # what takes a codec's place where coordinates are selected
+
+
 class CompressedOptimizer(FusedOptimizer):
     """An optimizer whose rule sends something through a compressor."""
 
     policies = ("skip", "raise", "zero")
     compressor: Compressor
+    compressor_passes = 1  # how many passes of the rule look at what the compressor looks at
 
     def set_compressor(self, compressor: object, norm_scope: Scope = Scope.GLOBAL) -> None:
         """Takes the compressor in; `norm_scope` is of the norm that a rule takes after it."""
         if not isinstance(compressor, Compressor) or not (compressor.select or compressor.dense):
             raise TypeError(f"compressor must be one of pysmooth.compressors; got {compressor!r}")
         self.compressor = compressor
-        self.stage_scopes = (Scope[compressor.scale_scope.upper()], norm_scope)
+        scale_scope = Scope[compressor.scale_scope.upper()]
+        self.stage_scopes = (*[scale_scope] * self.compressor_passes, norm_scope)
 
     def select_spec(self) -> Select | None:
         """How coordinates are selected, where they are."""
         return self.compressor.select
 
     def codec(self) -> tuple[float, ...]:
-        """A dense compressor as hyper-parameters: kind, level, and the halves of a seed."""
-        kind, level, seed = self.compressor.dense or (0, 0.0, 0)
+        """The compressor as hyper-parameters: kind, level, and the halves of a seed."""
+        kind, level, seed = self.compressor.dense or MARKS
         return (float(kind), level, *halves(seed))
 
     def form(self) -> str:

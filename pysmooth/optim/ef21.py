@@ -220,11 +220,12 @@ class EF21Plus(EF21):
 
     Per unit of the compressor's scope the estimate becomes compressor(g) where that is closer to g
     than grad_estimate + compressor(g - grad_estimate) is; of equals the latter. Everything else is
-    as in `EF21`. It has no fused kernel: `backend="eager"`. `TopK(scope="block")` chooses per
-    tensor.
+    as in `EF21`. `TopK(scope="block")` chooses per tensor.
 
     Source: arXiv:2106.05203.
     """
+
+    compressor_passes = 4  # on both messages: a scale or a selection, then the error
 
     def rule(self, momenta: int) -> str:
         """The name of the rule for so many momenta."""

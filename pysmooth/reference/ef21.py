@@ -41,9 +41,9 @@ def plus(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     through = passes.compress(members, [w - h for w, h in zip(targets, estimates, strict=True)])
     moved = [h + c for h, c in zip(estimates, through, strict=True)]
     direct = passes.compress(members, targets)
-    # Pass 0 has the compressor's scope: the unit that chooses.
-    error = passes.norms(0, members, [w - h for w, h in zip(targets, moved, strict=True)])
-    other = passes.norms(0, members, [w - c for w, c in zip(targets, direct, strict=True)])
+    # Per unit that the compressor looks at.
+    error = passes.norms(2, members, [w - h for w, h in zip(targets, moved, strict=True)])
+    other = passes.norms(3, members, [w - c for w, c in zip(targets, direct, strict=True)])
     for m, a, b, h, c in zip(members, error, other, moved, direct, strict=True):
         m.states[0].copy_(torch.where(b < a, c, h))
     return _step(members, passes, [_along(m) for m in members])
@@ -75,7 +75,7 @@ def smoothed(members: Sequence[Member]) -> list[Tensor]:
 
 def _step(members: Sequence[Member], passes: Passes, plain: list[Tensor]) -> list[Tensor]:
     """The new parameters: `plain`, or for members that normalise a step of length lr."""
-    norms = passes.norms(1, members, [m.states[0] for m in members])
+    norms = passes.norms(-1, members, [m.states[0] for m in members])
     out = []
     for m, norm, p in zip(members, norms, plain, strict=True):
         lr = m.hyper["lr"]

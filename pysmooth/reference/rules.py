@@ -131,6 +131,9 @@ def _ef21() -> list[EagerRule]:
             ("select_normalized", ef21.select),
         )
         for states, suffix in ((1, ""), (2, "_m"), (3, "_2m"))
+    ] + [
+        _staged(f"ef21_plus{suffix}", ef21, states, counts_steps=True, staged=ef21.plus)
+        for states, suffix in ((1, ""), (2, "_m"))
     ]
 
 
@@ -171,12 +174,7 @@ RULES: dict[str, EagerRule] = {
     )
 }
 
-# Rules that no kernel implements: backend "eager" only.
+# The rule of optimizers that run the parts of a chain one after another: backend "eager" only.
 EAGER_RULES: dict[str, EagerRule] = {
-    rule.name: rule
-    for rule in (
-        EagerRule("chain", ("lr",), 0, None, staged=run_chain),
-        _staged("ef21_plus", ef21, 1, counts_steps=True, staged=ef21.plus),
-        _staged("ef21_plus_m", ef21, 2, counts_steps=True, staged=ef21.plus),
-    )
+    "chain": EagerRule("chain", ("lr",), 0, None, staged=run_chain)
 }

@@ -4,6 +4,14 @@
 
 namespace pysmooth::generic {
 
+template <class Rule, int kStage = 0, class X, class H>
+__device__ void passes(X& x, const H& h) {
+  if constexpr (kStage < Rule::kStages) {
+    x.grad += Rule::template source<kStage>(x, h);
+    passes<Rule, kStage + 1>(x, h);
+  }
+}
+
 template <class Rule>
 __device__ void one(float* param, const float* grad, float* state, const double* hyper) {
   const auto h = Rule::template prepare<float>(hyper, Scalars{});
@@ -11,8 +19,7 @@ __device__ void one(float* param, const float* grad, float* state, const double*
   x.param = *param;
   x.grad = GradientIn<float>(Scalars{})(*grad);
   for (int k = 0; k < Rule::kStates; ++k) x.state[k] = state[k];
-  if constexpr (Rule::kStages > 0) x.grad += Rule::template source<0>(x, h);
-  if constexpr (Rule::kStages > 1) x.grad += Rule::template source<1>(x, h);
+  passes<Rule>(x, h);
   if constexpr (Rule::kSelects) Rule::selected(x, Rule::template again<0>(x, h), h);
   Rule::update(x, h);
   *param = x.param;

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import HERE, ROOT, library
 
-MAX_STATES, MAX_OPERANDS, MAX_HYPER, MAX_STAGES = 4, 6, 16, 2
+MAX_STATES, MAX_OPERANDS, MAX_HYPER, MAX_STAGES = 4, 6, 16, 5
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PARTS = 4
 
@@ -118,6 +118,7 @@ class Facts(NamedTuple):
     accumulates: bool
     keeps_scale: bool
     selects: bool
+    marks: bool
 
 
 @cache
@@ -127,7 +128,7 @@ def rules() -> dict[str, Facts]:
     out = {}
     for i in range(lib.rule_count()):
         hyper = tuple(lib.rule_hyper(i, k).decode() for k in range(lib.rule_hypers(i)))
-        numbers = (ctypes.c_int * 8)()
+        numbers = (ctypes.c_int * 9)()
         lib.rule_facts(i, numbers)
         flags = (bool(x) for x in numbers[3:])
         out[lib.rule_name(i).decode()] = Facts(hyper, *numbers[:3], *flags)
@@ -241,7 +242,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         setattr(config, name, getattr(run, name))
     for name in ("order", "seed", "resident", "races", "multiprocessors"):
         setattr(config, name, getattr(run, name))
-    config.stage_scope[:] = tuple(run.stage_scopes)
+    config.stage_scope[: len(run.stage_scopes)] = tuple(run.stage_scopes)
     kind, scope, ratio, k, block, scaled, seed = run.select
     config.selector, config.select_scope, config.ratio = kind, scope, ratio
     config.k, config.block, config.scaled, config.select_seed = k, block, scaled, seed

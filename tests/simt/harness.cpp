@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -161,16 +162,16 @@ void rule_facts(int rule, int* out) {
   const RuleFacts& f = facts(rule);
   const int all[] = {f.states,      f.stages,       static_cast<int>(f.low_states),
                      f.reads_grad,  f.counts_steps, f.accumulates,
-                     f.keeps_scale, f.selects};
+                     f.keeps_scale, f.selects,      f.marks};
   std::copy(std::begin(all), std::end(all), out);
 }
 
 // One step. `norms` and `coefs` take as many numbers as there are scope units and parameters,
 // `status` two: skipped, nonfinite; `nonfinite` one per parameter. `first` of the parameters is
-// brought up to date.
+// brought up to date. `error`: what was refused, or went wrong.
 void emulated_step(const Config* config, Parameter* parameters, int count, GroupInput* groups,
                    StepInput* step, double* norms, double* coefs, int* status, unsigned* nonfinite,
-                   char* error) {
+                   char* error) try {
   simt::options() = {static_cast<simt::Order>(config->order), config->seed, config->resident,
                      config->races != 0};
   Device device;
@@ -246,5 +247,7 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
   simt::release(memory);
   simt::release(inputs);
   std::snprintf(error, 256, "%s", wrong.c_str());
+} catch (const std::exception& refusal) {
+  std::snprintf(error, 256, "%s", refusal.what());
 }
 }

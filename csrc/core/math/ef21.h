@@ -56,10 +56,13 @@ struct Ef21 : RuleDefaults {
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
-    const double norm = s.stage[1];
-    const double step = h[3] == 0.0 ? h[0] : norm == 0.0 ? 0.0 : h[0] / norm;
-    return {static_cast<T>(1.0 - h[1]), static_cast<T>(h[1]), static_cast<T>(1.0 - h[0] * h[2]),
-            static_cast<T>(h[0]),       static_cast<T>(step), Codec<T>(h + 4, s.stage[0])};
+    return {static_cast<T>(1.0 - h[1]),        static_cast<T>(h[1]),
+            static_cast<T>(1.0 - h[0] * h[2]), static_cast<T>(h[0]),
+            step_of<T>(h, s.stage[1]),         Codec<T>(h + 4, s.stage[0])};
+  }
+  template <class T>
+  PYSMOOTH_HD static T step_of(const double* h, double norm) {
+    return static_cast<T>(h[3] == 0.0 ? h[0] : norm == 0.0 ? 0.0 : h[0] / norm);
   }
 
   // w - h, the momenta being up to date.
