@@ -25,20 +25,24 @@ bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 # Tests of the Triton backend, in its interpreter: these of all that take a backend.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton battery bad_input_optim grad_scaler))
 
+# The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
+EMULATED := $(addprefix tests/test_,$(addsuffix .py,cuda_engine battery bad_input_optim grad_scaler \
+	layouts low_precision param_storage state_dict torch_integration))
+
 .PHONY: test
 test: lint $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test
-	$(BIN)/python -m pytest tests bench -q --benchmark-disable --timeout 600 --ignore $(EMULATED)
+	$(BIN)/python -m pytest tests bench -q --benchmark-disable --timeout 600 --ignore $(KERNELS)
+	PYSMOOTH_EMULATED=1 $(BIN)/python -m pytest $(EMULATED) -q --timeout 600
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -q --timeout 600
 	$(BIN)/python -m pysmooth.triton_kernels.compile
-	.ci/cuda-compile
 	.ci/wheel-smoke $(BIN)/python
 
-# The CUDA kernels, which no backend uses yet: run by the emulation, compiled by nvcc.
-EMULATED := tests/test_cuda_kernels.py
+# Every CUDA kernel with every dtype, size and layout, and looked at for races.
+KERNELS := tests/test_cuda_kernels.py
 
 .PHONY: test-cuda
 test-cuda: $(VENV)/checked ## CUDA kernels against the CPU backend, emulated; nvcc for sm_80, sm_90, sm_100 (half an hour)
-	$(BIN)/python -m pytest $(EMULATED) -q --timeout 600
+	$(BIN)/python -m pytest $(KERNELS) -q --timeout 600
 	.ci/cuda-kernels
 
 .PHONY: lint
@@ -72,7 +76,8 @@ $(VENV)/built: $(VENV)/made $(SOURCES)
 	$(PIP) install --no-build-isolation -e '.[bench]'
 	touch $@
 
-# The same build once more with warnings as errors.
+# The same build once more with warnings as errors, and the CUDA module where there is an nvcc.
+NVCC := $(shell command -v nvcc)
 $(VENV)/checked: $(VENV)/built $(SOURCES)
-	PYSMOOTH_WERROR=1 $(PIP) install --no-build-isolation --no-deps -e .
+	PYSMOOTH_WERROR=1 $(if $(NVCC),PYSMOOTH_CUDA=1 PYSMOOTH_CUDA_ARCHS=90) $(PIP) install --no-build-isolation --no-deps -e .
 	touch $@

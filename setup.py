@@ -1,4 +1,6 @@
-"""Builds the native extension `pysmooth._cpu`: pybind11 + plain C++17, compiled by ninja.
+"""Builds the native extensions: `pysmooth._cpu`, and `pysmooth._cuda` where nvcc and a GPU are.
+
+pybind11 + plain C++17 (and CUDA), compiled by ninja.
 
 Two things need more than setuptools' own build_ext: every kernel source is compiled once per ISA
 level with that level's flags, and the compile should be parallel and incremental. So this file
@@ -7,6 +9,10 @@ writes a build.ninja and lets ninja do the rest.
 Environment:
     PYSMOOTH_WERROR=1       warnings are errors (CI)
     PYSMOOTH_CXXFLAGS=...   extra compiler flags
+    PYSMOOTH_CUDA=1|0       build the CUDA module wherever nvcc is found (fail without), or never
+    PYSMOOTH_CUDA_ARCHS=90  architectures, separated by commas; else those of the GPUs that are
+                            here, or 80,90,100. The last one's PTX goes along for what is newer
+    CUDA_HOME=...           where the toolkit is, if nvcc is not on PATH
 """
 
 from __future__ import annotations
@@ -40,6 +46,44 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
     ISA_FLAGS["avx512"] += ["-mfma", "-mf16c"]
+
+
+# No contraction here either.
+NVCCFLAGS = ["-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr"]
+NVCCFLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+CUDA_PARTS = 4  # kParts in csrc/cuda/kernels.h
+
+
+def nvcc() -> str | None:
+    """The nvcc program."""
+    for home in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
+        if (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def gpus() -> list[str]:
+    """Compute capabilities of the GPUs that are here, as nvcc writes them."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({line.strip().replace(".", "") for line in said.splitlines()}, key=int)
+
+
+def wants_cuda() -> bool:
+    """Whether the CUDA module is built: compiling it takes minutes, so not without a use for it."""
+    wish = os.environ.get("PYSMOOTH_CUDA", "")
+    if wish == "1" and nvcc() is None:
+        sys.exit("pysmooth: PYSMOOTH_CUDA=1, but nvcc was not found; set CUDA_HOME or PATH")
+    return wish == "1" or (wish != "0" and nvcc() is not None and bool(gpus()))
+
+
+def cuda_archs() -> list[str]:
+    """Architectures to compile for."""
+    given = os.environ.get("PYSMOOTH_CUDA_ARCHS", "").replace(";", ",").split(",")
+    return [a for a in given if a] or [a for a in gpus() if int(a) >= 80] or ["80", "90", "100"]
 
 
 def dlpack_include() -> Path:
@@ -80,21 +124,22 @@ class NinjaBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(self.ninja_file(target))
-        subprocess.run([ninja(), "-C", str(work)], check=True)
-
-    def ninja_file(self, target: Path) -> str:
-        """The text of build.ninja for the CPU module."""
         if not (CSRC / "bindings" / "module.cpp").is_file():
             sys.exit("pysmooth: csrc/ is missing; this source distribution is incomplete")
+        lines = self.cuda_lines(target) if ext.name.endswith("_cuda") else self.cpu_lines(target)
+        (work / "build.ninja").write_text("\n".join(lines) + "\n")
+        subprocess.run([ninja(), "-C", str(work)], check=True)
+
+    def compile_rule(self, *defines: str) -> list[str]:
+        """How ninja compiles C++."""
         includes = [pybind11.get_include(), sysconfig.get_path("include"), dlpack_include()]
         # Other people's headers are not ours to fix: -isystem keeps their warnings out of -Werror.
         flags = [*CXXFLAGS, f"-I{CSRC}", *(f"-isystem{path}" for path in includes)]
-        flags += [f"-DPYSMOOTH_ISA_LEVELS={len(ISA_FLAGS)}"]
+        flags += defines
         if os.environ.get("PYSMOOTH_WERROR") == "1":
             flags.append("-Werror")
         flags += os.environ.get("PYSMOOTH_CXXFLAGS", "").split()
-        lines = [
+        return [
             f"cxx = {os.environ.get('CXX', 'g++')}",
             f"flags = {' '.join(escape(f) for f in flags)}",
             "rule compile",
@@ -102,6 +147,12 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
+        ]
+
+    def cpu_lines(self, target: Path) -> list[str]:
+        """build.ninja for the CPU module."""
+        lines = [
+            *self.compile_rule(f"-DPYSMOOTH_ISA_LEVELS={len(ISA_FLAGS)}"),
             "rule link",
             "  command = $cxx -shared -fopenmp -Wl,--no-undefined-version -s $in -o $out",
             "  description = link $out",
@@ -117,7 +168,51 @@ class NinjaBuild(build_ext):
                 lines.append(f"build {objects[-1]}: compile {escape(source)}")
                 lines.append(f"  isa = -DPYSMOOTH_ISA={level} {' '.join(extra)}")
         lines.append(f"build {escape(target)}: link {' '.join(objects)}")
-        return "\n".join(lines) + "\n"
+        return lines
+
+    def cuda_lines(self, target: Path) -> list[str]:
+        """build.ninja for the CUDA module: it links the runtime statically, and no libcuda."""
+        flags = [*NVCCFLAGS, f"-I{CSRC}"]
+        if os.environ.get("PYSMOOTH_WERROR") == "1":
+            flags += ["-Werror", "all-warnings"]
+        archs = cuda_archs()
+        flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        lines = [
+            *self.compile_rule('-DPYSMOOTH_BACKEND=\\"cuda\\"', "-DPYSMOOTH_DEVICE=kDLCUDA"),
+            f"nvcc = {escape(nvcc())}",
+            f"nvccflags = {' '.join(escape(f) for f in flags)}",
+            "rule nvcc",
+            "  command = $nvcc $nvccflags $part -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $out",
+            "rule link",
+            "  command = $nvcc -shared -cudart static -Xlinker -s,--exclude-libs=ALL $in -o $out",
+            "  description = link $out",
+        ]
+        objects = []
+
+        def add(rule: str, source: Path, name: str, part: str = "") -> None:
+            objects.append(f"{name}.o")
+            lines.append(f"build {objects[-1]}: {rule} {escape(source)}")
+            lines.append(f"  part = {part}")
+
+        for part in range(CUDA_PARTS):
+            add("nvcc", CSRC / "cuda" / "rules.cu", f"rules.{part}", f"-DPYSMOOTH_PART={part}")
+        for name in ("common", "launch"):
+            add("nvcc", CSRC / "cuda" / f"{name}.cu", name)
+        for source in [
+            *sorted(CSRC.glob("bindings/cuda/*.cpp")),
+            CSRC / "bindings" / "tensor_reader.cpp",
+            *sorted(CSRC.glob("cuda/*.cpp")),
+        ]:
+            add("compile", source, f"{source.parent.name}.{source.stem}")
+        lines.append(f"build {escape(target)}: link {' '.join(objects)}")
+        return lines
 
 
-setup(ext_modules=[Extension("pysmooth._cpu", [])], cmdclass={"build_ext": NinjaBuild})
+extensions = [Extension("pysmooth._cpu", [])]
+if wants_cuda():
+    extensions.append(Extension("pysmooth._cuda", []))
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -214,7 +214,7 @@ def _native_norm(tensors: list[Tensor], norm_type: float, *, of_grads: bool) -> 
 
 def _on_triton(tensors: list[Tensor], norm_type: float) -> bool:
     """Whether the Triton kernels take these gradients."""
-    if fastest(tensors) != "triton":
+    if fastest(tensors) not in ("cuda", "triton") or "triton" not in available_backends():
         return False
     from .engine import triton_clip
 

@@ -6,6 +6,7 @@ A new optimizer joins with one `Entry` in `REGISTRY`: every check then runs on i
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,7 +29,10 @@ from pysmooth.engine.backends import triton_interpreted
 
 # Under TRITON_INTERPRET=1 the Triton kernels run on CPU tensors: conftest.py then keeps the tests
 # of that backend, and they take fewer steps.
-BACKENDS = ("cpu", "eager", "triton") if triton_interpreted() else ("cpu", "eager")
+# Under PYSMOOTH_EMULATED=1 the CUDA kernels do (tests/simt), and conftest.py keeps that backend's.
+CUDA_EMULATED = os.environ.get("PYSMOOTH_EMULATED") == "1"
+DEVICE_BACKENDS = ("triton",) * triton_interpreted() + ("cuda",) * CUDA_EMULATED
+BACKENDS = ("cpu", "eager", *DEVICE_BACKENDS)
 STEPS, EXAMPLES = (3, 3) if triton_interpreted() else (20, 20)
 
 # What the Triton backend has no kernel for yet, in the words of its BackendError.
@@ -50,6 +54,10 @@ TRITON_LACKS = (
         "bfloat16 states of 'ef_sgd_dense",
     ),
 )
+
+# The same for CUDA.
+CUDA_LACKS_RULES = frozenset({"ef21_plus", "ef21_plus_m"})
+CUDA_LACKS = (*map(repr, sorted(CUDA_LACKS_RULES)), "clip='agc'", "absorb=True")
 
 # Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.
 SHAPES = ((7, 5), (), (33,), (0, 4), (5003,), (3, 2, 3, 3), (1,))

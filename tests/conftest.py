@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator
 
 import hypothesis
 import interpreter
 import pytest
 import torch
-from battery import TRITON_LACKS, Entry
+from battery import CUDA_EMULATED, CUDA_LACKS, DEVICE_BACKENDS, TRITON_LACKS, Entry
 
 from pysmooth import BackendError
 from pysmooth.engine.backends import triton_interpreted
 
 if triton_interpreted():
     interpreter.tame()
+if CUDA_EMULATED:
+    from simt import emulated
+
+    sys.modules["pysmooth._cuda"] = emulated.module()
 
 # Derandomised: a red build says something about the change, not about luck.
 hypothesis.settings.register_profile("pysmooth", deadline=None, derandomize=True, max_examples=30)
@@ -34,17 +39,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    if triton_interpreted():
-        items[:] = [item for item in items if _is_for_interpreter(item)]
+    if DEVICE_BACKENDS:
+        items[:] = [item for item in items if _is_for_host_run(item)]
 
 
-def _is_for_interpreter(item: pytest.Item) -> bool:
-    """Whether the interpreter is to run it: tests of the Triton backend, less repetition."""
+def _is_for_host_run(item: pytest.Item) -> bool:
+    """Whether a device's kernels run it on the host: tests of its backend, less repetition."""
     if item.get_closest_marker("interpreted") is not None:
-        return True
+        return triton_interpreted()
+    if item.get_closest_marker("emulated") is not None:
+        return CUDA_EMULATED
     given = getattr(item, "callspec", None)
-    if given is None or given.params.get("backend") != "triton":
+    if given is None or given.params.get("backend") not in DEVICE_BACKENDS:
         return False
+    if CUDA_EMULATED:
+        return item.get_closest_marker("many_steps") is None
     if item.get_closest_marker("many_steps") is not None:
         return False
     # One test takes all variants, the others the richest one.
@@ -55,12 +64,12 @@ def _is_for_interpreter(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, None, None]:
-    """What the Triton backend is known to lack skips a test that asks for it."""
+    """What a device's backend is known to lack skips a test that asks for it."""
     try:
         return (yield)
     except BackendError as error:
-        if not any(
-            f"triton backend has no kernel for {what}" in str(error) for what in TRITON_LACKS
-        ):
+        known = [f"triton backend has no kernel for {what}" for what in TRITON_LACKS]
+        known += [f"cuda backend has no kernel for {what}" for what in CUDA_LACKS]
+        if not any(what in str(error) for what in known):
             raise
         pytest.skip(str(error))

@@ -67,10 +67,10 @@ def test_names() -> None:
         assert backends.make_engine(given).name == given
 
 
-@pytest.mark.parametrize("name", ["cuda", "CPU", "", None, 3])
+@pytest.mark.parametrize("name", ["gpu", "CPU", "", None, 3])
 def test_unknown_names(name: Any) -> None:
     with pytest.raises(
-        ValueError, match="backend must be one of auto, cpu, triton, eager; got"
+        ValueError, match="backend must be one of auto, cpu, cuda, triton, eager; got"
     ) as caught:
         pysmooth.ClipSGD(parameters(), 0.1, backend=name)
     assert repr(name) in str(caught.value)
@@ -215,6 +215,17 @@ def test_import_needs_no_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == []
 
 
+def test_the_cuda_module_loads_without_a_driver() -> None:
+    """Where it was built; it says itself what it misses."""
+    module = pytest.importorskip("pysmooth._cuda", reason="the CUDA module was not built")
+    assert module.device_type == "cuda"
+    assert {rule["name"] for rule in module.rules()} <= {rule["name"] for rule in _cpu.rules()}
+    if not torch.cuda.is_available():
+        assert "cuda" not in backends.available_backends()
+        with pytest.raises(pysmooth.BackendError, match="backend 'cuda' is not available: torch"):
+            pysmooth.ClipSGD(parameters(), 0.1, backend="cuda")
+
+
 # ---- rules ---------------------------------------------------------------------------------------
 
 
@@ -294,7 +305,9 @@ def test_cuda_parameters_are_refused_by_the_cpu_backend() -> None:
     with pytest.raises(pysmooth.BackendError, match=r"these are on \['cuda'\]"):
         pysmooth.ClipSGD(parameters("cuda"), 0.1, backend="cpu")
     taken = pysmooth.ClipSGD(parameters("cuda"), 0.1).resolved_backend
-    assert taken == ("triton" if "triton" in backends.available_backends() else "eager")
+    assert taken == next(
+        b for b in ("cuda", "triton", "eager") if b in backends.available_backends()
+    )
 
 
 @pytest.mark.gpu

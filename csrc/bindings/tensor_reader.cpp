@@ -31,7 +31,15 @@ DLDataType parse_dtype(const std::string& name, const std::string& what) {
   if (name == "torch.bfloat16") return {kDLBfloat, 16, 1};
   if (name == "torch.complex64") return {kDLComplex, 64, 1};
   if (name == "torch.complex128") return {kDLComplex, 128, 1};
-  throw Unsupported(what + " has dtype " + name + ", which the cpu backend does not take");
+  throw Unsupported(what + " has dtype " + name +
+                    ", which the " PYSMOOTH_BACKEND " backend does not take");
+}
+
+constexpr const char* kDeviceName = PYSMOOTH_DEVICE == kDLCPU ? "cpu" : "cuda";
+
+[[noreturn]] void refuse_device(const py::object& device, const std::string& what) {
+  throw Unsupported(what + " is on device " + text(device) + ", not on a " +
+                    (PYSMOOTH_DEVICE == kDLCPU ? "CPU" : "GPU"));
 }
 
 bool enabled = true;
@@ -61,9 +69,9 @@ RealView RealView::of(const Signature& s, const std::string& what) {
   else if (s.dtype.code == kDLFloat && bits == 16)
     out.dtype = DType::f16;
   else
-    throw Unsupported(what +
-                      " has a dtype which the cpu backend does not take (it takes float32, "
-                      "float64, bfloat16, float16, complex64, complex128)");
+    throw Unsupported(what + " has a dtype which the " PYSMOOTH_BACKEND
+                             " backend does not take (it takes float32, "
+                             "float64, bfloat16, float16, complex64, complex128)");
   out.shape.assign(s.shape(), s.shape() + s.ndim);
   out.strides.assign(s.strides(), s.strides() + s.ndim);
   if (is_complex) {
@@ -88,11 +96,11 @@ void TensorReader::read_slow(PyObject* tensor, DLTensor* out, const std::string&
   if (!py::object(t.attr("layout")).is(strided))
     throw py::value_error(what + " has layout " + text(t.attr("layout")) +
                           "; only dense (torch.strided) tensors are supported");
-  const std::string device = text(t.attr("device"));
-  if (device.rfind("cpu", 0) != 0)
-    throw Unsupported(what + " is on device " + device + ", not on a CPU");
+  const py::object device = t.attr("device");
+  if (text(device.attr("type")) != kDeviceName) refuse_device(device, what);
   *out = DLTensor{};
-  out->device = {kDLCPU, 0};
+  const py::object index = device.attr("index");
+  out->device = {PYSMOOTH_DEVICE, index.is_none() ? 0 : py::cast<int32_t>(index)};
   out->dtype = parse_dtype(text(t.attr("dtype")), what);
   out->data = reinterpret_cast<void*>(py::cast<uintptr_t>(t.attr("data_ptr")()));
   const auto shape = py::cast<std::vector<int64_t>>(t.attr("shape"));
@@ -105,9 +113,8 @@ void TensorReader::read_slow(PyObject* tensor, DLTensor* out, const std::string&
 }
 
 void TensorReader::check(PyObject* tensor, const DLTensor& t, const std::string& what) const {
-  if (t.device.device_type != kDLCPU)
-    throw Unsupported(what + " is on device " + text(py::handle(tensor).attr("device")) +
-                      ", not on a CPU");
+  if (t.device.device_type != PYSMOOTH_DEVICE)
+    refuse_device(py::handle(tensor).attr("device"), what);
   for (int d = 0; d < t.ndim; ++d)
     if (t.shape[d] == 0) return;  // an empty tensor has no memory, and needs none
   throw Unsupported(what + " is a " + text(py::type::of(tensor).attr("__name__")) +

@@ -19,6 +19,12 @@
 #include "core/dtype.h"
 #include "core/layout.h"
 
+// Whose tensors this module takes. pysmooth._cuda is compiled with values of its own (setup.py).
+#ifndef PYSMOOTH_BACKEND
+#define PYSMOOTH_BACKEND "cpu"
+#define PYSMOOTH_DEVICE kDLCPU
+#endif
+
 namespace pysmooth {
 
 namespace py = pybind11;
@@ -67,12 +73,13 @@ class TensorReader {
   explicit TensorReader(bool use_dlpack);
 
   // Fills `out`; its shape and strides stay valid until the next call. `what` names the tensor in
-  // the errors raised for sparse, meta, distributed and other tensors without plain CPU memory.
+  // the errors raised for sparse, meta, distributed and other tensors without plain memory.
   template <class What>
   void read(PyObject* tensor, DLTensor* out, const What& what) {
     if (exchange_ == nullptr || exchange_(tensor, out) != 0) read_slow(tensor, out, what());
     out->data = static_cast<char*>(out->data) + out->byte_offset;
-    if (out->device.device_type != kDLCPU || out->data == nullptr) check(tensor, *out, what());
+    if (out->device.device_type != PYSMOOTH_DEVICE || out->data == nullptr)
+      check(tensor, *out, what());
   }
 
   bool uses_dlpack() const { return exchange_ != nullptr; }

@@ -207,7 +207,7 @@ void DevicePlan::cut() {
   at_.started = place(n * sizeof(int32_t));
   at_.status = place(sizeof(Status));
   at_.arrived = place((n + 1) * sizeof(uint32_t));
-  at_.nonfinite = place(2 * n * sizeof(uint32_t));
+  at_.nonfinite = place(3 * n * sizeof(uint32_t));
   at_.units = place(units_.size() * sizeof(Unit));
   at_.unit_arrived = place(units_.size() * sizeof(uint32_t));
   at_.image = bytes_;

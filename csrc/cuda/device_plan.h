@@ -74,8 +74,11 @@ class DevicePlan {
   size_t norms_at() const { return at_.norms; }  // double, per scope unit
   size_t coefs_at() const { return at_.coefs; }  // double, per tensor
   size_t nonfinite_at() const { return at_.nonfinite + sizeof(uint32_t) * tensors_.size(); }
+  // Tensors whose gradient ever was not finite: uint32, to be set to 0 by whoever was told.
+  size_t spoiled_at() const { return nonfinite_at() + sizeof(uint32_t) * tensors_.size(); }
   size_t started_at() const { return at_.started; }  // int32, per tensor: to be carried over
   size_t units() const;
+  size_t tensors() const { return tensors_.size(); }
 
  private:
   struct Class {  // tensors that one kernel takes

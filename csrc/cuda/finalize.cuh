@@ -21,6 +21,12 @@ PYSMOOTH_DEVICE double unscale_of(const View& plan) {
          static_cast<double>(static_cast<float>(1.0 / static_cast<double>(*step.grad_scale)));
 }
 
+// Whether GradScaler found that the loss scale was too large: then nothing happens in this step.
+PYSMOOTH_DEVICE bool overflowed(const View& plan) {
+  const float* const found = plan.step->found_inf;
+  return found != nullptr && *found != 0.0f;
+}
+
 // Combines the numbers of `runs` runs, a chunk's first, then those of the chunks, in order. One
 // warp; `room` holds 256 numbers. Every lane gets the result.
 template <Reduction kind>
@@ -170,6 +176,7 @@ template <Reduction kind>
 __device__ void finalize(const View& plan) {
   const Units units(plan, plan.scope);
   const double unscale = unscale_of(plan);
+  const bool counts = !overflowed(plan);
   PYSMOOTH_SHARED(int, nonfinite);
   if (threadIdx.x == 0) nonfinite = 0;
   __syncthreads();
@@ -178,6 +185,7 @@ __device__ void finalize(const View& plan) {
     plan.nonfinite[t] = 0;
     plan.nonfinite[plan.tensors + t] = found;
     if (found != 0) atomicOr(&nonfinite, 1);
+    if (found != 0 && counts) plan.nonfinite[2 * plan.tensors + t] = 1;
   }
   each_unit(
       plan, units, neutral<kind>(), [&](int t) { return is_active(plan, t); },

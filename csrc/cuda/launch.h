@@ -28,6 +28,8 @@ int step(const DevicePlan& plan, void* device, void* inputs, const void* const* 
          const GroupInput* groups, const StepInput& numbers, void* stream);
 
 int multiprocessors(int device, int* count);
+int device_count(int* count);
 const char* error_name(int error);
+const char* error_text(int error);
 
 }  // namespace pysmooth::cuda

@@ -102,7 +102,7 @@ struct Unit {
 struct Status {
   int32_t skip;  // this step's: nothing was changed
   int32_t nonfinite;
-  int64_t steps, skipped;
+  int64_t steps, skipped;  // skipped: by the policy, not by GradScaler
 };
 
 // Piece `part` of a tensor, for one warp. Its length is the launch's business.
@@ -122,7 +122,7 @@ struct View {
   // What kernels leave to each other.
   double* partial;      // per fold
   double* value;        // per tensor: its sum, or what the norm is made of
-  uint32_t* nonfinite;  // per tensor
+  uint32_t* nonfinite;  // per tensor: of this step so far, of the last one, of all of them
   uint32_t* arrived;    // per tensor, and one more: blocks of all launches of a pass
   double* norms;        // per scope unit
   double* coefs;        // per tensor

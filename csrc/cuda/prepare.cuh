@@ -9,9 +9,8 @@
 
 PYSMOOTH_KERNELS_BEGIN
 
+// By the policy for gradients that are not finite.
 PYSMOOTH_DEVICE bool is_refused(const View& plan) {
-  const float* const found = plan.step->found_inf;
-  if (found != nullptr && *found != 0.0f) return true;
   return plan.reduces && plan.status->nonfinite != 0 &&
          (plan.policy == NonFinite::skip || plan.policy == NonFinite::raise);
 }
@@ -83,12 +82,14 @@ PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
 }
 
 PYSMOOTH_KERNEL prepare(View plan, Work work) {
-  const bool refused = work.stage < 0 ? is_refused(plan) : plan.status->skip != 0;
+  const bool first = work.stage < 0;
+  const bool overflow = first && overflowed(plan);
+  const bool refused = first ? overflow || is_refused(plan) : plan.status->skip != 0;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (work.stage < 0 && t == 0) {
+  if (first && t == 0) {
     plan.status->skip = refused ? 1 : 0;
     plan.status->steps += 1;
-    plan.status->skipped += refused ? 1 : 0;
+    plan.status->skipped += refused && !overflow ? 1 : 0;
   }
   if (!refused && t < plan.tensors) prepare_tensor(plan, work.stage, static_cast<int>(t));
 }

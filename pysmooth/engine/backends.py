@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..optim._base import FusedOptimizer
     from .recipe import Recipe
 
-Backend = Literal["auto", "cpu", "triton", "eager"]
+Backend = Literal["auto", "cpu", "cuda", "triton", "eager"]
 
 
 class Engine(Protocol):
@@ -62,6 +62,7 @@ class BackendInfo:
         remedy: what to do about that.
         rules: names of the update rules that it has; None: all.
         lacks: what a recipe asks for and it has no kernel for, in words; None: nothing.
+        absorbs: whether it takes gradients into states one by one.
         engine: makes the engine of one optimizer.
     """
 
@@ -73,11 +74,18 @@ class BackendInfo:
     rules: Callable[[], frozenset[str] | None]
     lacks: Callable[[Recipe], str | None]
     engine: Callable[[], Engine]
+    absorbs: bool = False
 
     def takes(self, params: Iterable[torch.Tensor]) -> bool:
         """Whether all parameters are on devices that it takes."""
         devices = self.devices()
         return devices is None or {p.device.type for p in params} <= set(devices)
+
+    def missing_kernel(self, recipes: Iterable[Recipe], absorbs: bool) -> str | None:
+        """What it has no kernel for, in words; None: nothing."""
+        if absorbs and not self.absorbs:
+            return "absorb=True"
+        return next((lack for r in recipes if (lack := self.lacks(r)) is not None), None)
 
     def require(self) -> None:
         """Raises BackendError, saying why, where it cannot run."""
@@ -124,6 +132,58 @@ def _cpu_engine() -> Engine:
     from .native import NativeEngine
 
     return NativeEngine(native_module())
+
+
+# ---- cuda ----------------------------------------------------------------------------------------
+
+
+@cache
+def _load_cuda() -> types.ModuleType | str:
+    try:
+        return importlib.import_module("pysmooth._cuda")
+    except ImportError as error:
+        return str(error)
+
+
+@cache
+def _cuda_missing() -> str | None:
+    module = _load_cuda()
+    if isinstance(module, str):
+        return f"the CUDA module was not built ({module})"
+    if module.device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    reason: str | None = module.missing()
+    return reason
+
+
+def _cuda_module() -> types.ModuleType:
+    module = _load_cuda()
+    assert isinstance(module, types.ModuleType)
+    return module
+
+
+@cache
+def _cuda_rules() -> frozenset[str]:
+    return frozenset(rule["name"] for rule in _cuda_module().rules())
+
+
+def _cuda_devices() -> tuple[str, ...]:
+    module = _load_cuda()  # the tests' own build takes CPU tensors for device memory
+    return ("cuda",) if isinstance(module, str) else (module.device_type,)
+
+
+def _cuda_lacks(recipe: Recipe) -> str | None:
+    from .cuda import lacks
+
+    return lacks(recipe, _cuda_rules())
+
+
+def _cuda_engine() -> Engine:
+    from .cuda import CudaEngine
+
+    return CudaEngine(_cuda_module())
 
 
 # ---- triton --------------------------------------------------------------------------------------
@@ -185,6 +245,17 @@ REGISTERED: tuple[BackendInfo, ...] = (
         rules=native_rules,
         lacks=_cpu_lacks,
         engine=_cpu_engine,
+        absorbs=True,
+    ),
+    BackendInfo(
+        "cuda",
+        devices=_cuda_devices,
+        auto=("cuda",),
+        missing=_cuda_missing,
+        remedy="Reinstall pysmooth with PYSMOOTH_CUDA=1, where nvcc is, or pass backend='triton'",
+        rules=_cuda_rules,
+        lacks=_cuda_lacks,
+        engine=_cuda_engine,
     ),
     BackendInfo(
         "triton",
@@ -205,6 +276,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         rules=lambda: None,
         lacks=lambda _: None,
         engine=_eager_engine,
+        absorbs=True,
     ),
 )
 BACKENDS: tuple[str, ...] = ("auto", *(info.name for info in REGISTERED))
@@ -219,28 +291,37 @@ def available_backends() -> tuple[str, ...]:
     return tuple(info.name for info in REGISTERED if info.missing() is None)
 
 
-def fastest(params: Iterable[torch.Tensor]) -> str:
-    """What "auto" stands for: the first backend of the table that is there for these devices."""
-    params = list(params)
+def fastest(
+    params: Iterable[torch.Tensor], recipes: Iterable[Recipe] = (), absorbs: bool = False
+) -> str:
+    """What "auto" stands for: the first backend of the table that is there for these devices.
+
+    One that has no kernel for what is asked is passed over where a later one has.
+    """
+    params, recipes = list(params), list(recipes)
     types_ = {p.device.type for p in params} or {"cpu"}
-    for info in REGISTERED:
-        if types_ <= set(info.auto) and info.missing() is None:
-            return info.name
-    return "eager"
+    present = [i for i in REGISTERED if types_ <= set(i.auto) and i.missing() is None]
+    able = [i for i in present if i.missing_kernel(recipes, absorbs) is None]
+    return (able or present or [_named("eager")])[0].name
 
 
-def resolve(backend: str, params: Iterable[torch.Tensor], recipes: Iterable[Recipe] = ()) -> str:
+def resolve(
+    backend: str,
+    params: Iterable[torch.Tensor],
+    recipes: Iterable[Recipe] = (),
+    absorbs: bool = False,
+) -> str:
     """The backend that takes these parameters: `backend` itself, or for "auto" the fastest present.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
         BackendError: the backend asked for is not there, or not for the parameters' device, or has
-            no kernel for what one of the `recipes` asks.
+            no kernel for what one of the `recipes` asks, or does not absorb gradients.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    params = list(params)
-    info = _named(fastest(params) if backend == "auto" else backend)
+    params, recipes = list(params), list(recipes)
+    info = _named(fastest(params, recipes, absorbs) if backend == "auto" else backend)
     info.require()
     if not info.takes(params):
         kinds = " and ".join(d.upper() for d in info.devices() or ())
@@ -248,12 +329,11 @@ def resolve(backend: str, params: Iterable[torch.Tensor], recipes: Iterable[Reci
             f"backend {info.name!r} takes {kinds} parameters only; these are on "
             f"{sorted({p.device.type for p in params})}"
         )
-    for recipe in recipes:
-        if (missing := info.lacks(recipe)) is not None:
-            raise BackendError(
-                f"the {info.name} backend has no kernel for {missing}, which these arguments ask "
-                "for; backend='eager' computes it in plain torch"
-            )
+    if (missing := info.missing_kernel(recipes, absorbs)) is not None:
+        raise BackendError(
+            f"the {info.name} backend has no kernel for {missing}, which these arguments ask "
+            "for; backend='eager' computes it in plain torch"
+        )
     return info.name
 
 

@@ -148,9 +148,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = len(self.param_groups)
         super().add_param_group(group)
         try:
-            recipe = self._recipe(self.param_groups[-1])
-            own = [recipe.of(p) for p in self.param_groups[-1]["params"]] or [recipe]
-            resolve(self._backend, self._params(), dict.fromkeys(own))
+            self._resolve()
         except Exception:
             del self.param_groups[count:]
             raise
@@ -218,9 +216,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         engine.step(self, amp)
 
+    def _resolve(self) -> str:
+        """The backend for what the groups are now."""
+        own: dict[Recipe, None] = {}
+        for group in self.param_groups:
+            recipe = self._recipe(group)
+            own |= dict.fromkeys([recipe.of(p) for p in group["params"]] or [recipe])
+        return resolve(self._backend, self._params(), own, self.absorbs)
+
     def _ready_engine(self) -> Engine:
         if self._engine is None:
-            self._engine = make_engine(resolve(self._backend, self._params()))
+            self._engine = make_engine(self._resolve())
         return self._engine
 
     # ---- what can be read after a step ---------------------------------------------------------
@@ -228,7 +234,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def resolved_backend(self) -> str:
         """The backend that runs the steps: never "auto"."""
-        return resolve(self._backend, self._params())
+        return self._resolve()
 
     def last_norm(self) -> Tensor | None:
         """The gradient norm that the last step took, before clipping.
@@ -261,6 +267,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """How many steps `nonfinite="skip"` turned into no-ops since construction."""
         self._settle()
         return self._skipped
+
+    def keep_for_graphs(self, memory: Tensor) -> None:
+        """Called by an engine in a capture: replays use this memory when its plan is gone."""
+        kept = self.__dict__.setdefault("_kept_for_graphs", [])
+        if all(known is not memory for known in kept):
+            kept.append(memory)
 
     def count_skipped(self) -> None:
         """Called by an engine for every step that it turned into a no-op."""
@@ -332,8 +344,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         params = self._params()
         refuse_managed(params, "norm='in_backward'")
-        if resolve(self._backend, params) != "cpu":
-            return  # the eager backend takes its norms in the step
+        if self._resolve() != "cpu":
+            return  # the others take their norms in the step
         if self._hooks is None:
             self._hooks = GradientHooks(self, partial(native_module().BackwardSums, self.norm_type))
         self._hooks.follow(params)

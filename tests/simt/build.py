@@ -25,7 +25,12 @@ EMULATION = ["simt.cpp", "memory.cpp", "race.cpp", "accesses.cpp"]
 
 def _digest(flags: Sequence[str]) -> str:
     seen = hashlib.sha256(" ".join(flags).encode())
-    for folder in (ROOT / "csrc" / "core", ROOT / "csrc" / "cuda", HERE):
+    for folder in (
+        ROOT / "csrc" / "core",
+        ROOT / "csrc" / "cuda",
+        ROOT / "csrc" / "bindings",
+        HERE,
+    ):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
                 seen.update(path.name.encode() + path.read_bytes())

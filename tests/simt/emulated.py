@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import sysconfig
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pybind11
 import torch
 from torch import Tensor
 
@@ -16,6 +21,11 @@ from .build import HERE, ROOT, library
 MAX_STATES, MAX_OPERANDS, MAX_HYPER, MAX_STAGES = 4, 6, 16, 5
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PARTS = 4
+BINDING_FLAGS = [
+    *('-DPYSMOOTH_BACKEND="cuda"', "-DPYSMOOTH_DEVICE=kDLCPU", "-fvisibility=hidden"),
+    *(f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"),
+    f"-isystem{Path(torch.__file__).parent / 'include'}",  # has the header of DLPack
+]
 
 
 class _Memory(ctypes.Structure):
@@ -99,11 +109,41 @@ def kernels() -> ctypes.CDLL:
     cuda = ROOT / "csrc" / "cuda"
     sources = [(str(cuda / "rules.cu"), [f"-DPYSMOOTH_PART={i}"]) for i in range(PARTS)]
     sources += [(str(cuda / "common.cu"), [])]
-    plain = [(str(HERE / "harness.cpp"), []), (str(cuda / "device_plan.cpp"), [])]
+    plain = [(str(HERE / name), []) for name in ("harness.cpp", "runtime.cpp")]
+    plain += [(str(cuda / name), []) for name in ("device_plan.cpp", "launch.cu")]
+    bindings = ROOT / "csrc" / "bindings"
+    bound = [*sorted(bindings.glob("cuda/*.cpp")), bindings / "tensor_reader.cpp"]
+    plain += [(str(path), BINDING_FLAGS) for path in bound]
     lib = library("kernels", sources, plain)
     for name in ("rule_name", "rule_hyper"):
         getattr(lib, name).restype = ctypes.c_char_p
     return lib
+
+
+@cache
+def module() -> types.ModuleType:
+    """pysmooth._cuda, with CPU tensors for device memory and the emulation for a device."""
+    spec = importlib.util.spec_from_file_location("pysmooth._cuda", kernels()._name)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class Calls(NamedTuple):
+    """What was called of the CUDA runtime so far: no other function exists (cuda_runtime.h)."""
+
+    launches: int
+    uploads: int
+    downloads: int
+
+
+def calls() -> Calls:
+    """Counts of this process."""
+    out = (ctypes.c_long * 3)()
+    kernels().runtime_calls(out)
+    return Calls(*out)
 
 
 class Facts(NamedTuple):

@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/device_plan.h"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "simt.h"
 
 namespace {
@@ -98,17 +98,6 @@ class Device {
  private:
   std::deque<Mirror> all_;
 };
-
-template <int kWords>
-void put(PutKernel<kWords> kernel, void* at, const std::vector<char>& bytes) {
-  for (size_t done = 0; done < bytes.size(); done += 8 * kWords) {
-    Payload<kWords> payload{};
-    const size_t n = std::min<size_t>(8 * kWords, bytes.size() - done);
-    std::memcpy(payload.word, bytes.data() + done, n);
-    auto* const to = reinterpret_cast<uint64_t*>(static_cast<char*>(at) + done);
-    simt::launch(1, kThreads, false, [&] { kernel(to, static_cast<int>((n + 7) / 8), payload); });
-  }
-}
 
 Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
                 const void** grad) {
@@ -210,21 +199,12 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
 
   const DevicePlan plan(tensors, config->groups, settings);
   void* const memory = simt::allocate(plan.bytes(), 0, 0xFF);
-  const std::vector<char> image = plan.image();
-  if (!image.empty()) std::memcpy(memory, image.data(), image.size());
   const size_t input_bytes = plan.input_bytes();
   void* const inputs = simt::allocate((input_bytes + 7) / 8 * 8, 0, 0xFF);
-  const std::vector<char> numbers = plan.inputs(grads.data(), groups, *step);
-  if (numbers.size() <= 8 * kFewWords)
-    put<kFewWords>(kernels().put_few, inputs, numbers);
-  else
-    put<kManyWords>(kernels().put_many, inputs, numbers);
-  const View view = plan.view(memory, inputs, groups);
   std::string wrong;
-  for (const Launch& launch : plan.launches(memory, groups))
-    simt::launch(static_cast<unsigned>(launch.blocks), kThreads, false,
-                 [&] { launch.kernel(view, launch.work); });
-  wrong = simt::take_error();
+  if (upload(plan, memory, nullptr) != 0 ||
+      cuda::step(plan, memory, inputs, grads.data(), groups, *step, nullptr) != 0)
+    wrong = error_name(0);
   if (wrong.empty()) wrong = simt::check_surroundings(memory);
   if (wrong.empty()) wrong = simt::check_surroundings(inputs);
   const std::string back = device.copy_back();

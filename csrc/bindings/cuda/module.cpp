@@ -1,0 +1,77 @@
+// The extension module pysmooth._cuda. It loads where there is no driver and no GPU.
+
+#include "bindings/cuda/plan.h"
+#include "cuda/kernels.h"
+
+namespace pysmooth::cuda {
+namespace {
+
+py::list rules() {
+  py::list out;
+  for (int i = 0; i < kRules; ++i) {
+    const RuleFacts& rule = facts(i);
+    if (rule.marks) continue;  // no kernel computes them
+    py::list hypers;
+    for (int k = 0; k < rule.hypers; ++k) hypers.append(rule.hyper[k]);
+    py::dict facts_of_rule;
+    facts_of_rule["name"] = rule.name;
+    facts_of_rule["hyper"] = py::tuple(hypers);
+    facts_of_rule["states"] = rule.states;
+    facts_of_rule["low_states"] = rule.low_states;
+    facts_of_rule["reads_grad"] = rule.reads_grad;
+    facts_of_rule["counts_steps"] = rule.counts_steps;
+    facts_of_rule["accumulates"] = rule.accumulates;
+    out.append(facts_of_rule);
+  }
+  return out;
+}
+
+// Why there is no device to run on; None if there is one.
+py::object missing() {
+  int count = 0;
+  const int error = device_count(&count);
+  if (error != 0) return py::str(error_text(error));
+  if (count == 0) return py::str("there is no CUDA device");
+  return py::none();
+}
+
+}  // namespace
+}  // namespace pysmooth::cuda
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace pysmooth;
+  using namespace pysmooth::cuda;
+  m.doc() = "pysmooth's CUDA kernels, as multi-tensor launches over lists of tensors.";
+  // Local: the CPU module throws a type of that name too.
+  py::register_local_exception<Unsupported>(m, "UnsupportedError", PyExc_TypeError);
+  m.attr("device_type") = PYSMOOTH_DEVICE == kDLCPU ? "cpu" : "cuda";
+  m.def("rules", &rules);
+  m.def("missing", &missing);
+  py::class_<StepPlan>(m, "Plan")
+      .def(
+          py::init<const py::list&, const py::list&, const py::list&, const py::list&,
+                   const std::vector<std::string>&, const std::vector<int>&,
+                   std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
+                   const py::list&, int, int, double, const std::vector<int>&, const py::object&>(),
+          py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
+          py::arg("state_keys"), py::arg("rules"), py::arg("groups"), py::arg("names"),
+          py::arg("first"), py::arg("param_storage"), py::arg("state_roots"), py::arg("scope"),
+          py::arg("policy"), py::arg("norm_type"), py::arg("stage_scopes"), py::arg("select"))
+      .def("upload", &StepPlan::upload)
+      .def("step", &StepPlan::step)
+      .def_property_readonly("bytes", [](const StepPlan& p) { return p.device_plan().bytes(); })
+      .def_property_readonly("input_bytes",
+                             [](const StepPlan& p) { return p.device_plan().input_bytes(); })
+      // Where results lie in the plan's memory: (first byte, how many numbers).
+      .def_property_readonly("places", [](const StepPlan& p) {
+        const DevicePlan& plan = p.device_plan();
+        const size_t n = plan.tensors();
+        py::dict out;
+        out["norms"] = py::make_tuple(plan.norms_at(), plan.units());
+        out["coefs"] = py::make_tuple(plan.coefs_at(), n);
+        out["skipped"] = py::make_tuple(plan.status_at() + offsetof(Status, skipped), 1);
+        out["started"] = py::make_tuple(plan.started_at(), n);
+        out["spoiled"] = py::make_tuple(plan.spoiled_at(), n);
+        return out;
+      });
+}

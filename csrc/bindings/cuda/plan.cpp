@@ -1,0 +1,286 @@
+#include "bindings/cuda/plan.h"
+
+#include <memory>
+
+#include "bindings/select_spec.h"
+#include "cuda/kernels.h"
+
+namespace pysmooth::cuda {
+namespace {
+
+void check(int error, const char* what) {
+  if (error != 0) throw std::runtime_error(std::string("CUDA: ") + what + ": " + error_name(error));
+}
+
+PyObject* item(const py::list& list, size_t i) {
+  return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
+}
+
+// A number on the device; null where there is none.
+const float* float_at(const py::object& tensor, const char* name) {
+  if (tensor.is_none()) return nullptr;
+  DLTensor d;
+  shared_reader().read(tensor.ptr(), &d, [&] { return std::string(name); });
+  if (d.dtype.code != kDLFloat || d.dtype.bits != 32)
+    throw py::type_error(std::string(name) + " is not a float32 tensor");
+  return static_cast<const float*>(d.data);
+}
+
+}  // namespace
+
+int find_rule(const std::string& name) {
+  for (int i = 0; i < kRules; ++i)
+    if (name == facts(i).name) return i;
+  throw py::value_error("rule '" + name + "' is not known to the cuda backend");
+}
+
+StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list& state_dicts,
+                   const py::list& state_keys, const std::vector<std::string>& rules,
+                   const std::vector<int>& groups, std::vector<std::string> names,
+                   const std::vector<bool>& first, const std::vector<int>& param_storage,
+                   const py::list& state_roots, int scope, int policy, double norm_type,
+                   const std::vector<int>& stage_scopes, const py::object& select)
+    : params_(params),
+      state_dicts_(state_dicts),
+      state_keys_(state_keys),
+      state_roots_(state_roots),
+      names_(std::move(names)),
+      entries_(params.size()),
+      grads_(params.size()),
+      addresses_(params.size()),
+      active_(params.size()) {
+  const size_t n = params.size();
+  if (grads.size() != n || state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
+      groups.size() != n || names_.size() != n || first.size() != n || param_storage.size() != n)
+    throw py::value_error("Plan: all lists must be as long as params");
+  std::vector<Tensor> tensors(n);
+  for (size_t t = 0; t < n; ++t) {
+    Tensor& out = tensors[t];
+    out.rule = find_rule(rules[t]);
+    out.group = groups[t];
+    out.first = first[t];
+    out.storage = static_cast<ParamStorage>(param_storage[t]);
+    if (out.group < 0 || (t > 0 && out.group < groups[t - 1]))
+      throw py::value_error("Plan: groups must come in order");
+    group_sizes_.resize(static_cast<size_t>(out.group) + 1, 0);
+    ++group_sizes_.back();
+    Entry& e = entries_[t];
+    e.tracked = tracked_.size();
+    track(t, item(params, t), label(t));
+    DLTensor d;
+    shared_reader().read(item(grads, t), &d, [&] { return "gradient of " + label(t); });
+    if (device_ < 0) device_ = d.device.device_id;
+    e.grad.assign(d);
+    read_states(t, &out);
+    read_layouts(t, &out);
+  }
+  Settings settings;
+  settings.scope = static_cast<Scope>(scope);
+  settings.policy = static_cast<NonFinite>(policy);
+  settings.norm_type = norm_type;
+  for (size_t i = 0; i < stage_scopes.size() && i < kMaxStages; ++i)
+    settings.stage_scope[i] = static_cast<Scope>(stage_scopes[i]);
+  if (!select.is_none()) settings.select = read_select(select);
+  check(multiprocessors(std::max(0, device_), &settings.multiprocessors), "cudaDeviceGetAttribute");
+  inputs_.resize(group_sizes_.size());
+  plan_.emplace(tensors, static_cast<int>(group_sizes_.size()), settings);
+}
+
+void StepPlan::track(size_t /*t*/, PyObject* tensor, const std::string& what) {
+  DLTensor d;
+  shared_reader().read(tensor, &d, [&] { return what; });
+  tracked_.push_back({tensor, {}});
+  tracked_.back().form.assign(d);
+}
+
+void StepPlan::read_states(size_t t, Tensor* out) {
+  Entry& e = entries_[t];
+  const RuleFacts& rule = facts(out->rule);
+  const auto keys = py::reinterpret_borrow<py::tuple>(item(state_keys_, t));
+  const int tensors = rule.states + (has_companion(out->storage) ? 1 : 0);
+  const bool counts = rule.counts_steps || out->storage == ParamStorage::stochastic;
+  e.expected = tensors + (rule.accumulates ? 1 : 0) + (rule.keeps_scale ? 1 : 0) + (counts ? 1 : 0);
+  if (static_cast<int>(keys.size()) != e.expected)
+    throw py::value_error("rule '" + std::string(rule.name) + "' has " +
+                          std::to_string(e.expected) + " states, not " +
+                          std::to_string(keys.size()));
+  PyObject* const dict = item(state_dicts_, t);
+  for (const py::handle key : keys) {
+    PyObject* const state = PyDict_GetItemWithError(dict, key.ptr());
+    if (state == nullptr || state == Py_None) {
+      tracked_.resize(e.tracked + 1);
+      e.held = 0;
+      *out = Tensor{out->rule, out->group};
+      out->storage = ParamStorage::plain;
+      return;
+    }
+    track(t, state, "state '" + py::cast<std::string>(key) + "' of " + label(t));
+    void* const data = tracked_.back().form.data;
+    const int number = e.held++ - tensors;
+    if (number < 0) {
+      const RealView view = RealView::of(tracked_.back().form, label(t));
+      out->state_dtype[e.held - 1] = view.dtype;
+      out->state[e.held - 1] = data;
+    } else if (rule.accumulates && number == 0) {
+      out->norm_sq = static_cast<double*>(data);
+    } else if (rule.keeps_scale && number == (rule.accumulates ? 1 : 0)) {
+      out->scale = static_cast<double*>(data);
+    } else {
+      out->steps = static_cast<float*>(data);
+    }
+  }
+}
+
+// Sizes, dtypes, and how everything is walked together.
+void StepPlan::read_layouts(size_t t, Tensor* out) {
+  const Entry& e = entries_[t];
+  std::deque<RealView> views;
+  const auto viewed = [&](const Signature& form) {
+    return &views.emplace_back(RealView::of(form, label(t)));
+  };
+  const RealView* const param = viewed(tracked_[e.tracked].form);
+  const RealView* const grad = viewed(e.grad);
+  out->param = tracked_[e.tracked].form.data;
+  out->numel = param->numel;
+  out->param_dtype = param->dtype;
+  out->grad_dtype = grad->dtype;
+  std::vector<const int64_t*> strides{param->strides.data(), grad->strides.data()};
+  const int tensors = facts(out->rule).states + (has_companion(out->storage) ? 1 : 0);
+  for (int k = 1; k <= tensors && k <= e.held; ++k)
+    strides.push_back(viewed(tracked_[e.tracked + static_cast<size_t>(k)].form)->strides.data());
+  if (e.held > 0 && out->storage == ParamStorage::master)
+    std::swap(strides.front(), strides.back());
+  const auto merged = [&](const std::vector<const int64_t*>& of) -> const Layout* {
+    Layout layout;
+    if (!merge_layout(static_cast<int>(param->shape.size()), param->shape.data(), of, &layout))
+      throw py::value_error("gradient of " + label(t) + " has more than " +
+                            std::to_string(kMaxDims) + " dimensions that cannot be merged");
+    return layout.linear() ? nullptr : &layouts_.emplace_back(layout);
+  };
+  out->layout = merged(strides);
+  out->grad_layout = merged({grad->strides.data()});
+}
+
+void StepPlan::upload(uintptr_t memory, uintptr_t stream) {
+  memory_ = reinterpret_cast<char*>(memory);
+  check(cuda::upload(*plan_, memory_, reinterpret_cast<void*>(stream)), "upload");
+}
+
+bool StepPlan::same_lists(const py::list& param_lists) const {
+  if (param_lists.size() < group_sizes_.size()) return false;
+  size_t t = 0;
+  for (size_t g = 0; g < param_lists.size(); ++g) {
+    PyObject* const list = item(param_lists, g);
+    const size_t expected = g < group_sizes_.size() ? group_sizes_[g] : 0;
+    if (!PyList_CheckExact(list) || static_cast<size_t>(PyList_GET_SIZE(list)) != expected)
+      return false;
+    for (size_t i = 0; i < expected; ++i, ++t)
+      if (PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i)) != item(params_, t)) return false;
+  }
+  return true;
+}
+
+bool StepPlan::unmoved(size_t t) const {
+  const Entry& e = entries_[t];
+  DLTensor d;
+  for (int k = 0; k <= e.held; ++k) {
+    const Tracked& known = tracked_[e.tracked + static_cast<size_t>(k)];
+    // A state's object is alive if its dict still holds it.
+    if (k > 0) {
+      PyObject* const key = PyTuple_GET_ITEM(item(state_keys_, t), k - 1);
+      if (PyDict_GetItemWithError(item(state_dicts_, t), key) != known.tensor) return false;
+    }
+    shared_reader().read(known.tensor, &d,
+                         [&] { return (k == 0 ? "" : "a state of ") + label(t); });
+    if (!known.form.same(d)) return false;
+  }
+  return true;
+}
+
+bool StepPlan::gather() {
+  bool same = !written_for_.empty();
+  for (size_t t = 0; t < entries_.size(); ++t) {
+    const Entry& e = entries_[t];
+    grads_[t] = grad_of_(item(params_, t));
+    const bool active = !grads_[t].is_none();
+    addresses_[t] = nullptr;
+    if (active && e.held != e.expected) return false;
+    if ((active || e.held > 0) && !unmoved(t)) return false;
+    if (active) {
+      DLTensor d;
+      const auto what = [&] { return "gradient of " + label(t); };
+      shared_reader().read(grads_[t].ptr(), &d, what);
+      if (!e.grad.same_form(d) || d.device.device_id != device_) return false;
+      // See the CPU module's Plan::read_gradient: asking all of them would cost too much.
+      const bool may_be_lazy = d.dtype.code == kDLComplex || d.ndim == 0 ||
+                               d.strides[d.ndim - 1] != 1 || d.shape[d.ndim - 1] == 1;
+      if (may_be_lazy && has_lazy_bits(grads_[t].ptr())) {
+        grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
+        shared_reader().read(grads_[t].ptr(), &d, what);
+        if (!e.grad.same_form(d)) return false;
+      }
+      addresses_[t] = d.data;
+    }
+    same = same && active_[t] == active;
+    active_[t] = active;
+  }
+  if (!same) note_written();
+  return true;
+}
+
+// What autograd is to be told of. States come as the roots of their views.
+void StepPlan::note_written() {
+  written_ = py::list();
+  for (size_t t = 0; t < entries_.size(); ++t)
+    if (active_[t]) written_.append(py::handle(item(params_, t)));
+  for (const py::handle root : state_roots_) written_.append(root);
+  written_for_ = active_;
+}
+
+void StepPlan::set_group(size_t g, const py::tuple& hyper, const py::tuple& clip) {
+  GroupInput& group = inputs_[g];
+  group = GroupInput{};
+  for (size_t i = 0; i < hyper.size() && i < kMaxHyper; ++i) {
+    const py::handle value = PyTuple_GET_ITEM(hyper.ptr(), static_cast<Py_ssize_t>(i));
+    if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
+      group.hyper[i] = py::cast<double>(value);
+      continue;
+    }
+    DLTensor d;
+    shared_reader().read(value.ptr(), &d, [] { return std::string("a hyper-parameter"); });
+    if (d.dtype.code != kDLFloat || (d.dtype.bits != 32 && d.dtype.bits != 64))
+      throw py::type_error("a hyper-parameter on the device is neither float32 nor float64");
+    group.hyper_at[i] = d.data;
+    if (d.dtype.bits == 64) group.hyper_is_double |= 1u << i;
+  }
+  group.clip = {static_cast<ClipMode>(py::cast<int>(clip[0])), py::cast<double>(clip[1]),
+                py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
+  group.clip_value = py::cast<double>(clip[5]);
+  group.maximize = py::cast<bool>(clip[6]) ? 1 : 0;
+}
+
+bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
+                    const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
+                    uintptr_t stream) {
+  if (memory_ == nullptr) throw std::logic_error("Plan.step: upload() comes first");
+  if (!same_lists(param_lists)) return false;
+  const auto release = [this](void*) {
+    for (py::object& grad : grads_) grad = py::object();
+  };
+  const std::unique_ptr<void, decltype(release)> guard(this, release);
+  if (!gather()) return false;
+  for (size_t g = 0; g < inputs_.size(); ++g)
+    set_group(g, py::reinterpret_borrow<py::tuple>(hypers[g]),
+              py::reinterpret_borrow<py::tuple>(clips[g]));
+  StepInput numbers{};
+  numbers.unscale = 1.0;
+  numbers.grad_scale = float_at(grad_scale, "grad_scale");
+  numbers.found_inf = float_at(found_inf, "found_inf");
+  check(cuda::step(*plan_, memory_, reinterpret_cast<void*>(inputs), addresses_.data(),
+                   inputs_.data(), numbers, reinterpret_cast<void*>(stream)),
+        "launch");
+  increment_version(written_);
+  return true;
+}
+
+}  // namespace pysmooth::cuda

@@ -1,0 +1,79 @@
+// What does not change from step to step, for parameters on one GPU.
+//
+// As the CPU module's Plan: a step re-reads gradient addresses, compares the rest with what it
+// knows, and reports itself stale when something else changed. Memory is the caller's, in torch
+// tensors; nothing here waits for the device.
+//
+// Arguments were checked before (pysmooth/engine/checks.py): shapes, state dtypes, shared memory.
+#pragma once
+
+#include <deque>
+#include <optional>
+
+#include "bindings/tensor_reader.h"
+#include "cuda/launch.h"
+
+namespace pysmooth::cuda {
+
+class StepPlan {
+ public:
+  // `grads`: a tensor of the form that each parameter's gradient will have. States are all there
+  // or, for a parameter that never had a gradient, all missing.
+  StepPlan(const py::list& params, const py::list& grads, const py::list& state_dicts,
+           const py::list& state_keys, const std::vector<std::string>& rules,
+           const std::vector<int>& groups, std::vector<std::string> names,
+           const std::vector<bool>& first, const std::vector<int>& param_storage,
+           const py::list& state_roots, int scope, int policy, double norm_type,
+           const std::vector<int>& stage_scopes, const py::object& select);
+
+  const DevicePlan& device_plan() const { return *plan_; }
+  void upload(uintptr_t memory, uintptr_t stream);
+
+  // Enqueues a step; false: stale, and nothing happened. `hypers` holds numbers, and tensors on the
+  // device for those that kernels are to read there. `inputs`: input_bytes() of device memory.
+  bool step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
+            const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
+            uintptr_t stream);
+
+ private:
+  struct Tracked {
+    PyObject* tensor;  // a parameter's is owned by params_; a state's is looked up first
+    Signature form;
+  };
+  struct Entry {
+    size_t tracked = 0;  // into tracked_: the parameter, then its states
+    int expected = 0, held = 0;
+    Signature grad;
+  };
+
+  std::string label(size_t t) const { return "parameter '" + names_[t] + "'"; }
+  void track(size_t t, PyObject* tensor, const std::string& what);
+  void read_states(size_t t, Tensor* out);
+  void read_layouts(size_t t, Tensor* out);
+  bool same_lists(const py::list& param_lists) const;
+  bool unmoved(size_t t) const;
+  bool gather();
+  void set_group(size_t g, const py::tuple& hyper, const py::tuple& clip);
+  void note_written();
+
+  py::list params_, state_dicts_, state_keys_, state_roots_, written_;
+  AttributeGetter grad_of_{"grad"};
+  std::vector<std::string> names_;
+  std::vector<Entry> entries_;
+  std::vector<Tracked> tracked_;
+  std::deque<Layout> layouts_;
+  std::vector<size_t> group_sizes_;
+  std::optional<DevicePlan> plan_;
+  int device_ = -1;
+  char* memory_ = nullptr;
+  // Of the step: kept alive until all is enqueued.
+  std::vector<py::object> grads_;
+  std::vector<const void*> addresses_;
+  std::vector<bool> active_, written_for_;
+  std::vector<GroupInput> inputs_;
+};
+
+// Index of a rule by name in the kernels' table.
+int find_rule(const std::string& name);
+
+}  // namespace pysmooth::cuda

@@ -1,0 +1,61 @@
+"""Types of the native CUDA module (csrc/bindings/cuda), which not every installation has."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+device_type: str
+
+class UnsupportedError(TypeError): ...
+
+class RuleInfo(TypedDict):
+    name: str
+    hyper: tuple[str, ...]
+    states: int
+    low_states: int
+    reads_grad: bool
+    counts_steps: bool
+    accumulates: bool
+
+class Plan:
+    def __init__(
+        self,
+        *,
+        params: list[Tensor],
+        grads: list[Tensor],
+        state_dicts: list[dict[str, Any]],
+        state_keys: list[tuple[str, ...]],
+        rules: list[str],
+        groups: list[int],
+        names: list[str],
+        first: list[bool],
+        param_storage: list[int],
+        state_roots: list[Tensor],
+        scope: int,
+        policy: int,
+        norm_type: float,
+        stage_scopes: list[int],
+        select: tuple[int, int, float, int, int, bool, int] | None,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def input_bytes(self) -> int: ...
+    @property
+    def places(self) -> dict[str, tuple[int, int]]: ...
+    def upload(self, memory: int, stream: int, /) -> None: ...
+    def step(
+        self,
+        param_lists: list[list[Tensor]],
+        hypers: Sequence[tuple[float | Tensor, ...]],
+        clips: Sequence[tuple[int, float, float, float, float, float, bool]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        inputs: int,
+        stream: int,
+        /,
+    ) -> bool: ...
+
+def rules() -> list[RuleInfo]: ...
+def missing() -> str | None: ...

@@ -1,0 +1,204 @@
+"""The engine of the CUDA backend: keeps a plan and its memory, and reads nothing back."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._errors import BackendError
+from .amp import Amp
+from .device import DeviceEngine, Told, on_device
+from .recipe import GRADIENT, ClipMode, Recipe, needs_reduce
+from .state import version_roots
+
+if TYPE_CHECKING:
+    from .._cuda import Plan, RuleInfo
+    from ..optim._base import FusedOptimizer
+
+NUMBERS = {
+    "norms": torch.float64,
+    "coefs": torch.float64,
+    "skipped": torch.int64,
+    "started": torch.int32,
+    "spoiled": torch.int32,
+}
+
+
+class CudaEngine(DeviceEngine):
+    """Steps through a plan of launches, made anew whenever anything but a gradient moved.
+
+    The plan's memory, and what a step's numbers are written to, are torch tensors; launches go to
+    torch's current stream. A step waits for nothing, but where it makes a plan. In the capture of a
+    CUDA graph the numbers get memory of their own, so that replays and other steps do not disturb
+    each other; the plan has to be there before: run the same step once.
+    """
+
+    name = "cuda"
+
+    def __init__(self, native: types.ModuleType) -> None:
+        super().__init__()
+        self._native = native
+        self._rules: Mapping[str, RuleInfo] = {rule["name"]: rule for rule in native.rules()}
+        self._plan: Plan | None = None
+        self._built_for: tuple[object, ...] = ()
+        self._device = torch.device("cpu")
+        self._stream = 0
+        self._memory = self._inputs = torch.empty(0, dtype=torch.uint8)
+        self._numbers: dict[str, Tensor] = {}
+        self._reduces = False
+
+    @torch.no_grad()
+    def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
+        """One fused step, enqueued."""
+        recipes = optimizer.recipes()
+        if self._plan is None or self._built_for != _form(optimizer, recipes):
+            self._build(optimizer, recipes, amp)
+        if not self._enqueue(optimizer, recipes, amp):
+            self._build(optimizer, recipes, amp)
+            if not self._enqueue(optimizer, recipes, amp):
+                raise RuntimeError("parameters or states changed while the step was gathered")
+        self._reduces = needs_reduce(optimizer.policy, recipes)
+        # Gradients that were copied into new states are kept only if the step happened, so that a
+        # first step may have to wait.
+        if not _is_late(self._device) or (self._fresh and self.copies_gradients()):
+            self.settled(optimizer)
+
+    def _enqueue(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> bool:
+        plan = self._plan
+        assert plan is not None
+        numbers = (
+            [group["params"] for group in optimizer.param_groups],
+            [recipe.hyper for recipe in recipes],
+            [recipe.clip for recipe in recipes],
+            on_device(self._device, amp.scale),
+            on_device(self._device, amp.found_inf),
+        )
+        with _current(self._device):
+            stream, captures = _stream(self._device)
+            if captures:
+                optimizer.keep_for_graphs(self._memory)
+                self._fresh = {}  # a replay may use the states at any time
+                # Part of the graph's own memory, as everything that is allocated in a capture.
+                return plan.step(*numbers, torch.empty_like(self._inputs).data_ptr(), stream)
+            if stream != self._stream and self._memory.is_cuda:
+                for memory in (self._memory, self._inputs):
+                    memory.record_stream(torch.cuda.current_stream(self._device))
+            self._stream = stream
+            return plan.step(*numbers, self._inputs.data_ptr(), stream)
+
+    # ---- plans ---------------------------------------------------------------------------------
+
+    def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> None:
+        if _stream(torch.device(self._native.device_type))[1]:
+            raise BackendError(
+                "backend 'cuda' cannot prepare a step while a CUDA graph is captured; run the same "
+                "step once before"
+            )
+        copies = any(recipe.initial(key) == GRADIENT for recipe in recipes for key in recipe.keys)
+        scale = amp.read() if copies else 1.0
+        members, device = self.gather(optimizer, recipes, 0.0 if scale is None else scale)
+        try:
+            plan: Plan = self._native.Plan(
+                params=[m.param for m in members],
+                grads=[_gradient_of(m.param) for m in members],
+                state_dicts=[optimizer.state.get(m.param, {}) for m in members],
+                state_keys=[m.recipe.keys for m in members],
+                rules=[m.recipe.rule for m in members],
+                groups=[m.group for m in members],
+                names=[m.label for m in members],
+                first=[
+                    m.fresh and any(key not in self._before(m.param) for key in m.recipe.rule_keys)
+                    for m in members
+                ],
+                param_storage=[int(m.recipe.param_storage) for m in members],
+                state_roots=version_roots([t for m in members for t in m.held.values()]),
+                scope=int(optimizer.scope),
+                policy=int(optimizer.policy),
+                norm_type=optimizer.norm_type,
+                stage_scopes=[int(scope) for scope in optimizer.stage_scopes],
+                select=optimizer.select_spec(),
+            )
+            memory = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
+            inputs = torch.empty(plan.input_bytes, dtype=torch.uint8, device=device)
+            with _current(device):
+                self._stream, _ = _stream(device)
+                plan.upload(memory.data_ptr(), self._stream)
+        except BaseException:
+            self.forget(optimizer, list(self._fresh))
+            raise
+        self._plan, self._memory, self._inputs, self._device = plan, memory, inputs, device
+        self._numbers = {
+            name: memory[at : at + count * NUMBERS[name].itemsize].view(NUMBERS[name])
+            for name, (at, count) in plan.places.items()
+        }
+        self._told = Told(*(self._numbers[name] for name in Told._fields))
+        self._built_for = _form(optimizer, recipes)
+
+    def _before(self, p: Tensor) -> set[str]:
+        """Keys of states that a parameter had before its last ones were allocated."""
+        return {key for key, value in (self._fresh.get(p) or {}).items() if value is not None}
+
+    def outdate(self) -> None:
+        """The next step makes a new plan; what this one has left can still be read."""
+        self._built_for = ()
+
+    def lacks(self, recipe: Recipe) -> str | None:
+        """What the recipe asks for and this backend has no kernel for, in words; None: nothing."""
+        return lacks(recipe, self._rules)
+
+    def reads_grad(self, rule: str) -> bool:
+        """False for rules that rewrite a single stream."""
+        return bool(self._rules[rule]["reads_grad"])
+
+    def norms(self) -> Tensor | None:
+        """Norms of the last step per scope unit; None if it took none."""
+        return self._numbers["norms"].clone() if self._reduces else None
+
+    def coefs(self) -> Tensor | None:
+        """Clip coefficients of the last step per parameter; None if it took no norms."""
+        return self._numbers["coefs"].clone() if self._reduces else None
+
+
+def lacks(recipe: Recipe, rules: Container[str]) -> str | None:
+    """What the recipe asks for and this backend has no kernel for, in words; None: nothing."""
+    if recipe.rule not in rules:
+        return repr(recipe.rule)
+    if recipe.clip.mode == ClipMode.AGC:
+        return "clip='agc'"
+    return None
+
+
+def _is_late(device: torch.device) -> bool:
+    """Whether a device does its work behind the host's back: the emulation does not."""
+    return device.type == "cuda"
+
+
+def _stream(device: torch.device) -> tuple[int, bool]:
+    """The stream to launch on, and whether a CUDA graph is captured on it."""
+    if device.type != "cuda":
+        return 0, False
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the one that launches go to."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _gradient_of(p: Tensor) -> Tensor:
+    """The gradient, or what it will look like."""
+    return p if p.grad is None else p.grad.resolve_conj().resolve_neg()
+
+
+def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
+    """What a plan is built for, apart from tensors."""
+    forms = ((r.rule, r.low_states, r.param_storage) for r in recipes)
+    settings = (optimizer.scope, optimizer.policy, optimizer.norm_type)
+    return (len(optimizer.state), settings, *forms)

@@ -1,0 +1,98 @@
+// The stub of the CUDA runtime: device memory is host memory, launches run in the emulation.
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cuda/kernels.h"
+
+namespace {
+
+using namespace pysmooth::cuda;
+
+long launches = 0, uploads = 0, downloads = 0;
+void* last_stream = nullptr;
+std::string wrong = "";
+bool captures = false;
+std::vector<std::function<void()>> captured;
+
+template <class T>
+T& argument(void** arguments, int i) {
+  return *static_cast<T*>(arguments[i]);
+}
+
+// A launch with the arguments as they are now.
+template <int kWords>
+std::function<void()> bound_put(PutKernel<kWords> kernel, void** arguments) {
+  return [kernel, at = argument<uint64_t*>(arguments, 0), words = argument<int>(arguments, 1),
+          payload = argument<Payload<kWords>>(arguments, 2)] { kernel(at, words, payload); };
+}
+std::function<void()> bound(const void* kernel, void** arguments) {
+  const auto is = [kernel](auto known) { return kernel == reinterpret_cast<const void*>(known); };
+  if (is(kernels().put_few)) return bound_put<kFewWords>(kernels().put_few, arguments);
+  if (is(kernels().put_many)) return bound_put<kManyWords>(kernels().put_many, arguments);
+  return [run = reinterpret_cast<Kernel>(const_cast<void*>(kernel)),
+          view = argument<View>(arguments, 0),
+          work = argument<Work>(arguments, 1)] { run(view, work); };
+}
+
+}  // namespace
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
+                             size_t /*shared_bytes*/, cudaStream_t stream) {
+  if (grid.x == 0 || threads.x == 0) return cudaErrorInvalidValue;
+  ++launches;
+  last_stream = stream;
+  const auto run = [grid, threads, once = bound(kernel, arguments)] {
+    simt::launch(grid, threads.x, false, once);
+  };
+  if (captures) {
+    captured.push_back(run);
+    return cudaSuccess;
+  }
+  run();
+  wrong = simt::take_error();
+  return wrong.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+  ++(kind == cudaMemcpyHostToDevice ? uploads : downloads);
+  last_stream = stream;
+  if (bytes > 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr /*attribute*/, int /*device*/) {
+  *value = 132;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+const char* cudaGetErrorName(cudaError_t /*error*/) { return wrong.c_str(); }
+const char* cudaGetErrorString(cudaError_t /*error*/) { return wrong.c_str(); }
+
+// What was called so far: launches, copies to the device and from it.
+extern "C" __attribute__((visibility("default"))) void runtime_calls(long* out) {
+  out[0] = launches;
+  out[1] = uploads;
+  out[2] = downloads;
+}
+extern "C" __attribute__((visibility("default"))) void* runtime_stream() { return last_stream; }
+
+// As a graph is captured and replayed: launches are kept, with their arguments, instead of run.
+extern "C" __attribute__((visibility("default"))) void runtime_capture(int on) {
+  captures = on != 0;
+  if (captures) captured.clear();
+}
+extern "C" __attribute__((visibility("default"))) void runtime_replay() {
+  for (const auto& run : captured) run();
+  wrong = simt::take_error();
+}

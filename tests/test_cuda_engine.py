@@ -1,0 +1,378 @@
+"""The CUDA engine and its bindings, without a GPU: CPU tensors are its device memory.
+
+Kernels run in the emulation, below a stub of the CUDA runtime that counts calls (tests/simt). What
+all backends have in common, tests/test_battery.py and others check in the same way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from battery import (
+    CUDA_EMULATED,
+    CUDA_LACKS_RULES,
+    Entry,
+    Kwargs,
+    assert_same_bits,
+    assert_same_snapshot,
+    every_variant,
+    make_params,
+    record_grads,
+    set_grads,
+    snapshot,
+)
+from simt import emulated
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pysmooth
+from pysmooth import AdamW, BackendError, ClipSGD, NonFiniteGradientError, _cpu
+from pysmooth.engine import backends, cuda
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not CUDA_EMULATED, reason="PYSMOOTH_EMULATED=1 is not set"),
+]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the engine does not ask what became of a step unless somebody wants to know."""
+    monkeypatch.setattr(cuda, "_is_late", lambda _: True)
+
+
+@every_variant
+def test_the_cpu_backends_bits(entry: Entry, kwargs: Kwargs) -> None:
+    """Parameters, states and norms, though gradients come and go."""
+    ours, theirs = make_params(), make_params()
+    rows: list[list[Any]] = [list(row) for row in record_grads(ours, 4)]
+    rows[1][4] = rows[2][0] = None
+    results = []
+    for backend, params in (("cuda", ours), ("cpu", theirs)):
+        optimizer = entry.make(params, backend=backend, **kwargs)
+        norms = []
+        for row in rows:
+            set_grads(params, row)
+            optimizer.step()
+            norms.append(optimizer.last_norm())  # type: ignore[attr-defined]
+        results.append((snapshot(optimizer), norms))
+    (a, norms_a), (b, norms_b) = results
+    assert_same_snapshot(a, b)
+    for x, y in zip(norms_a, norms_b, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or torch.equal(x, y)
+
+
+def test_rules_are_the_cpu_backends() -> None:
+    ours = {rule["name"]: rule for rule in emulated.module().rules()}
+    published = {rule["name"]: rule for rule in _cpu.rules()}
+    assert set(published) - set(ours) == CUDA_LACKS_RULES
+    for name, rule in ours.items():
+        for key in ("hyper", "states", "counts_steps", "accumulates"):
+            assert rule[key] == published[name][key], name  # type: ignore[literal-required]
+
+
+# ---- host calls ----------------------------------------------------------------------------------
+
+LAUNCHES: list[tuple[Any, Kwargs, int]] = [
+    # put, reduce, prepare, apply
+    (ClipSGD, {"max_norm": 1.0, "momentum": 0.9}, 4),
+    (AdamW, {"max_norm": 1.0, "nonfinite": "skip"}, 4),
+    # no norm
+    (ClipSGD, {"momentum": 0.9}, 3),
+    # one pass more, with a prepare of its own
+    (pysmooth.EFSGD, {"compressor": pysmooth.ScaledSign()}, 6),
+    # a sample, its filter, digits of the threshold, the selected ones
+    (pysmooth.EFSGD, {"compressor": pysmooth.TopK(ratio=0.01)}, 14),
+]
+
+
+class NoReads(TorchDispatchMode):
+    """Nothing may wait for the device: no number is read, nothing is copied between devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        assert "_local_scalar_dense" not in name
+        assert "copy" not in name, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize(("make", "kwargs", "launches"), LAUNCHES)
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_step_launches_and_waits_for_nothing(
+    make: Any, kwargs: Kwargs, launches: int, count: int
+) -> None:
+    """However many tensors: so many launches, no copy, no wait. Gradients are new every time."""
+    params = make_params([(5003,), (7, 5)] * count)
+    optimizer = make(params, lr=0.1, backend="cuda", **kwargs)
+    rows = record_grads(params, 3)
+    set_grads(params, rows[0])
+    optimizer.step()
+    for row in rows[1:]:
+        set_grads(params, row)
+        before = emulated.calls()
+        with NoReads():
+            optimizer.step()
+        assert emulated.calls() == before._replace(launches=before.launches + launches)
+
+
+def test_all_gradient_addresses_fit() -> None:
+    """More of them than one launch can carry."""
+    params = [Parameter(torch.full((3,), float(i))) for i in range(9000)]
+    optimizer = ClipSGD(params, lr=1.0, backend="cuda")
+    for _ in range(2):
+        for p in params:
+            p.grad = p.detach().clone()
+        before = emulated.calls()
+        optimizer.step()
+    assert emulated.calls().launches == before.launches + 5  # three puts
+    assert all(not p.any() for p in params)
+
+
+def test_a_plan_is_made_again_when_something_moved() -> None:
+    params, twins = make_params(), make_params()
+    ours = AdamW(params, lr=0.1, max_norm=1.0, backend="cuda")
+    theirs = AdamW(twins, lr=0.1, max_norm=1.0, backend="cpu")
+
+    def step() -> int:
+        rows = record_grads(params, 1)
+        set_grads(params, rows[0])
+        set_grads(twins, rows[0])
+        before = emulated.calls()
+        ours.step()
+        theirs.step()
+        return emulated.calls().uploads - before.uploads
+
+    assert step() == 1
+    assert step() == 0
+    for optimizer in (ours, theirs):
+        p = optimizer.param_groups[0]["params"][0]
+        optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
+        p.data = p.detach().clone()
+    assert step() == 1
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["max_norm"] = 0.5  # a number alone
+    assert step() == 0
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert step() == 1
+    for optimizer, kept in ((ours, params), (theirs, twins)):
+        kept.append(Parameter(torch.ones(3)))
+        optimizer.add_param_group({"params": [kept[-1]], "lr": 0.5})
+    assert step() == 1
+    assert_same_snapshot(snapshot(ours), snapshot(theirs))
+
+
+# ---- what the host learns late -------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("late")
+def test_skipped_steps_are_counted_and_their_states_forgotten() -> None:
+    params, twins = make_params(), make_params()
+    optimizer = ClipSGD(params, 0.1, momentum=0.9, nonfinite="skip", backend="cuda")
+    twin = ClipSGD(twins, 0.1, momentum=0.9, nonfinite="skip", backend="cpu")
+    rows = record_grads(params, 4)
+    bad = [row.clone() for row in rows[0]]
+    bad[4][77] = float("nan")
+    for row in (bad, bad, rows[1], bad, rows[2]):
+        for o, kept in ((optimizer, params), (twin, twins)):
+            set_grads(kept, row)
+            o.step()
+    assert optimizer.skipped_steps() == twin.skipped_steps() == 3
+    assert_same_snapshot(snapshot(optimizer), snapshot(twin))
+    fresh = ClipSGD(make_params(), 0.1, momentum=0.9, nonfinite="skip", backend="cuda")
+    set_grads(fresh.param_groups[0]["params"], bad)
+    fresh.step()
+    assert fresh.state  # nobody asked yet
+    assert fresh.skipped_steps() == 1
+    assert not fresh.state
+
+
+@pytest.mark.usefixtures("late")
+def test_raise_names_the_parameters_at_the_next_read() -> None:
+    params = make_params([(5,), (6000,), (7,)])
+    named = list(zip("abc", params, strict=True))
+    optimizer = ClipSGD(named, 0.1, nonfinite="raise", backend="cuda")
+    start = [p.detach().clone() for p in params]
+    for bad in (2, 1):
+        set_grads(params, record_grads(params, 1)[0])
+        grad = params[bad].grad
+        assert grad is not None
+        grad[3] = float("inf")
+        optimizer.step()
+    assert_same_bits(params, start)
+    with pytest.raises(NonFiniteGradientError, match=r"non-finite gradient in 'b', 'c'$"):
+        optimizer.state_dict()
+    set_grads(params, record_grads(params, 1)[0])
+    optimizer.step()
+    optimizer.state_dict()  # told once
+    assert not torch.equal(params[0], start[0])
+
+
+@pytest.mark.usefixtures("late")
+def test_an_overflow_of_the_loss_scale_is_nobodys_error() -> None:
+    params = make_params([(50,)])
+    optimizer = ClipSGD(params, 0.1, nonfinite="raise", backend="cuda")
+    set_grads(params, [torch.full((50,), float("inf"))])
+    optimizer.grad_scale = torch.tensor(1024.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert optimizer.skipped_steps() == 0
+    assert_same_bits(params, make_params([(50,)]))
+
+
+@pytest.mark.usefixtures("late")
+def test_an_estimate_that_starts_as_the_gradient_takes_no_bad_one() -> None:
+    params = make_params([(50,), (7,)])
+    make = {"compressor": pysmooth.TopK(k=3), "init": "full", "backend": "cuda"}
+    optimizer = pysmooth.EF21(params, 0.1, **make)  # type: ignore[arg-type]
+    row = record_grads(params, 1)[0]
+    set_grads(params, [torch.full((50,), float("nan")), row[1]])
+    optimizer.step()
+    set_grads(params, row)
+    optimizer.step()
+    assert optimizer.skipped_steps() == 1
+    for p, g in zip(params, row, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["grad_estimate"], g.float())
+
+
+# ---- graphs --------------------------------------------------------------------------------------
+
+
+class Capture:
+    """A CUDA graph's capture and replay, in the stub of the runtime."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self._runtime: ctypes.CDLL = emulated.kernels()
+        self.kept: list[Tensor] = []
+
+    def __enter__(self) -> Capture:
+        self._patch.setattr(cuda, "_stream", lambda _: (7, True))
+        empty_like = torch.empty_like
+
+        def kept(*args: Any, **kwargs: Any) -> Tensor:  # as a graph's pool keeps it
+            self.kept.append(empty_like(*args, **kwargs))
+            return self.kept[-1]
+
+        self._patch.setattr(torch, "empty_like", kept)
+        self._runtime.runtime_capture(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runtime.runtime_capture(0)
+        self._patch.undo()
+
+    def replay(self) -> None:
+        self._runtime.runtime_replay()
+
+
+def test_replays_and_other_steps_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph keeps its gradients' addresses and its numbers, whatever steps come between."""
+    params, twins = make_params(), make_params()
+    ours = AdamW(params, lr=0.1, max_norm=1.0, backend="cuda")
+    theirs = AdamW(twins, lr=0.1, max_norm=1.0, backend="cpu")
+    rows = record_grads(params, 6)
+
+    def step(row: list[Tensor], lr: float, replay: Capture | None = None) -> None:
+        theirs.param_groups[0]["lr"] = lr
+        set_grads(twins, row)
+        theirs.step()
+        if replay is not None:
+            for held, value in zip(static, row, strict=True):
+                held.copy_(value)
+            replay.replay()
+            return
+        ours.param_groups[0]["lr"] = lr
+        set_grads(params, row)
+        ours.step()
+
+    step(rows[0], 0.1)
+    static = [torch.empty_like(p) for p in params]
+    for p, g in zip(params, static, strict=True):
+        p.grad = g
+    with Capture(monkeypatch) as graph:
+        ours.param_groups[0]["lr"] = 0.3
+        ours.step()
+    assert emulated.kernels().runtime_stream() == 7
+    step(rows[1], 0.3, graph)
+    step(rows[2], 0.05)
+    step(rows[3], 0.3, graph)
+    step(rows[4], 0.2)
+    step(rows[5], 0.3, graph)
+    assert_same_snapshot(snapshot(ours), snapshot(theirs))
+
+
+def test_a_graphs_memory_outlives_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    optimizer = ClipSGD(params, 0.1, max_norm=1.0, backend="cuda")
+    set_grads(params, record_grads(params, 1)[0])
+    optimizer.step()
+    with Capture(monkeypatch) as graph:
+        optimizer.step()
+    held = [p.detach().clone() for p in params]
+    optimizer.add_param_group({"params": [Parameter(torch.ones(3))]})
+    optimizer.step()  # another plan
+    for p, value in zip(params, held, strict=True):
+        p.data.copy_(value)
+    graph.replay()
+    once = [p.detach().clone() for p in params]
+    for p, value in zip(params, held, strict=True):
+        p.data.copy_(value)
+    optimizer.step()
+    assert_same_bits(once, [p.detach() for p in params])
+
+
+def test_a_capture_needs_a_step_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    optimizer = ClipSGD(params, 0.1, momentum=0.9, backend="cuda")
+    set_grads(params, record_grads(params, 1)[0])
+    with Capture(monkeypatch), pytest.raises(BackendError, match="run the same step once before"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+# ---- choice --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def for_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: "auto" finds this backend, then one that computes everything."""
+    infos = {info.name: info for info in backends.REGISTERED}
+    fields = {"devices": lambda: ("cpu",), "auto": ("cpu",)}
+    taken = [cuda_info := infos["cuda"], infos["eager"]]
+    monkeypatch.setattr(
+        backends,
+        "REGISTERED",
+        tuple(type(cuda_info)(**{**vars(info), **fields}) for info in taken),
+    )
+
+
+@pytest.mark.usefixtures("for_cpu")
+def test_auto_goes_on_to_a_backend_that_has_the_kernels() -> None:
+    assert ClipSGD(make_params(), 0.1).resolved_backend == "cuda"
+    assert ClipSGD(make_params(), 0.1, clip="agc").resolved_backend == "eager"
+    top_k: Any = {"compressor": pysmooth.TopK(k=3), "backend": "auto"}
+    assert pysmooth.EFSGD(make_params(), 0.1, **top_k).resolved_backend == "cuda"
+    assert pysmooth.EFSGD(make_params(), 0.1, absorb=True, **top_k).resolved_backend == "eager"
+    assert pysmooth.EF21Plus(make_params(), 0.1, **top_k).resolved_backend == "eager"
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "what"),
+    [
+        (ClipSGD, {"clip": "agc"}, "clip='agc'"),
+        (pysmooth.EFSGD, {"compressor": pysmooth.TopK(k=3), "absorb": True}, "absorb=True"),
+        (pysmooth.EF21Plus, {"compressor": pysmooth.TopK(k=3)}, "'ef21_plus'"),
+    ],
+)
+def test_what_has_no_kernel_is_refused_at_construction(
+    make: Any, kwargs: Kwargs, what: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"the cuda backend has no kernel for {what}"):
+        make(make_params(), 0.1, backend="cuda", **kwargs)
