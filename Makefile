@@ -43,7 +43,7 @@ KERNELS := tests/test_cuda_kernels.py
 .PHONY: test-cuda
 test-cuda: $(VENV)/checked ## CUDA kernels against the CPU backend, emulated; nvcc for sm_80, sm_90, sm_100 (half an hour)
 	$(BIN)/python -m pytest $(KERNELS) -q --timeout 600
-	.ci/cuda-kernels
+	$(BIN)/python .ci/cuda-kernels
 
 .PHONY: lint
 lint: $(VENV)/built ## ruff, mypy --strict, clang-format

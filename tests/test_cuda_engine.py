@@ -7,6 +7,7 @@ all backends have in common, tests/test_battery.py and others check in the same 
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -306,6 +307,59 @@ def test_replays_and_other_steps_do_not_disturb_each_other(monkeypatch: pytest.M
     step(rows[4], 0.2)
     step(rows[5], 0.3, graph)
     assert_same_snapshot(snapshot(ours), snapshot(theirs))
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("make", [AdamW, ClipSGD, pysmooth.EF21, pysmooth.MAdagradNorm])
+def test_a_learning_rate_on_the_device_is_read_there(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits to know it, and a replay finds what is there by then."""
+    kwargs: dict[str, Any] = {"max_norm": 1.0}
+    if make is pysmooth.EF21:
+        kwargs = {"compressor": pysmooth.TopK(k=9)}
+    if make is pysmooth.MAdagradNorm:
+        kwargs["b_init"] = 0.5
+    params, twins = make_params(), make_params()
+    lr = torch.tensor(0.1)
+    ours = make(params, lr=lr, backend="cuda", **kwargs)
+    theirs = make(twins, lr=0.1, backend="cpu", **kwargs)
+    rows = record_grads(params, 5)
+    graph = Capture(monkeypatch)
+    for i, row in enumerate(rows):
+        lr.fill_(0.1 / (i + 1))
+        theirs.param_groups[0]["lr"] = float(lr)
+        set_grads(twins, row)
+        theirs.step()
+        if i == 2:
+            with graph:
+                ours.step()
+        if i < 2:
+            set_grads(params, row)
+            with NoReads() if i else nullcontext():
+                ours.step()
+        else:
+            for p, value in zip(params, row, strict=True):
+                assert p.grad is not None
+                p.grad.copy_(value)
+            graph.replay()
+    assert_same_snapshot(snapshot(ours), snapshot(theirs))
+
+
+@pytest.mark.usefixtures("late")
+def test_a_learning_rate_that_kernels_cannot_read_is_refused() -> None:
+    params = make_params()
+    optimizer = AdamW(params, lr=torch.tensor(0.1, dtype=torch.bfloat16), backend="cuda")
+    set_grads(params, record_grads(params, 1)[0])
+    with pytest.raises(ValueError, match=r"lr is a torch.bfloat16 tensor on cpu"):
+        optimizer.step()
+    assert_same_bits(params, make_params())
+
+
+def test_capturable_asks_for_a_backend_whose_steps_can_be() -> None:
+    AdamW(make_params(), capturable=True, backend="cuda")
+    with pytest.raises(ValueError, match="steps of backend 'cpu' cannot be captured"):
+        AdamW(make_params(), capturable=True)
 
 
 def test_a_graphs_memory_outlives_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:

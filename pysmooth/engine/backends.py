@@ -63,6 +63,7 @@ class BackendInfo:
         rules: names of the update rules that it has; None: all.
         lacks: what a recipe asks for and it has no kernel for, in words; None: nothing.
         absorbs: whether it takes gradients into states one by one.
+        capturable: whether CUDA graphs can capture its steps.
         engine: makes the engine of one optimizer.
     """
 
@@ -75,6 +76,7 @@ class BackendInfo:
     lacks: Callable[[Recipe], str | None]
     engine: Callable[[], Engine]
     absorbs: bool = False
+    capturable: bool = False
 
     def takes(self, params: Iterable[torch.Tensor]) -> bool:
         """Whether all parameters are on devices that it takes."""
@@ -256,6 +258,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         rules=_cuda_rules,
         lacks=_cuda_lacks,
         engine=_cuda_engine,
+        capturable=True,
     ),
     BackendInfo(
         "triton",
@@ -335,6 +338,11 @@ def resolve(
             "for; backend='eager' computes it in plain torch"
         )
     return info.name
+
+
+def is_capturable(name: str) -> bool:
+    """Whether CUDA graphs can capture the steps of a backend."""
+    return _named(name).capturable
 
 
 def make_engine(name: str) -> Engine:

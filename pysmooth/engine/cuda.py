@@ -73,7 +73,10 @@ class CudaEngine(DeviceEngine):
         assert plan is not None
         numbers = (
             [group["params"] for group in optimizer.param_groups],
-            [recipe.hyper for recipe in recipes],
+            [
+                self._hyper(recipe, group.get("lr"))
+                for recipe, group in zip(recipes, optimizer.param_groups, strict=True)
+            ],
             [recipe.clip for recipe in recipes],
             on_device(self._device, amp.scale),
             on_device(self._device, amp.found_inf),
@@ -90,6 +93,21 @@ class CudaEngine(DeviceEngine):
                     memory.record_stream(torch.cuda.current_stream(self._device))
             self._stream = stream
             return plan.step(*numbers, self._inputs.data_ptr(), stream)
+
+    def reads(self, value: object) -> bool:
+        """Whether kernels read this learning rate where it is: on the device."""
+        return isinstance(value, Tensor) and _is_late(value.device)
+
+    def _hyper(self, recipe: Recipe, lr: object) -> tuple[float | Tensor, ...]:
+        if not isinstance(lr, Tensor) or not self.reads(lr):
+            return recipe.hyper
+        if lr.device != self._device or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"lr is a {lr.dtype} tensor on {lr.device}; the cuda backend reads float32 and "
+                f"float64 on the parameters' device, {self._device}"
+            )
+        at = self._rules[recipe.rule]["hyper"].index("lr")
+        return (*recipe.hyper[:at], lr.detach(), *recipe.hyper[at + 1 :])
 
     # ---- plans ---------------------------------------------------------------------------------
 

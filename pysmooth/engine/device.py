@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._errors import BackendError, NonFiniteGradientError
+from .backends import Engine
 from .checks import check_gradient, check_layout, check_memory, check_state
 from .recipe import GRADIENT, NORM_SQ, STEP, Policy, Recipe, Scope
 from .state import fill_state, new_states
@@ -42,7 +43,7 @@ class Told(NamedTuple):
     started: Tensor  # per parameter: not 0 once a step has used its states
 
 
-class DeviceEngine:
+class DeviceEngine(Engine):
     """Checks, states and answers. A subclass has the plan, and runs the step."""
 
     name: str
@@ -59,6 +60,10 @@ class DeviceEngine:
     @abstractmethod
     def lacks(self, recipe: Recipe) -> str | None:
         """What the recipe asks for and this backend has no kernel for, in words; None: nothing."""
+
+    def reads(self, value: object) -> bool:
+        """Whether kernels read this learning rate where it is: on the device."""
+        return False
 
     @abstractmethod
     def reads_grad(self, rule: str) -> bool:

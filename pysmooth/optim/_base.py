@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, overload
@@ -17,6 +18,7 @@ from torch.optim.optimizer import (
 
 from ..engine.amp import Amp
 from ..engine.backends import Engine, make_engine, native_module, resolve
+from ..engine.device import DeviceEngine
 from ..engine.recipe import (
     ABSORBED,
     SCALARS,
@@ -125,7 +127,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def recipes(self) -> list[Recipe]:
         """The steps of all groups, with how their parameters are kept."""
-        return [self._recipe(group) for group in self.param_groups]
+        return [self._recipe(self._readable(group)) for group in self.param_groups]
+
+    def _readable(self, group: dict[str, Any]) -> dict[str, Any]:
+        # A learning rate that kernels read on their device: asking for its value would wait.
+        if isinstance(self._engine, DeviceEngine) and self._engine.reads(group.get("lr")):
+            return {**group, "lr": math.nan}
+        return group
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
         recipe, storage = self.recipe(group), param_storage(group)

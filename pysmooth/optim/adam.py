@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.backends import is_capturable
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
@@ -51,7 +52,9 @@ class Adam(FusedOptimizer):
             as under State.
         maximize: ascend instead of descend.
         foreach, fused: accepted, because torch's class has them; without effect.
-        capturable, differentiable: only False.
+        capturable: asks for a backend whose steps CUDA graphs can capture; all steps of the
+            CUDA backend are.
+        differentiable: only False.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` instead (AdamW).
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -93,8 +96,6 @@ class Adam(FusedOptimizer):
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not supported: the step writes in place")
-        if capturable:
-            raise ValueError("capturable=True is not supported: there is no CUDA backend yet")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -120,6 +121,10 @@ class Adam(FusedOptimizer):
             backend=backend,
             **precision,
         )
+        if capturable and not is_capturable(self.resolved_backend):
+            raise ValueError(
+                f"capturable=True: steps of backend {self.resolved_backend!r} cannot be captured"
+            )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
@@ -190,7 +195,9 @@ class AdamW(Adam):
             as under State.
         maximize: ascend instead of descend.
         foreach, fused: accepted, because torch's class has them; without effect.
-        capturable, differentiable: only False.
+        capturable: asks for a backend whose steps CUDA graphs can capture; all steps of the
+            CUDA backend are.
+        differentiable: only False.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
