@@ -38,7 +38,7 @@ STEPS, EXAMPLES = (3, 3) if triton_interpreted() else (20, 20)
 # What the Triton backend has no kernel for yet, in the words of its BackendError.
 TRITON_LACKS_RULES = frozenset(
     {
-        "clip21_sgd2m_noise",
+        *("clip21_noise", "clip21_sgd2m_noise"),
         *("ef21_plus", "ef21_plus_m"),
         *(f"ef_sgd_select{m}" for m in ("", "_momentum")),
         *(f"ef21_{form}{m}" for form in ("select", "select_normalized") for m in ("", "_m", "_2m")),
@@ -300,8 +300,15 @@ REGISTRY: tuple[Entry, ...] = (
     Entry(
         "clip21",
         pysmooth.Clip21,
-        {"main": {"lr": 0.1, "tau": 2.0, "weight_decay": 0.1}, "tensor": {"scope": "tensor"}},
-        lambda _: ("grad_estimate",),
+        {
+            "main": {"lr": 0.1, "tau": 2.0, "weight_decay": 0.1},
+            "tensor": {"scope": "tensor"},
+            "noise": {"lr": 0.1, "tau": 2.0, "weight_decay": 0.1, "noise_std": 0.3, "seed": 5},
+        },
+        lambda kwargs: (
+            "grad_estimate",
+            *(("server_estimate",) if kwargs.get("noise_std") else ()),
+        ),
         ulp=4.0,
         clips=False,
     ),

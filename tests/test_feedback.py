@@ -444,12 +444,18 @@ def test_clip21_stops_clipping(backend: str) -> None:
 
 
 @every_backend
-def test_clip21_noise_stays_with_the_server(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "weights", "beta_hat"),
+    [(Clip21SGD2M, {"beta": 0.3, "beta_hat": 0.2}, 0.2), (Clip21, {}, 1.0)],
+    ids=["clip21_sgd2m", "clip21"],
+)
+def test_clip21_noise_stays_with_the_server(
+    make: Any, weights: dict[str, float], beta_hat: float, backend: str
+) -> None:
     """server - worker is beta_hat times the sum of the noise; without noise they are equal."""
     params, quiet = make_params(SHAPES, torch.float64), make_params(SHAPES, torch.float64)
-    kwargs: dict[str, Any] = {"tau": 0.5, "beta": 0.3, "beta_hat": 0.2, "backend": backend}
-    optimizer = Clip21SGD2M(params, 0.0, noise_std=2.0, seed=7, **kwargs)
-    plain = Clip21SGD2M(quiet, 0.0, **kwargs)
+    optimizer = make(params, 0.0, 0.5, noise_std=2.0, seed=7, backend=backend, **weights)
+    plain = make(quiet, 0.0, 0.5, backend=backend, **weights)
     rows = record_grads(params, 30)
     advance(optimizer, params, rows)
     advance(plain, quiet, rows)
@@ -458,9 +464,25 @@ def test_clip21_noise_stays_with_the_server(backend: str) -> None:
         state = optimizer.state[p]
         torch.testing.assert_close(state["grad_estimate"], plain.state[q]["grad_estimate"])
         noise.append((state["server_estimate"] - state["grad_estimate"]).flatten())
-    drawn = torch.cat(noise) / (0.2 * 2.0 * math.sqrt(30))
+    drawn = torch.cat(noise) / (beta_hat * 2.0 * math.sqrt(30))
     assert abs(float(drawn.std()) - 1) < 5 / math.sqrt(2 * len(drawn))
     assert abs(float(drawn.mean())) < 5 / math.sqrt(len(drawn))
+
+
+@every_backend
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_clip21_is_its_relative_without_momentum(noise_std: float, backend: str) -> None:
+    params, others = make_params(), make_params()
+    kwargs: dict[str, Any] = {"weight_decay": 0.1, "noise_std": noise_std, "backend": backend}
+    optimizer = Clip21(params, 0.1, 2.0, **kwargs)
+    relative = Clip21SGD2M(others, 0.1, 2.0, 1.0, 1.0, **kwargs)
+    rows = record_grads(params, 5)
+    advance(optimizer, params, rows)
+    advance(relative, others, rows)
+    assert_same_bits(params, others)
+    for p, q in zip(params, others, strict=True):
+        for key in optimizer.recipes()[0].states:
+            assert_same_bits([optimizer.state[p][key]], [relative.state[q][key]])
 
 
 # ---- normalised momentum -------------------------------------------------------------------------
@@ -503,6 +525,8 @@ def test_normalized_sgd(scope: Any, backend: str) -> None:
         (lambda p: Clip21SGD2M(p, 0.1, 1.0, 1.5), ValueError, "beta must be in"),
         (lambda p: Clip21SGD2M(p, 0.1, 1.0, 0.5, 0.0), ValueError, "beta_hat must be greater"),
         (lambda p: Clip21SGD2M(p, noise_std=-1.0), ValueError, "noise_std must be at least 0"),
+        (lambda p: Clip21(p, noise_std=math.nan), ValueError, "noise_std must be"),
+        (lambda p: Clip21(p, seed=-1), ValueError, "seed must be"),
         (lambda p: Clip21SGD2M(p, seed=-1), ValueError, "seed must be"),
         (lambda p: NormalizedSGD(p, momentum=1.0), ValueError, "momentum must be less than 1"),
         (lambda p: EFSGD(p, 0.1, Compressor()), TypeError, "compressor must be one of"),

@@ -19,8 +19,8 @@ PYSMOOTH_KERNELS_BEGIN
 using Rules =
     RuleList<Scale, Sgd<0>, Sgd<1>, Adagrad, Adam<0>, Adam<1>, Sign<0>, Sign<1>, ScaledSign<0>,
              ScaledSign<1>, Lion, NormalizedSgd, NormAccumulator<0>, NormAccumulator<1>,
-             Accumulator<0>, Accumulator<1>, Clip21<0>, Clip21<1>, Clip21<1, true>, EfSgd<0, false>,
-             EfSgd<1, false>, EfSgd<0, true>, EfSgd<1, true>, EfSign<0>, EfSign<1>,
+             Accumulator<0>, Accumulator<1>, Clip21<0>, Clip21<0, true>, Clip21<1>, Clip21<1, true>,
+             EfSgd<0, false>, EfSgd<1, false>, EfSgd<0, true>, EfSgd<1, true>, EfSign<0>, EfSign<1>,
              Ef21<0, Ef21Form::dense>, Ef21<1, Ef21Form::dense>, Ef21<2, Ef21Form::dense>,
              Ef21<0, Ef21Form::select>, Ef21<1, Ef21Form::select>, Ef21<2, Ef21Form::select>,
              Ef21<0, Ef21Form::select_normalized>, Ef21<1, Ef21Form::select_normalized>,

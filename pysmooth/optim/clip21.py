@@ -40,8 +40,8 @@ class Clip21SGD2M(FusedOptimizer):
     beta_hat times the sum of the noise. No privacy budget is counted here. The noise is drawn in
     float32 whatever the parameter's dtype is, and is the same on every backend.
 
-    State: `grad_estimate` and `momentum_buffer`, both start from 0: 8 bytes per parameter (float32
-    also for 16-bit parameters), 16 for float64.
+    State: `grad_estimate` and `momentum_buffer`, and `server_estimate` with noise; they start from
+    0. Each takes 4 bytes per parameter (float32 also for 16-bit parameters), 8 for float64.
 
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
@@ -116,26 +116,14 @@ class Clip21SGD2M(FusedOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
-        check_number("lr", group["lr"])
-        check_number("weight_decay", group["weight_decay"])
-        check_number("tau", group["tau"], strict=True)
-        check_number("noise_std", group["noise_std"])
-        check_seed("seed", group["seed"])
+        _check(group)
         for name in ("beta", "beta_hat"):
             if check_number(name, group[name], strict=True) > 1:
                 raise ValueError(f"{name} must be in (0, 1]; got {float(group[name])}")
-        check_flag("maximize", group["maximize"])
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
-        hyper = floats(group, "lr", "tau", "beta", "beta_hat", "weight_decay", "noise_std")
-        hyper += halves(int(group["seed"]))
-        clip = ClipSpec(maximize=group["maximize"])
-        states = ("grad_estimate", "momentum_buffer")
-        if group["noise_std"] == 0:
-            return Recipe("clip21_sgd2m", hyper, states, clip)
-        noisy = (*states, "server_estimate")
-        return Recipe("clip21_sgd2m_noise", hyper, noisy, clip, counts_steps=True)
+        return _recipe(group, "clip21_sgd2m", "grad_estimate", "momentum_buffer")
 
 
 class Clip21(FusedOptimizer):
@@ -153,12 +141,15 @@ class Clip21(FusedOptimizer):
     is EF21 with the clip for a compressor. Once distances are shorter than `tau` it is gradient
     descent.
 
-    State: `grad_estimate`, which starts from 0: 4 bytes per parameter (float32 also for 16-bit
-    parameters), 8 for float64.
+    With `noise_std` the parameter follows `server_estimate`, which also receives Gaussian noise, as
+    in `Clip21SGD2M`: the same as that class with `beta=1, beta_hat=1`, without its momentum.
+
+    State: `grad_estimate`, and `server_estimate` with noise; they start from 0. Each takes 4 bytes
+    per parameter (float32 also for 16-bit parameters), 8 for float64.
 
     Args:
-        params, lr, tau, weight_decay, scope, maximize, nonfinite, norm, backend: as in
-            `Clip21SGD2M`.
+        params, lr, tau, noise_std, seed, weight_decay, scope, maximize, nonfinite, norm, backend:
+            as in `Clip21SGD2M`.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
@@ -176,7 +167,9 @@ class Clip21(FusedOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-2,
         tau: float = 1.0,
+        noise_std: float = 0.0,
         *,
+        seed: int = 0,
         weight_decay: float = 0.0,
         scope: ScopeName = "global",
         maximize: bool = False,
@@ -186,7 +179,14 @@ class Clip21(FusedOptimizer):
         **precision: Unpack[Precision],
     ) -> None:
         self.stage_scopes = (check_scope(scope), Scope.GLOBAL)
-        defaults = {"lr": lr, "tau": tau, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {
+            "seed": seed,
+            "lr": lr,
+            "tau": tau,
+            "noise_std": noise_std,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
         super().__init__(
             params,
             defaults,
@@ -200,13 +200,27 @@ class Clip21(FusedOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
-        check_number("lr", group["lr"])
-        check_number("weight_decay", group["weight_decay"])
-        check_number("tau", group["tau"], strict=True)
-        check_flag("maximize", group["maximize"])
+        _check(group)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
-        lr, tau, weight_decay = floats(group, "lr", "tau", "weight_decay")
-        hyper = (lr, tau, 1.0, 1.0, weight_decay, 0.0, 0.0, 0.0)  # beta, beta_hat; no noise
-        return Recipe("clip21", hyper, ("grad_estimate",), ClipSpec(maximize=group["maximize"]))
+        return _recipe({**group, "beta": 1.0, "beta_hat": 1.0}, "clip21", "grad_estimate")
+
+
+def _check(group: dict[str, Any]) -> None:
+    check_number("lr", group["lr"])
+    check_number("weight_decay", group["weight_decay"])
+    check_number("tau", group["tau"], strict=True)
+    check_number("noise_std", group["noise_std"])
+    check_seed("seed", group["seed"])
+    check_flag("maximize", group["maximize"])
+
+
+def _recipe(group: dict[str, Any], rule: str, *states: str) -> Recipe:
+    """Noise is drawn by step, and makes the server's estimate a state of its own."""
+    hyper = floats(group, "lr", "tau", "beta", "beta_hat", "weight_decay", "noise_std")
+    hyper += halves(int(group["seed"]))
+    clip = ClipSpec(maximize=group["maximize"])
+    if group["noise_std"] == 0:
+        return Recipe(rule, hyper, states, clip)
+    return Recipe(f"{rule}_noise", hyper, (*states, "server_estimate"), clip, counts_steps=True)

@@ -19,18 +19,19 @@ HYPER = (
 
 def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """Returns the new parameters; updates the estimate, and the momentum where there is one."""
-    _clipped(members, passes)
+    _clipped(members, passes, [m.states[1:] for m in members])
     return [_moved(m, m.states[0]) for m in members]
 
 
 def noisy(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """The same along the server's estimate, the last state, which receives noise."""
-    for m, u in zip(members, _clipped(members, passes), strict=True):
+    clipped = _clipped(members, passes, [m.states[1:-1] for m in members])
+    for m, u in zip(members, clipped, strict=True):
         seed = int(m.hyper["seed_low"]) | int(m.hyper["seed_high"]) << 32
         noise = random.normal(m.p.numel(), seed=seed, step=m.step, tensor_id=m.number)
         noise = unflatten(m.p, noise.to(m.p)) * m.hyper["noise_std"]
-        m.states[2].add_((noise + u) * m.hyper["beta_hat"])
-    return [_moved(m, m.states[2]) for m in members]
+        m.states[-1].add_((noise + u) * m.hyper["beta_hat"])
+    return [_moved(m, m.states[-1]) for m in members]
 
 
 def _moved(m: Member, estimate: Tensor) -> Tensor:
@@ -38,16 +39,17 @@ def _moved(m: Member, estimate: Tensor) -> Tensor:
     return m.p * (1 - lr * m.hyper["weight_decay"]) - lr * estimate
 
 
-def _clipped(members: Sequence[Member], passes: Passes) -> list[Tensor]:
-    """Updates momenta and estimates; returns the clipped distances."""
+def _clipped(
+    members: Sequence[Member], passes: Passes, momenta: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """Updates momenta, at most one each, and estimates; returns the clipped distances."""
     distances = []
-    for m in members:
-        estimate, *momentum = m.states
+    for m, momentum in zip(members, momenta, strict=True):
         v = m.g
-        for buffer in momentum[:1]:
+        for buffer in momentum:
             beta = m.hyper["beta"]
             v = buffer.copy_((1 - beta) * buffer + beta * m.g)
-        distances.append(v - estimate)
+        distances.append(v - m.states[0])
     norms = passes.norms(0, members, distances)
     out = []
     for m, distance, norm in zip(members, distances, norms, strict=True):

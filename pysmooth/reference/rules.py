@@ -167,6 +167,7 @@ RULES: dict[str, EagerRule] = {
         ),
         _staged("normalized_sgd", normalized_sgd, 1),
         _staged("clip21", clip21, 1),
+        _staged("clip21_noise", clip21, 2, counts_steps=True, staged=clip21.noisy),
         _staged("clip21_sgd2m", clip21, 2),
         _staged("clip21_sgd2m_noise", clip21, 3, counts_steps=True, staged=clip21.noisy),
         *_ef_sgd(),

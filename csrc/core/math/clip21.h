@@ -18,16 +18,18 @@ PYSMOOTH_KERNELS_BEGIN
 // kMomentum: 0 or 1, whether v is a state of its own.
 template <int kMomentum, bool kNoise = false>
 struct Clip21 : RuleDefaults {
-  static constexpr const char* kName = kNoise      ? "clip21_sgd2m_noise"
-                                       : kMomentum ? "clip21_sgd2m"
-                                                   : "clip21";
+  static constexpr const char* kName = kMomentum ? kNoise ? "clip21_sgd2m_noise" : "clip21_sgd2m"
+                                       : kNoise  ? "clip21_noise"
+                                                 : "clip21";
   static constexpr const char* kHyper[] = {"lr",           "tau",       "beta",     "beta_hat",
                                            "weight_decay", "noise_std", "seed_low", "seed_high"};
   static constexpr int kStates = 1 + kMomentum + kNoise;  // h, then v, then s
   static constexpr bool kCountsSteps = kNoise;            // noise is drawn by step
   static constexpr int kStages = 1;
-  static constexpr Streams kPass[1] = {{false, false, true, 3u, 2u}};
-  static constexpr Streams kApply{true, true, kMomentum == 0, ~0u, 5u, kNoise};
+  static constexpr int kLead = kNoise ? kStates - 1 : 0;  // what p follows
+  static constexpr Streams kPass[1] = {
+      {false, false, true, kMomentum != 0 ? 3u : 1u, kMomentum != 0 ? 2u : 0u}};
+  static constexpr Streams kApply{true, true, kMomentum == 0, ~0u, 1u | 1u << kLead, kNoise};
 
   template <class T>
   struct Hyper {
@@ -67,7 +69,6 @@ struct Clip21 : RuleDefaults {
   PYSMOOTH_HD static void update(Lane<V, kStates>& x, const Hyper<T>& h) {
     const V u = distance<V, T>(x) * h.coef;
     x.state[0] = x.state[0] + u * h.beta_hat;
-    constexpr int kLead = kNoise ? 2 : 0;  // what p follows
     if constexpr (kNoise) x.state[kLead] = x.state[kLead] + (x.drawn * h.noise + u) * h.beta_hat;
     x.param = x.param * h.shrink - x.state[kLead] * h.lr;
   }
