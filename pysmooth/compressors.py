@@ -25,6 +25,7 @@ from .reference.order import flatten, unflatten
 
 SelectScope = Literal["tensor", "global", "block"]
 SignScope = Literal["tensor", "global"]
+ScaleScope = Literal["tensor", "block"]
 _SCOPES: dict[str, int] = {"tensor": 0, "global": 1, "block": 2}
 Select = tuple[int, int, float, int, int, bool, int]
 Dense = tuple[int, float, int]
@@ -80,8 +81,13 @@ class Compressor:
 
     @property
     def scale_scope(self) -> str:
-        """Over what a scale is taken: "tensor" or "global"."""
-        return "global" if self._joint else "tensor"
+        """Over what a scale is taken: "tensor", "global" or "block"."""
+        return "block" if self.scale_block else "global" if self._joint else "tensor"
+
+    @property
+    def scale_block(self) -> int | None:
+        """How many consecutive elements share a scale; None: all of the scope."""
+        return None
 
     @property
     def _joint(self) -> bool:
@@ -307,10 +313,14 @@ class HardThreshold(Compressor):
 class QSGD(Compressor):
     """||x||_2 sign(x) n / levels, with n one of the integers next to levels |x| / ||x||_2.
 
-    Which one is drawn. Unbiased: omega = min(d / levels^2, sqrt(d) / levels). Per tensor.
+    Which one is drawn. Unbiased: omega = min(d / levels^2, sqrt(d) / levels), d being the elements
+    of a tensor or of a block.
 
     Args:
         levels: from 1 to 2^20.
+        scope: over what the norm is taken: "tensor" or "block", the paper's bucket.
+        block_size: for scope "block": so many consecutive elements; a tensor's last block may be
+            shorter. The cpu backend takes powers of two up to 32768.
         seed: of the rounding, from 0 to 2^64 - 1.
 
     Source: arXiv:1610.02132.
@@ -318,19 +328,29 @@ class QSGD(Compressor):
 
     levels: int
     _: KW_ONLY
+    scope: ScaleScope = "tensor"
+    block_size: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_integer("levels", self.levels, 1, 2**20)
+        _check_scope(self.scope, ("tensor", "block"))
+        _check_integer("block_size", self.block_size, 1)
         _check_seed(self.seed)
 
     def omega(self, d: int) -> float:
-        """min(d / levels^2, sqrt(d) / levels)."""
+        """min(d / levels^2, sqrt(d) / levels), of the longest block."""
+        d = min(d, self.scale_block or d)
         return min(d / self.levels**2, math.sqrt(d) / self.levels)
 
     def bits(self, d: int) -> int:
-        """A float, and a sign and a level per coordinate."""
-        return 32 + d * (1 + self.levels.bit_length())
+        """A float per norm, and a sign and a level per coordinate."""
+        return 32 * -(-d // (self.scale_block or d or 1)) + d * (1 + self.levels.bit_length())
+
+    @property
+    def scale_block(self) -> int | None:
+        """`block_size`, for scope "block"."""
+        return self.block_size if self.scope == "block" else None
 
     @property
     def dense(self) -> Dense:
@@ -338,7 +358,8 @@ class QSGD(Compressor):
         return (3, float(self.levels), self.seed)
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
-        return codec.qsgd(x, self.levels, seed=self.seed, step=step, tensor_id=tensor_id)
+        block = self.scale_block or len(x)
+        return codec.qsgd(x, self.levels, block, seed=self.seed, step=step, tensor_id=tensor_id)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,10 @@ TRITON_LACKS = (
 
 # The same for CUDA.
 CUDA_LACKS_RULES = frozenset({"ef21_plus", "ef21_plus_m"})
-CUDA_LACKS = (*map(repr, sorted(CUDA_LACKS_RULES)), "clip='agc'", "absorb=True")
+CUDA_LACKS = (
+    *map(repr, sorted(CUDA_LACKS_RULES)),
+    *("clip='agc'", "absorb=True", "scope='block' of QSGD"),
+)
 
 # Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.
 SHAPES = ((7, 5), (), (33,), (0, 4), (5003,), (3, 2, 3, 3), (1,))
@@ -347,6 +350,10 @@ REGISTRY: tuple[Entry, ...] = (
             # Seeds for which no draw falls between a rounded value and the oracle's.
             "natural": {"lr": 0.1, "compressor": NaturalCompression(seed=1), "momentum": 0.5},
             "qsgd": {"lr": 0.1, "compressor": QSGD(256, seed=1), "nonfinite": "zero"},
+            "qsgd_block": {
+                "lr": 0.1,
+                "compressor": QSGD(16, scope="block", block_size=64, seed=1),
+            },
             "sign": {"lr": 0.1, "compressor": ScaledSign(), "maximize": True},
             "absorb": {"lr": 0.1, "compressor": TopK(k=40, scope="global"), "absorb": True},
             "absorb_sign": {"lr": 0.1, "compressor": ScaledSign(), "absorb": True},

@@ -34,6 +34,7 @@ ALL: tuple[Compressor, ...] = (
     ScaledSign(scope="global"),
     HardThreshold(0.5),
     QSGD(4, seed=1),
+    QSGD(4, scope="block", block_size=16, seed=1),
     NaturalCompression(seed=2),
 )
 every = pytest.mark.parametrize("compressor", ALL, ids=repr)
@@ -247,6 +248,7 @@ def test_qsgd_levels() -> None:
         (RandK(k=10), 320),
         (ScaledSign(), 1032),
         (QSGD(4), 32 + 4000),
+        (QSGD(4, scope="block", block_size=300), 4 * 32 + 4000),
         (NaturalCompression(), 9000),
     ],
     ids=repr,
@@ -271,6 +273,8 @@ def test_bits(compressor: Compressor, bits: int) -> None:
         (lambda: ScaledSign(scope="block"), "scope must be"),  # type: ignore[arg-type]
         (lambda: HardThreshold(0), "threshold must be"),
         (lambda: HardThreshold(math.nan), "threshold must be"),
+        (lambda: QSGD(4, scope="global"), "scope must be one of tensor, block"),
+        (lambda: QSGD(4, block_size=0), "block_size must be an integer of at least 1"),
         (lambda: QSGD(0), "levels must be an integer of at least 1"),
         (lambda: QSGD(2**20 + 1), "levels must be at most 1048576"),
         (lambda: NaturalCompression(seed=2**64), "seed must be"),

@@ -423,6 +423,7 @@ def test_auto_goes_on_to_a_backend_that_has_the_kernels() -> None:
         (ClipSGD, {"clip": "agc"}, "clip='agc'"),
         (pysmooth.EFSGD, {"compressor": pysmooth.TopK(k=3), "absorb": True}, "absorb=True"),
         (pysmooth.EF21Plus, {"compressor": pysmooth.TopK(k=3)}, "'ef21_plus'"),
+        (pysmooth.EF21, {"compressor": pysmooth.QSGD(4, scope="block")}, "scope='block' of QSGD"),
     ],
 )
 def test_what_has_no_kernel_is_refused_at_construction(

@@ -43,6 +43,15 @@ EXACT: dict[str, Make] = {
 }
 SUMMING: dict[str, Make] = {
     "ef qsgd": lambda p, **k: EFSGD(p, 0.1, QSGD(200, seed=SEED), momentum=0.9, **k),
+    "ef qsgd block": lambda p, **k: EFSGD(
+        p, 0.1, QSGD(60, scope="block", block_size=64, seed=SEED), momentum=0.9, **k
+    ),
+    "ef21 qsgd block": lambda p, **k: EF21(
+        p, 0.1, QSGD(60, scope="block", seed=SEED), eta=0.3, normalize=True, **k
+    ),
+    "ef21 plus qsgd block": lambda p, **k: EF21Plus(
+        p, 0.1, QSGD(5, scope="block", block_size=8, seed=SEED), **k
+    ),
     "ef21 qsgd": lambda p, **k: EF21(p, 0.1, QSGD(200, seed=SEED), eta=0.3, normalize=True, **k),
     "ef21 plus": lambda p, **k: EF21Plus(p, 0.1, QSGD(200, seed=SEED), eta=0.3, **k),
     "ef21 plus top-k": lambda p, **k: EF21Plus(p, 0.1, TopK(ratio=0.1), eta=0.3, **k),
@@ -221,7 +230,14 @@ def sent(compressor: Any, x: Tensor, draws: int, backend: str) -> Tensor:
 
 @every_backend
 @pytest.mark.parametrize(
-    "compressor", [QSGD(1, seed=4), QSGD(7, seed=4), NaturalCompression(seed=5)], ids=repr
+    "compressor",
+    [
+        QSGD(1, seed=4),
+        QSGD(7, seed=4),
+        QSGD(3, scope="block", block_size=64, seed=4),
+        NaturalCompression(seed=5),
+    ],
+    ids=repr,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_unbiased_with_bounded_variance(compressor: Any, dtype: torch.dtype, backend: str) -> None:
@@ -230,7 +246,8 @@ def test_unbiased_with_bounded_variance(compressor: Any, dtype: torch.dtype, bac
     found = sent(compressor, x, draws, backend).double()
     x = x.double()
     if isinstance(compressor, QSGD):
-        spacing = x.norm() / compressor.levels
+        blocks = torch.split(x, compressor.scale_block or 300)
+        spacing = torch.cat([b.norm().expand(len(b)) for b in blocks]) / compressor.levels
         above = (x.abs() / spacing).frac()
     else:
         spacing = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent - 1)
@@ -257,6 +274,56 @@ def test_natural_compression_is_a_coin_for_each_coordinate(backend: str) -> None
         assert abs(float(up.mean()) - share) < 5 * math.sqrt(share * (1 - share) / 20_000)
     neighbours = (found[:-1, 2] - 1.5) * (found[1:, 2] - 1.5)
     assert abs(float(neighbours.mean())) < 5 * 0.25 / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [4, 64, 1024, 16384])
+@pytest.mark.parametrize("how", ["plain", "transposed", "every other"])
+def test_blocks_with_exact_norms_have_the_same_bits_everywhere(
+    dtype: torch.dtype, block_size: int, how: str
+) -> None:
+    """A quarter of each block is a power of two, the rest 0: neither sums nor roots are rounded."""
+    place = torch.arange(4 * 16384 + 4096)
+    x = torch.where(place % 4 == 1, (-2.0) ** (place // block_size % 5), 0.0).double()
+    x = x.view(256, 272)
+    compressor = QSGD(3, scope="block", block_size=block_size, seed=SEED)
+    found = []
+    for backend in BACKENDS:
+        p = Parameter(torch.zeros(x.shape, dtype=dtype))
+        optimizer = EFSGD([p], 0.5, compressor, backend=backend)
+        p.grad = arranged(x.to(dtype), how)
+        optimizer.step()
+        found.append(results(optimizer, [p]))
+    assert_same_bits(*found)
+    message = compressor(0.5 * x.to(torch.promote_types(dtype, torch.float32)))
+    assert_same_bits([found[0][0]], [(0 - message).to(dtype)])
+
+
+@every_backend
+def test_a_block_is_compressed_as_a_tensor_of_its_own_would_be(backend: str) -> None:
+    """Its values are multiples of its own norm over the levels, next to what they stand for."""
+    x = torch.randn(2500, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x *= 10.0 ** (torch.arange(2500) // 512)
+    (found,) = sent(QSGD(9, scope="block", block_size=512, seed=1), x, 1, backend)
+    for block, c in zip(torch.split(x, 512), torch.split(found, 512), strict=True):
+        steps = c / block.norm() * 9
+        assert bool(((steps - steps.round()).abs() < 1e-9).all())
+        assert bool(((steps - block / block.norm() * 9).abs() < 1 + 1e-9).all())
+        assert torch.count_nonzero(steps.round()) > 10
+    (tensor,) = sent(QSGD(9, seed=1), x[:512], 1, backend)
+    torch.testing.assert_close(found[:512], tensor, rtol=1e-12, atol=0)
+
+
+def test_block_sizes_that_the_cpu_backend_does_not_take() -> None:
+    p = Parameter(torch.ones(10))
+    optimizer = EFSGD([p], 0.1, QSGD(4, scope="block", block_size=1000), backend="cpu")
+    p.grad = torch.ones(10)
+    with pytest.raises(TypeError, match="block_size 1000 does not divide 32768"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(10))
+    assert not optimizer.state[p]
+    optimizer = EFSGD([p], 0.1, QSGD(4, scope="block", block_size=1000), backend="eager")
+    optimizer.step()
 
 
 @every_backend

@@ -13,8 +13,9 @@ namespace pysmooth {
 enum class Reduction : int { sum_squares, sum_abs, max_abs, min_abs, count_nonzero, sum_power };
 constexpr int kReductions = 6;
 
-// Over which gradients a clip norm is taken.
-enum class Scope : int { global = 0, group = 1, tensor = 2 };
+// Over which gradients a clip norm is taken; block: SelectSpec::block consecutive elements, in
+// passes before apply alone.
+enum class Scope : int { global = 0, group = 1, tensor = 2, block = 3 };
 
 // What to do about a gradient that holds an infinity or a NaN.
 enum class NonFinite : int { propagate = 0, skip = 1, raise = 2, zero = 3 };
@@ -39,7 +40,7 @@ struct SelectSpec {
   SelectScope scope = SelectScope::tensor;
   double ratio = 0.0;  // of the unit's elements, rounded up; 0: k counts
   int64_t k = 0;
-  int64_t block = 1024;  // a divisor of kChunk
+  int64_t block = 1024;  // a divisor of kChunk; also where sums are taken per block
   bool scaled = false;   // rand_k: times d / k
   uint64_t seed = 0;
 

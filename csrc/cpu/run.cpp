@@ -59,7 +59,9 @@ void apply_chunk(Pipeline* p, const RuleInfo* rules, int64_t i) {
   if (p->skip_unit_coef && p->coefs[static_cast<size_t>(p->chunks[i].tensor)] == 1.0) return;
   ApplyArgs args = args_of(*p, rule, p->chunks[i]);
   p->staged.hand_bits(i, &args);
-  rule.apply[compute_of(slot.param_dtype)](args);
+  const ApplyFn run = rule.apply[compute_of(slot.param_dtype)];
+  if (!p->scales_blocks() || rule.stages == 0) return run(args);
+  each_block(*p, i, args, rule.stages, [run](const ApplyArgs& block, size_t) { run(block); });
 }
 
 size_t unit_of(const Pipeline& p, size_t t) {

@@ -66,6 +66,9 @@ struct Staged {
   int stages = 0;                          // the most that any active slot's rule has
   std::vector<double> values[kMaxStages];  // per slot: what Scalars::stage is to hold
   std::vector<SourceResult> results;       // per chunk, of the pass that ran last
+  // The same of passes that are summed up per block, and where a chunk's blocks begin there.
+  std::vector<double> block_values[kMaxStages];
+  std::vector<size_t> blocks_at;
   std::vector<SelectUnit> units;
   std::vector<int> unit_of;                    // per slot; -1: none
   std::vector<Picks> lists;                    // per chunk: candidates, then the chosen
@@ -114,6 +117,8 @@ struct Pipeline {
   bool nonfinite = false;
 
   void cut_chunks();
+  // Whether a compressor has a scale for every block.
+  bool scales_blocks() const { return stage_scope[0] == Scope::block; }
 
   // Coefficients per row.
   Rows rows;

@@ -13,6 +13,11 @@ namespace {
 // Chunks that a thread takes at a time, of one tensor.
 constexpr int64_t kAbsorbGrain = 2;
 
+// What a rule is told of a sum.
+double told_of(Sum kind, double sum, double elements) {
+  return kind == Sum::squares ? std::sqrt(sum) : sum / elements;
+}
+
 class Stages {
  public:
   Stages(Pipeline* p, const KernelTable& table, Schedule* schedule, int threads)
@@ -84,6 +89,16 @@ class Stages {
     const SourceInfo& info = table_.sources[slot.rule];
     const Compute compute = compute_of(slot.param_dtype);
     const SourceFn run = slot.absorbed ? info.absorbed[compute] : info.source[stage][compute];
+    if (p_->scales_blocks())
+      return each_block(*p_, static_cast<int64_t>(i), a, stage,
+                        [&](const ApplyArgs& block, size_t number) {
+                          const double sum = run(block, task).sum;
+                          if (p_->stage_scope[stage] != Scope::block)
+                            s_.results[i].sum += sum;
+                          else
+                            s_.block_values[stage][number] =
+                                told_of(task.sum, sum, static_cast<double>(block.length));
+                        });
     s_.results[i] = run(a, task);
     if (!filters) return;
     Picks picks = task.room;
@@ -130,6 +145,7 @@ class Stages {
     const size_t tensors = p_->slots.size();
     std::vector<double>& out = s_.values[stage];
     const Scope scope = p_->stage_scope[stage];
+    if (scope == Scope::block) return;
     const auto unit_of = [&](size_t t) {
       return scope == Scope::global  ? size_t{0}
              : scope == Scope::group ? static_cast<size_t>(p_->slots[t].group)
@@ -155,8 +171,7 @@ class Stages {
       const Slot& slot = p_->slots[t];
       const double* hyper = p_->groups[static_cast<size_t>(slot.group)].hyper;
       const size_t u = unit_of(t);
-      out[t] = rule_of(slot).stage_sum(hyper, stage) == Sum::squares ? std::sqrt(sum[u])
-                                                                     : sum[u] / elements[u];
+      out[t] = told_of(rule_of(slot).stage_sum(hyper, stage), sum[u], elements[u]);
     });
   }
 
@@ -339,6 +354,18 @@ void lay_out_bits(Pipeline* p) {
   if (s.bits.size() < words) s.bits.resize(words);
 }
 
+void lay_out_blocks(Pipeline* p) {
+  Staged& s = p->staged;
+  size_t blocks = 0;
+  s.blocks_at.clear();
+  for (int64_t i = 0; i < p->chunks.size(); ++i) {
+    s.blocks_at.push_back(blocks);
+    blocks += static_cast<size_t>((p->chunks[i].length + p->select.block - 1) / p->select.block);
+  }
+  for (int stage = 0; stage < kMaxStages; ++stage)
+    if (p->stage_scope[stage] == Scope::block) s.block_values[stage].assign(blocks, 0.0);
+}
+
 }  // namespace
 
 Outcome absorb(Pipeline* p, size_t t, int threads) {
@@ -398,6 +425,7 @@ void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
     if (slot.active) s.stages = std::max(s.stages, table.rules[slot.rule].stages);
   if (s.stages == 0) return;
   for (std::vector<double>& values : s.values) values.assign(tensors, 0.0);
+  if (p->scales_blocks()) lay_out_blocks(p);
   s.results.resize(static_cast<size_t>(p->chunks.size()));
   if (s.stores.size() < static_cast<size_t>(threads)) s.stores.resize(static_cast<size_t>(threads));
   for (PickStore& store : s.stores) store.clear();

@@ -49,6 +49,8 @@ int blocks_for(int warps) { return std::max(1, (warps + kWarps - 1) / kWarps); }
 
 DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Settings& settings)
     : tensors_(tensors), groups_(groups), settings_(settings) {
+  if (settings.stage_scope[0] == Scope::block)
+    throw std::invalid_argument("scales of blocks have no CUDA kernel");
   for (size_t t = 0; t < tensors_.size(); ++t) {
     const Tensor& tensor = tensors_[t];
     if (facts(tensor.rule).marks)

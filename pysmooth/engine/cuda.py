@@ -188,6 +188,8 @@ def lacks(recipe: Recipe, rules: Container[str]) -> str | None:
         return repr(recipe.rule)
     if recipe.clip.mode == ClipMode.AGC:
         return "clip='agc'"
+    if recipe.scales_blocks:
+        return "scope='block' of QSGD"
     return None
 
 

@@ -23,11 +23,12 @@ PARAMETER = "parameter"
 
 
 class Scope(IntEnum):
-    """Over which gradients a clip norm is taken. Values as in csrc/cpu/run.h."""
+    """Over which gradients a clip norm is taken. Values as in csrc/core/step.h."""
 
     GLOBAL = 0
     GROUP = 1
     TENSOR = 2
+    BLOCK = 3  # of consecutive elements: scales of compressors alone
 
 
 class Policy(IntEnum):
@@ -108,6 +109,7 @@ class Recipe(NamedTuple):
         low_states: keys of states that are kept in bfloat16, rounded stochastically.
         selects: whether coordinates are selected, by the optimizer's compressor.
         param_storage: how 16-bit parameters are kept.
+        scales_blocks: whether the optimizer's compressor has a scale per block.
     """
 
     rule: str
@@ -121,6 +123,7 @@ class Recipe(NamedTuple):
     selects: bool = False
     low_states: tuple[str, ...] = ()
     param_storage: ParamStorage = ParamStorage.PLAIN
+    scales_blocks: bool = False
 
     def of(self, param: Tensor) -> Recipe:
         """The recipe for one parameter: `param_storage` is for those of 16 bits."""

@@ -20,19 +20,22 @@ class CompressedOptimizer(FusedOptimizer):
 
     policies = ("skip", "raise", "zero")
     compressor: Compressor
-    compressor_passes = 1  # how many passes of the rule look at what the compressor looks at
+    messages = 1  # how many the rule compresses, a pass each
+    errors = 0  # of how many of them it then takes the error, per unit that the compressor looks at
 
     def set_compressor(self, compressor: object, norm_scope: Scope = Scope.GLOBAL) -> None:
         """Takes the compressor in; `norm_scope` is of the norm that a rule takes after it."""
         if not isinstance(compressor, Compressor) or not (compressor.select or compressor.dense):
             raise TypeError(f"compressor must be one of pysmooth.compressors; got {compressor!r}")
         self.compressor = compressor
-        scale_scope = Scope[compressor.scale_scope.upper()]
-        self.stage_scopes = (*[scale_scope] * self.compressor_passes, norm_scope)
+        scales = Scope[compressor.scale_scope.upper()]
+        unit = Scope.TENSOR if scales == Scope.BLOCK else scales
+        self.stage_scopes = (*[scales] * self.messages, *[unit] * self.errors, norm_scope)
 
     def select_spec(self) -> Select | None:
-        """How coordinates are selected, where they are."""
-        return self.compressor.select
+        """How coordinates are selected, where they are; or how many share a scale."""
+        block = self.compressor.scale_block
+        return self.compressor.select if block is None else (0, 2, 0.0, 0, block, False, 0)
 
     def codec(self) -> tuple[float, ...]:
         """The compressor as hyper-parameters: kind, level, and the halves of a seed."""

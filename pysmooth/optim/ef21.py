@@ -136,6 +136,7 @@ class EF21(CompressedOptimizer):
             ClipSpec(maximize=group["maximize"]),
             counts_steps=True,
             init=(GRADIENT if self.init == "full" else 0.0, start, start)[: 1 + momenta],
+            scales_blocks=self.compressor.scale_block is not None,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,7 +226,8 @@ class EF21Plus(EF21):
     Source: arXiv:2106.05203.
     """
 
-    compressor_passes = 4  # on both messages: a scale or a selection, then the error
+    messages = 2
+    errors = 2
 
     def rule(self, momenta: int) -> str:
         """The name of the rule for so many momenta."""

@@ -175,6 +175,7 @@ class EFSGD(CompressedOptimizer):
             counts_steps=True,
             keeps_scale=signs,
             low_states=(kept,) if group["residual"] == "bf16" else (),
+            scales_blocks=self.compressor.scale_block is not None,
         )
 
     # ---- absorb --------------------------------------------------------------------------------

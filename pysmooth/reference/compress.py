@@ -34,13 +34,16 @@ def scaled_sign(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(x >= 0, scale, -scale)
 
 
-def qsgd(x: Tensor, levels: int, *, seed: int, step: int, tensor_id: int) -> Tensor:
-    """|x| rounded at random to one of the next two multiples of ||x|| / levels.
+def qsgd(x: Tensor, levels: int, block: int, *, seed: int, step: int, tensor_id: int) -> Tensor:
+    """|x| rounded at random to one of the next two multiples of ||x|| / levels, block by block.
 
     Where that is too small for a normal number nothing is left; it is never infinite.
     """
     info = torch.finfo(x.dtype)
-    unit = x.double().square().sum().sqrt() / levels
+    block = min(block, len(x))
+    squares = torch.nn.functional.pad(x.double().square(), (0, -len(x) % block))
+    norms = squares.view(-1, block).sum(dim=1).sqrt()
+    unit = (norms / levels).repeat_interleave(block)[: len(x)]
     small = unit < info.tiny
     unit = unit.clamp(max=info.max)
     inverse = torch.where(small, 0.0, 1.0 / unit).to(x.dtype)
