@@ -57,7 +57,7 @@ build: $(VENV)/built ## Build the extension and install the package in .venv, ed
 
 .PHONY: gpu
 gpu: ## On a machine with a GPU: build with what is installed, GPU tests, GPU benchmarks
-	$(PYTHON) bench/gpu.py
+	$(if $(STEPS),STEPS=$(STEPS)) $(PYTHON) bench/gpu.py
 
 .PHONY: clean
 clean: ## Remove everything that was built, .venv included

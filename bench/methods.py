@@ -48,18 +48,12 @@ class Method:
         return sum(2 * rw + r for rw, r in self.passes)
 
 
-def _clip_sgd(problem: Problem) -> tuple[Step, str]:
-    optimizer = pysmooth.ClipSGD(
-        problem.params, problem.lr, momentum=problem.momentum, max_norm=problem.max_norm
-    )
-    return optimizer.step, optimizer.resolved_backend
-
-
 def _optimizer(
     make: Callable[[Problem], FusedOptimizer],
 ) -> Callable[[Problem], tuple[Step, str]]:
     def ours(problem: Problem) -> tuple[Step, str]:
         optimizer = make(problem)
+        optimizer.use_backend(problem.backend)
         return optimizer.step, optimizer.resolved_backend
 
     return ours
@@ -69,6 +63,8 @@ def _clip(problem: Problem) -> tuple[Step, str]:
     native = "cpu" in available_backends()
     on_cpu = all(p.device.type == "cpu" for p in problem.params)
     backend = "cpu" if native and on_cpu else "eager"
+    if not on_cpu and "triton" in available_backends():
+        backend = "triton"
     return lambda: pysmooth.clip_grad_norm_(problem.params, problem.max_norm), backend
 
 
@@ -87,6 +83,10 @@ def _adamw_bf16(**kwargs: Any) -> Callable[[Problem], tuple[Step, str]]:
         lambda p: pysmooth.AdamW(p.params, p.lr, weight_decay=0.01, max_norm=p.max_norm, **kwargs)
     )
 
+
+_clip_sgd = _optimizer(
+    lambda p: pysmooth.ClipSGD(p.params, p.lr, momentum=p.momentum, max_norm=p.max_norm)
+)
 
 METHODS = {
     m.name: m

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch.nn.utils import clip_grad_norm_
 
+from pysmooth.engine.backends import Backend
+
 Step = Callable[[], object]
 
 
@@ -27,6 +29,7 @@ class Problem:
     momentum: float
     max_norm: float
     recorded: list[Tensor] | None = None  # the gradients, to be put back before every call
+    backend: Backend = "auto"  # pysmooth's
 
     @torch.no_grad()
     def restore(self) -> None:

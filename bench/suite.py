@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
+from pysmooth import BackendError
 from pysmooth.engine import available_backends
+from pysmooth.engine.backends import REGISTERED, Backend
 
 from . import bandwidth, host, machine, numerics, rivals, selection
 from .methods import METHODS, Method, make_problem
@@ -110,6 +113,11 @@ def measure(
     first = clock() - start
 
     contestants: dict[str, Callable[[], object]] = {"pysmooth": step}
+    for other in other_backends(backend, problem.params):
+        try:
+            contestants[f"pysmooth {other}"], _ = method.ours(replace(problem, backend=other))
+        except BackendError as error:
+            left_out.append(f"{other} on {method.name}, {model}: {error}")
     for name, make in method.rivals.items():
         if name in options.rivals and rivals.present(name, options.device):
             try:
@@ -195,6 +203,16 @@ def measure_bandwidth(size: int, options: Options) -> dict[str, float]:
     }
     copies = [t.median for n, t in timed.items() if n.startswith("copy ")]
     return {**found, "copy": 2 * gigabytes / min(copies)}
+
+
+def other_backends(backend: str, params: list[Tensor]) -> list[Backend]:
+    """Compiled backends beside the one that "auto" took, to be timed side by side."""
+    kind = params[0].device.type
+    return [
+        cast(Backend, info.name)
+        for info in REGISTERED
+        if kind != "cpu" and kind in info.auto and info.name != backend and info.missing() is None
+    ]
 
 
 def claims(row: dict[str, Any]) -> bool:

@@ -471,13 +471,13 @@ def record_grads(
 
 
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Fresh gradient tensors, in each parameter's gradient dtype."""
+    """Fresh gradient tensors, in each parameter's gradient dtype, on its device."""
     for p, g in zip(params, grads, strict=True):
         if g is None:
             p.grad = None
             continue
         dtype = getattr(p, "grad_dtype", None) or p.dtype
-        p.grad = g.to(dtype, copy=True)
+        p.grad = g.to(p.device, dtype, copy=True)
 
 
 def advance(

@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from ..engine.amp import Amp
-from ..engine.backends import Engine, make_engine, native_module, resolve
+from ..engine.backends import Backend, Engine, make_engine, native_module, resolve
 from ..engine.device import DeviceEngine
 from ..engine.recipe import (
     ABSORBED,
@@ -223,6 +223,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.absorbs and not self.absorb_rest():
             return
         engine.step(self, amp)
+
+    def use_backend(self, backend: Backend) -> None:
+        """Has the next steps run by another backend, with the states as they are.
+
+        Raises:
+            BackendError: it is not there, or has no kernel for what the groups ask.
+        """
+        before, self._backend = self._backend, backend
+        try:
+            self._resolve()
+        except BaseException:
+            self._backend = before
+            raise
+        self._reset()
 
     def _resolve(self) -> str:
         """The backend for what the groups are now."""
