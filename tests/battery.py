@@ -355,6 +355,28 @@ REGISTRY: tuple[Entry, ...] = (
                 "compressor": QSGD(16, scope="block", block_size=64, seed=1),
             },
             "sign": {"lr": 0.1, "compressor": ScaledSign(), "maximize": True},
+            "clip_top_k": {
+                "lr": 0.1,
+                "compressor": TopK(ratio=0.05),
+                "max_norm": 1.0,
+                "weight_decay": 0.01,
+            },
+            "clip_sign": {
+                "lr": 0.1,
+                "compressor": ScaledSign(),
+                "max_norm": 1.0,
+                "scope": "tensor",
+                "momentum": 0.5,
+                "norm": "in_backward",
+            },
+            "clip_value": {
+                "lr": 0.1,
+                "compressor": HardThreshold(0.0123),
+                "clip": "value",
+                "max_norm": 0.5,
+                "nonfinite": "zero",
+            },
+            "agc": {"lr": 0.1, "compressor": HardThreshold(0.0123), "clip": "agc"},
             "absorb": {"lr": 0.1, "compressor": TopK(k=40, scope="global"), "absorb": True},
             "absorb_sign": {"lr": 0.1, "compressor": ScaledSign(), "absorb": True},
             "sign_momentum": {

@@ -498,6 +498,9 @@ def test_arguments() -> None:
     params = make_params()
     for kwargs, message in (
         ({"momentum": 0.9}, "absorb=True does not go with momentum"),
+        ({"max_norm": 1.0}, "absorb=True does not go with a clip"),
+        ({"max_norm": 1.0, "clip": "value"}, "absorb=True does not go with a clip"),
+        ({"clip": "agc"}, "absorb=True does not go with a clip"),
         ({"norm": "in_backward"}, "absorb=True does not go with norm='in_backward'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -69,6 +69,12 @@ FUSED: dict[str, tuple[tuple[p.Part, ...], type]] = {
     "ef rand-k": ((p.Compress(RandK(ratio=0.1, scaled=False, seed=3)),), pysmooth.EFSGD),
     "ef sign": ((p.Momentum(0.5), p.Compress(ScaledSign())), pysmooth.EFSGD),
     "ef natural": ((p.Momentum(0.5), p.Compress(NaturalCompression(seed=1))), pysmooth.EFSGD),
+    "clip ef": (
+        (p.Clip(1.0, "smooth", scope="tensor"), p.Decay(0.01), p.Momentum(), p.Compress(SPARSE)),
+        pysmooth.EFSGD,
+    ),
+    "agc ef": ((p.AdaptiveClip(), p.Compress(ScaledSign())), pysmooth.EFSGD),
+    "value ef": ((p.Clip(0.5, "value"), p.Compress(HardThreshold(0.0123))), pysmooth.EFSGD),
     "ef21 qsgd": ((p.Compress(QSGD(256, seed=1), "ef21"),), pysmooth.EF21),
     "ef21": ((p.Compress(SPARSE, "ef21"), p.Decay(0.1, True)), pysmooth.EF21),
     "ef21 full": ((p.Compress(SPARSE, "ef21", "first"),), pysmooth.EF21),
@@ -290,6 +296,37 @@ def test_policies(backend: Any) -> None:
     assert not made.state.get(x)
 
 
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_norms_in_backward(policy: str) -> None:
+    """The clip's norm comes from backward, with the bits of the ordinary path."""
+    for parts in [(CLIP, p.Momentum()), (CLIP, p.Compress(SPARSE)), (CLIP, p.ScaleByAdam())]:
+        found = []
+        for norm in ("in_step", "in_backward"):
+            a = make_params()
+            made = compose(a, chain(*parts), 0.1, norm=norm, nonfinite=policy)  # type: ignore[arg-type]
+            for row in record_grads(a, 3):
+                made.zero_grad()
+                torch.autograd.backward(
+                    [(x * g.to(x.dtype)).sum() for x, g in zip(a, row, strict=True)]
+                )
+                made.step()
+            assert made.sums_from_backward() == (0 if norm == "in_step" else len(a) - 1)
+            found.append([x.detach() for x in a])
+        assert all(same_bits(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_norms_in_backward_part_by_part_are_taken_in_the_step() -> None:
+    a = make_params([(4,)])
+    made = compose(a, chain(CLIP, p.Sign(), p.Momentum()), 0.1, norm="in_backward", backend="eager")
+    a[0].sum().backward()
+    made.step()
+    assert made.sums_from_backward() == 0
+    with pytest.raises(ValueError, match="norm must be one of in_step, in_backward"):
+        compose(a, chain(), 0.1, norm="before", backend="eager")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="norm='in_backward' has nothing to do"):
+        compose(a, chain(p.Momentum()), 0.1, norm="in_backward")
+
+
 # ---- clear errors -------------------------------------------------------------------------------
 
 
@@ -298,7 +335,9 @@ def test_policies(backend: Any) -> None:
     [
         ((p.Momentum(), CLIP), r"part 2, Clip, is in the way: nothing can follow"),
         ((CLIP, p.Sign(), p.ScaleByAdam()), r"part 3, ScaleByAdam, is in the way: nothing can"),
-        ((CLIP, p.Compress(SPARSE)), r"part 1, Clip, is in the way of Compress"),
+        ((CLIP, p.Compress(SPARSE, "ef21")), r"part 2, Compress: its feedback is 'ef21'"),
+        ((p.Average(), CLIP, p.Compress(SPARSE)), r"part 2, Clip, is in the way of Compress"),
+        ((CLIP, p.ClipDifference()), r"part 1, Clip, is in the way of ClipDifference"),
         ((p.Compress(Compressor()),), r"part 1, Compress: Compressor has no kernel"),
         (
             (p.Average(0.9, "first"), p.Sign()),

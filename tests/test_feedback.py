@@ -129,6 +129,40 @@ def test_parameter_minus_residual_follows_sgd(compressor: Compressor, backend: s
 
 @every_backend
 @every_compressor
+@pytest.mark.parametrize(
+    "clip",
+    [
+        {"max_norm": 1.0},
+        {"max_norm": 0.5, "clip": "smooth", "scope": "tensor"},
+        {"max_norm": 0.3, "clip": "value"},
+        {"clip": "agc"},
+    ],
+    ids=["hard", "smooth", "value", "agc"],
+)
+def test_parameter_minus_residual_follows_clipped_sgd(
+    clip: dict[str, Any], compressor: Compressor, backend: str
+) -> None:
+    """The gradient is clipped, and not what the residual adds to it."""
+    if isinstance(compressor, RandK) and compressor.scaled:
+        compressor = RandK(ratio=0.05, scaled=False)
+    params, plain = make_params(SHAPES, torch.float64), make_params(SHAPES, torch.float64)
+    optimizer = EFSGD(params, 0.1, compressor, backend=backend, **clip)
+    sgd = pysmooth.ClipSGD(plain, 0.1, backend="eager", **clip)
+    for row in record_grads(params, 4):
+        for p, q in zip(params, plain, strict=True):
+            q.data.copy_(p.detach())  # agc looks at the parameter
+        shadows = [p.detach() - optimizer.residual(p) for p in params]
+        before = [q.detach().clone() for q in plain]
+        advance(optimizer, params, [row])
+        advance(sgd, plain, [row])
+        for p, q, shadow, b in zip(params, plain, shadows, before, strict=True):
+            expected = shadow + (q.detach() - b)
+            found = p.detach() - optimizer.residual(p)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@every_backend
+@every_compressor
 def test_lr_zero_sends_nothing(compressor: Compressor, backend: str) -> None:
     params = make_params(SHAPES)
     optimizer = EFSGD(params, 0.1, compressor, backend=backend)
@@ -516,6 +550,12 @@ def test_normalized_sgd(scope: Any, backend: str) -> None:
     [
         (lambda p: EFSGD(p, 0.1, "top_k"), TypeError, "compressor must be one of"),
         (lambda p: EFSGD(p, -1.0, Identity()), ValueError, "lr must be at least 0"),
+        (
+            lambda p: EFSGD(p, 0.1, Identity(), max_norm=1.0, nonfinite="zero"),
+            ValueError,
+            "nonfinite='zero' does not go with clip='hard'",
+        ),
+        (lambda p: EFSGD(p, 0.1, Identity(), max_norm=-1.0), ValueError, "max_norm must be"),
         (lambda p: EFSGD(p, 0.1, Identity(), momentum=1.0), ValueError, "momentum must be in"),
         (lambda p: EF21(p, 0.1, Identity(), eta=0.0), ValueError, "eta must be greater than 0"),
         (lambda p: EF21(p, 0.1, Identity(), eta=1.5), ValueError, "eta must be in"),

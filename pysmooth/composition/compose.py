@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.recipe import ClipSpec, Recipe
 from ..optim._base import FusedOptimizer
-from ..optim._clip import Backend
+from ..optim._clip import Backend, Norm
 from ..optim._precision import Precision
 from ..optim._validate import check_choice, check_flag, check_number
 from .base import Chain
@@ -26,6 +26,7 @@ def compose(
     *,
     maximize: bool = False,
     nonfinite: str | None = None,
+    norm: Norm = "in_step",
     backend: Backend = "auto",
     **precision: Unpack[Precision],
 ) -> FusedOptimizer:
@@ -53,6 +54,8 @@ def compose(
         nonfinite: "propagate", "skip" or "raise", as in `pysmooth.ClipSGD`; for chains that keep a
             residual or an estimate "skip", "raise" or "zero", as in `pysmooth.EFSGD`. None: the
             first of these.
+        norm: "in_backward" takes the norm of a clip, and sees whether gradients are finite, in
+            backward, as in `pysmooth.ClipSGD`; part by part both happen in the step.
         backend: "auto" or "cpu": fused; "eager": part by part.
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
@@ -65,7 +68,8 @@ def compose(
     if not isinstance(chain, Chain):
         raise TypeError(f"chain must be made by pysmooth.chain(...); got {chain!r}")
     policy = {} if nonfinite is None else {"nonfinite": nonfinite}
-    shared: dict[str, Any] = {"maximize": maximize, "backend": backend, **policy, **precision}
+    shared: dict[str, Any] = {"maximize": maximize, "norm": norm, "backend": backend}
+    shared |= {**policy, **precision}
     if backend == "eager":
         return ComposedOptimizer(params, chain, lr, **shared)
     make, kwargs = fused(chain)
@@ -89,10 +93,12 @@ class ComposedOptimizer(FusedOptimizer):
         *,
         maximize: bool = False,
         nonfinite: str | None = None,
+        norm: Norm = "in_step",
         backend: Backend = "eager",
         **precision: Unpack[Precision],
     ) -> None:
         check_choice("backend", backend, ("eager",))
+        check_choice("norm", norm, ("in_step", "in_backward"))
         self._take(chain)
         super().__init__(
             params,

@@ -167,7 +167,7 @@ def _norm(found: Found) -> tuple[Any, Kwargs]:
 def _ef(found: Found) -> tuple[Any, Kwargs]:
     m, momentum = found["main"], found.get("momentum")
     assert isinstance(m, p.Compress)
-    kwargs: Kwargs = {"compressor": _kernel(m, "ef").compressor, **_decay(found)}
+    kwargs: Kwargs = {"compressor": _kernel(m, "ef").compressor, **_clip(found), **_decay(found)}
     if isinstance(momentum, p.Momentum):
         if momentum.dampening != 0 or momentum.nesterov:
             raise MisfitError(momentum, "before Compress it takes no dampening and no nesterov")
@@ -226,7 +226,7 @@ ROWS = (
     Row("SignSGD, Signum", (_CLIP, _AVERAGE, _main(p.Sign)), True, _sign),
     Row("Lion", (_CLIP, _main(p.ScaleByLion)), True, _lion),
     Row("NormalizedSGD", (_CLIP, _AVERAGE, _main(p.Normalize)), True, _normalized),
-    Row("EFSGD", (_DECAY, _MOMENTUM, _main(p.Compress)), False, _ef),
+    Row("EFSGD", (_CLIP, _DECAY, _MOMENTUM, _main(p.Compress)), False, _ef),
     Row(
         "EF21, EF21SGDM, EF21SGD2M, NormEF21, NormEF21SGDM",
         (

@@ -13,10 +13,10 @@ from typing_extensions import Unpack
 from .._errors import NonFiniteGradientError
 from ..compressors import Compressor, ScaledSign
 from ..engine.checks import check_gradient
-from ..engine.recipe import ABSORBED, ClipSpec, Policy, Recipe
+from ..engine.recipe import ABSORBED, ClipMode, ClipSpec, Policy, Recipe
 from ..engine.state import state_dtype
 from ..reference.compress import scaled_sign
-from ._clip import Backend, Norm
+from ._clip import Backend, Clip, Norm, ScopeName, check_clip, clip_spec
 from ._hooks import GradientHooks
 from ._managed import refuse_managed
 from ._precision import Precision, check_residual
@@ -27,10 +27,10 @@ from ._validate import check_below_one, check_flag, check_number
 class EFSGD(CompressedOptimizer):
     """SGD that moves by a compressed step and remembers what compression lost (EF14, EF-signSGD).
 
-    Equivalent to::
+    Equivalent to (`clip` as in `pysmooth.ClipSGD`)::
 
         for p in params:
-            g = p.grad + weight_decay * p
+            g = clip(p.grad) + weight_decay * p
             if momentum:
                 momentum_buffer = momentum * momentum_buffer + g
                 g = momentum_buffer
@@ -74,7 +74,7 @@ class EFSGD(CompressedOptimizer):
       is not finite the policy holds for the whole step;
     - `step()` sends nothing while `lr` is 0; the residual keeps what it has.
 
-    Not with momentum, `norm="in_backward"`, gradients that DDP or FSDP reduces, or
+    Not with momentum, a clip, `norm="in_backward"`, gradients that DDP or FSDP reduces, or
     `torch.amp.GradScaler`, whose scale nobody knows in backward: `step()` refuses it.
 
     Args:
@@ -88,11 +88,13 @@ class EFSGD(CompressedOptimizer):
             stochastically. v is rounded before it is compressed: what is sent is taken from what is
             kept, and for selecting compressors c + residual == v holds to the bit all the same.
         absorb: add gradients to the residual in backward, and free them.
+        max_norm, clip, scope, clip_eps, agc_factor, agc_eps, norm_type: the clip inside the step,
+            as in `pysmooth.ClipSGD`: of the gradient, before it meets the residual.
         maximize: ascend instead of descend.
         nonfinite: what to do where a gradient is not finite: "skip" the step (it is counted),
-            "raise" `NonFiniteGradientError`, or take such coordinates as "zero". The first two read
-            all gradients once more.
-        norm: "in_backward": whether gradients are finite is seen in backward, as in
+            "raise" `NonFiniteGradientError`, or take such coordinates as "zero" (not with a clip
+            that takes norms). The first two read all gradients once more, as norms do.
+        norm: "in_backward": norms, and whether gradients are finite, are seen in backward, as in
             `pysmooth.ClipSGD`, and the step need not read them for it.
         backend: "auto", "cpu" or "eager".
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
@@ -115,8 +117,15 @@ class EFSGD(CompressedOptimizer):
         weight_decay: float = 0.0,
         residual: Literal["fp32", "bf16"] = "fp32",
         absorb: bool = False,
+        max_norm: float | None = None,
+        clip: Clip = "hard",
+        scope: ScopeName = "global",
+        clip_eps: float = 1e-6,
+        agc_factor: float = 0.01,
+        agc_eps: float = 1e-3,
         maximize: bool = False,
         nonfinite: ResidualPolicy = "skip",
+        norm_type: float = 2.0,
         norm: Norm = "in_step",
         backend: Backend = "auto",
         **precision: Unpack[Precision],
@@ -134,14 +143,19 @@ class EFSGD(CompressedOptimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "residual": residual,
+            "max_norm": max_norm,
+            "clip": clip,
+            "clip_eps": clip_eps,
+            "agc_factor": agc_factor,
+            "agc_eps": agc_eps,
             "maximize": maximize,
         }
         super().__init__(
             params,
             defaults,
-            scope="global",
+            scope=scope,
             nonfinite=nonfinite,
-            norm_type=2.0,
+            norm_type=norm_type,
             norm=norm,
             backend=backend,
             **precision,
@@ -157,7 +171,18 @@ class EFSGD(CompressedOptimizer):
                 "absorb=True does not go with momentum: several gradients of one step would each "
                 "decay it, and its buffer takes the memory that absorbing frees"
             )
-        check_flag("maximize", group["maximize"])
+        check_clip(group)
+        spec = clip_spec(group)
+        if self.absorbs and spec != ClipSpec(maximize=spec.maximize):
+            raise ValueError(
+                "absorb=True does not go with a clip: gradients are taken in before their norm is "
+                "known"
+            )
+        if spec.mode != ClipMode.NONE and self.policy == Policy.ZERO:
+            raise ValueError(
+                f"nonfinite='zero' does not go with clip={group['clip']!r}, whose norm would hold "
+                "what is not finite"
+            )
         check_residual(group)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
@@ -171,7 +196,7 @@ class EFSGD(CompressedOptimizer):
             f"ef_sgd_{'sign' if signs else self.form()}{suffix}",
             hyper if signs else (*hyper, *self.codec()),
             (kept, *momentum),
-            ClipSpec(maximize=group["maximize"]),
+            clip_spec(group),
             counts_steps=True,
             keeps_scale=signs,
             low_states=(kept,) if group["residual"] == "bf16" else (),
