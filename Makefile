@@ -23,11 +23,12 @@ bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 	$(BIN)/python -m pysmooth.bench --full
 
 # Tests of the Triton backend, in its interpreter: these of all that take a backend.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton battery bad_input_optim grad_scaler))
+BATTERY := $(wildcard tests/test_battery_*.py)
+INTERPRETED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,triton bad_input_optim grad_scaler))
 
 # The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
-EMULATED := $(addprefix tests/test_,$(addsuffix .py,cuda_engine battery bad_input_optim grad_scaler \
-	layouts low_precision param_storage state_dict torch_integration))
+EMULATED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,cuda_engine bad_input_optim grad_scaler layouts \
+	low_precision param_storage state_dict torch_integration))
 
 .PHONY: test
 test: lint $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test

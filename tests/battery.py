@@ -1,4 +1,4 @@
-"""The registry of optimizers that tests/test_battery.py examines, and the helpers of all tests.
+"""The registry of optimizers that tests/test_battery_*.py examine, and the helpers of all tests.
 
 A new optimizer joins with one `Entry` in `REGISTRY`: every check then runs on it, on every backend.
 """
@@ -617,6 +617,16 @@ def assert_same_snapshot(a: Snapshot, b: Snapshot) -> None:
 def assert_unchanged(optimizer: torch.optim.Optimizer, before: Snapshot) -> None:
     """Asserts that parameters, states and state keys are, to the bit, as they were."""
     assert_same_snapshot(snapshot(optimizer), before)
+
+
+def continues_alike(
+    optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer, rows: list[list[Tensor]]
+) -> None:
+    """Both go on, and end at the same bits without having shared anything."""
+    for row in rows:
+        advance(optimizer, all_params(optimizer), [row])
+        advance(other, all_params(other), [row])
+    assert_same_snapshot(snapshot(optimizer), snapshot(other))
 
 
 # ---- parametrisation ----------------------------------------------------------------------------

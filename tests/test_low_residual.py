@@ -17,7 +17,7 @@ from battery import (
     set_grads,
     snapshot,
 )
-from torch import Tensor
+from rounding import is_neighbour
 
 from pysmooth import EFSGD, HardThreshold, Identity, RandK, ScaledSign, TopK, _cpu
 from pysmooth.compressors import QSGD, Compressor
@@ -42,13 +42,6 @@ FULL = [s for s in SHAPES if 0 not in s]
 
 def named(compressors: dict[str, Compressor]) -> Any:
     return pytest.mark.parametrize("compressor", compressors.values(), ids=compressors.keys())
-
-
-def is_neighbour(found: Tensor, x: Tensor) -> bool:
-    """Whether bfloat16 numbers are next to float32 ones, on either side."""
-    low = x.view(torch.int32) & ~0xFFFF
-    bits = found.float().view(torch.int32)
-    return bool(((bits == low) | ((bits == low + 0x10000) & (x.view(torch.int32) != low))).all())
 
 
 @every_backend

@@ -1,21 +1,17 @@
-"""norm="in_backward": the sums that hooks take are those of the step, or they are not used."""
+"""norm="in_backward": the sums that hooks take are those of the step."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import pickle
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from backward import backward, full, held
 from battery import (
     REGISTRY,
     Entry,
-    all_params,
     assert_same_bits,
     assert_same_snapshot,
     every_entry,
@@ -23,33 +19,9 @@ from battery import (
     record_grads,
     snapshot,
 )
-from torch import Tensor
 
 import pysmooth
 from pysmooth import ClipSGD
-
-Params = list[torch.nn.Parameter]
-Row = list[Tensor]
-
-
-def backward(params: Params, row: list[Tensor | None], **kwargs: Any) -> None:
-    """A backward pass that ends in these gradients."""
-    terms = [(p * g.to(p.dtype)).sum() for p, g in zip(params, row, strict=True) if g is not None]
-    loss = torch.stack([t.real if t.is_complex() else t for t in map(torch.sum, terms)]).sum()
-    loss.backward(**kwargs)
-
-
-def pair(**kwargs: Any) -> tuple[Params, ClipSGD, Params, ClipSGD]:
-    """The same optimizer twice: sums taken in backward, and in the step."""
-    kwargs = {"lr": 0.1, "max_norm": 0.5, "momentum": 0.9, **kwargs}
-    ours, plain = make_params(), make_params()
-    return ours, ClipSGD(ours, norm="in_backward", **kwargs), plain, ClipSGD(plain, **kwargs)
-
-
-def full(params: list[Any]) -> int:
-    """How many have elements: no sums are needed of the others."""
-    return sum(p.numel() > 0 for p in params)
-
 
 # ---- the same bits ------------------------------------------------------------------------------
 
@@ -120,205 +92,6 @@ def test_a_tensor_that_several_threads_share(threads: int) -> None:
     assert float(found[0]) == pytest.approx(float(exact), rel=1e-6)
 
 
-# ---- gradients that change after backward -------------------------------------------------------
-
-
-def in_place(ps: Params) -> None:
-    ps[0].grad.mul_(3.0)
-
-
-def behind_the_counter(ps: Params) -> None:
-    ps[0].grad.data.mul_(3.0)
-
-
-def through_numpy(ps: Params) -> None:
-    ps[4].grad.numpy()[...] *= 3.0
-
-
-def replaced(ps: Params) -> None:
-    ps[0].grad = ps[0].grad * 3.0
-
-
-def replaced_where_it_was(ps: Params) -> None:
-    """A new tensor in the same memory, as an allocator may give it, at the same version."""
-    at, version = ps[4].grad.data_ptr(), ps[4].grad._version
-    memory = ps[4].grad.numpy()
-    ps[4].grad = None
-    memory *= 3.0
-    ps[4].grad = torch.from_numpy(memory)
-    assert (ps[4].grad.data_ptr(), ps[4].grad._version) == (at, version)
-
-
-def deleted(ps: Params) -> None:
-    ps[0].grad = None
-
-
-def of_another_form(ps: Params) -> None:
-    ps[0].grad = ps[0].grad.t().contiguous().t()
-
-
-def memory_swapped(ps: Params) -> None:
-    ps[0].grad.data = ps[0].grad.data * 3.0
-
-
-def clipped_by_torch(ps: Params) -> None:
-    torch.nn.utils.clip_grad_norm_(ps, 0.1)
-
-
-def clipped_by_pysmooth(ps: Params) -> None:
-    pysmooth.clip_grad_norm_(ps, 0.1)
-
-
-def zeroed(ps: Params) -> None:
-    for p in ps:
-        p.grad.zero_()
-
-
-@pytest.mark.parametrize(
-    ("change", "kept"),
-    [
-        (in_place, 5),
-        (behind_the_counter, 0),
-        (through_numpy, 0),
-        (replaced, 5),
-        (replaced_where_it_was, 5),
-        (deleted, 5),
-        (of_another_form, 5),
-        (memory_swapped, 5),
-        (clipped_by_torch, 0),
-        (clipped_by_pysmooth, 0),
-        (zeroed, 0),
-    ],
-    ids=lambda x: getattr(x, "__name__", ""),
-)
-def test_a_changed_gradient_is_read_again(change: Callable[[Params], None], kept: int) -> None:
-    ours, optimizer, plain, reference = pair()
-    for i, row in enumerate(record_grads(ours, 3)):
-        for params, o in ((ours, optimizer), (plain, reference)):
-            o.zero_grad()
-            backward(params, row)
-            if i == 1:
-                change(params)
-            o.step()
-        assert optimizer.sums_from_backward() == (kept if i == 1 else full(ours))
-        assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
-    assert_same_bits(ours, plain)
-
-
-@pytest.mark.parametrize("leading", [0.0, -0.0])
-def test_scaling_shows_behind_leading_zeros(leading: float) -> None:
-    """As in an embedding's gradient, whose first rows were not used."""
-    gradient = torch.full((70_000,), leading)
-    gradient[30_000:30_010] = gradient[69_000:] = 1.0
-    p = torch.nn.Parameter(torch.zeros(70_000))
-    optimizer = ClipSGD([p], 0.1, max_norm=1.0, norm="in_backward")
-    for factor in (1.0, 2.0):
-        p.grad = None
-        (p * gradient).sum().backward()
-        p.grad.data.mul_(factor)
-        optimizer.step()
-        assert optimizer.sums_from_backward() == (factor == 1.0)
-        norm = float(factor * torch.linalg.vector_norm(gradient.double()))
-        assert float(optimizer.last_norm()) == pytest.approx(norm, rel=1e-6)
-
-
-def test_a_hook_of_the_user_after_ours() -> None:
-    ours, optimizer, plain, reference = pair()
-    for p in (ours[0], plain[0]):
-        p.register_post_accumulate_grad_hook(lambda q: in_place([q]))
-    for row in record_grads(ours, 2):
-        for params, o in ((ours, optimizer), (plain, reference)):
-            o.zero_grad()
-            backward(params, row)
-            o.step()
-    assert optimizer.sums_from_backward() == full(ours) - 1
-    assert_same_bits(ours, plain)
-
-
-# ---- several backward passes --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_accumulated_gradients(set_to_none: bool) -> None:
-    ours, optimizer, plain, reference = pair()
-    rows = record_grads(ours, 6)
-    for i in range(0, 6, 2):
-        for params, o in ((ours, optimizer), (plain, reference)):
-            o.zero_grad(set_to_none=set_to_none)
-            backward(params, rows[i], retain_graph=True)
-            backward(params, rows[i + 1])
-            o.step()
-        assert optimizer.sums_from_backward() == full(ours)
-        assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
-    assert_same_bits(ours, plain)
-
-
-def test_one_graph_backward_twice() -> None:
-    p = torch.nn.Parameter(torch.ones(40))
-    optimizer = ClipSGD([p], 0.1, max_norm=float("inf"), norm="in_backward")
-    loss = (3 * p).sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    optimizer.step()
-    assert optimizer.sums_from_backward() == 1
-    assert float(optimizer.last_norm()) == pytest.approx(6 * 40**0.5, rel=1e-6)
-
-
-def test_a_step_without_a_backward_before_it() -> None:
-    """The sums are still those of the gradient that is still there."""
-    ours, optimizer, plain, reference = pair()
-    row = record_grads(ours, 1)[0]
-    for params, o in ((ours, optimizer), (plain, reference)):
-        backward(params, row)
-        o.step()
-        o.step()
-    assert optimizer.sums_from_backward() == full(ours)
-    assert_same_bits(ours, plain)
-
-
-def test_parameters_outside_this_backward_pass() -> None:
-    ours, optimizer, plain, reference = pair()
-    rows = record_grads(ours, 4)
-    for i, row in enumerate(rows):
-        part = [g if (i + k) % 3 else None for k, g in enumerate(row)]
-        for params, o in ((ours, optimizer), (plain, reference)):
-            o.zero_grad()
-            backward(params, part)
-            o.step()
-        assert optimizer.sums_from_backward() == sum(g is not None and g.numel() > 0 for g in part)
-    assert_same_bits(ours, plain)
-
-
-def test_closure() -> None:
-    ours, optimizer, plain, reference = pair()
-    for row in record_grads(ours, 2):
-        for params, o in ((ours, optimizer), (plain, reference)):
-
-            def closure(params: Params = params, o: ClipSGD = o, row: Row = row) -> float:
-                o.zero_grad()
-                backward(params, row)
-                return 1.0
-
-            assert o.step(closure) == 1.0
-        assert optimizer.sums_from_backward() == full(ours)
-    assert_same_bits(ours, plain)
-
-
-def test_backward_on_another_thread() -> None:
-    ours, optimizer, plain, reference = pair()
-    for row in record_grads(ours, 2):
-        optimizer.zero_grad()
-        worker = threading.Thread(target=backward, args=(ours, row))
-        worker.start()
-        worker.join()
-        reference.zero_grad()
-        backward(plain, row)
-        optimizer.step()
-        reference.step()
-        assert optimizer.sums_from_backward() == full(ours)
-    assert_same_bits(ours, plain)
-
-
 # ---- policies, scaler ---------------------------------------------------------------------------
 
 
@@ -371,111 +144,6 @@ def test_grad_scaler(make: Any, how: str) -> None:
         assert optimizer.sums_from_backward() == (full(ours) if how == "fused" else 0)
         assert_same_bits([optimizer.last_norm()], [reference.last_norm()])
     assert_same_snapshot(snapshot(optimizer), snapshot(reference))
-
-
-# ---- parameters that come and go, copies --------------------------------------------------------
-
-
-def held(param: Tensor) -> int:
-    return len(param._post_accumulate_grad_hooks or ())
-
-
-def test_frozen_parameters_join_when_they_are_trained() -> None:
-    ours, optimizer, plain, reference = pair()
-    for frozen in (ours[0], plain[0]):
-        frozen.requires_grad_(False)
-    params = make_params()
-    params[0].requires_grad_(False)
-    optimizer = ClipSGD(params, 0.1, max_norm=0.5, momentum=0.9, norm="in_backward")
-    for i, row in enumerate(record_grads(ours, 5)):
-        if i == 2:
-            for p in (params[0], plain[0]):
-                p.requires_grad_(True)
-        part = [None if i < 2 and k == 0 else g for k, g in enumerate(row)]
-        for some, o in ((params, optimizer), (plain, reference)):
-            o.zero_grad()
-            backward(some, part)
-            o.step()
-        # Its first gradient comes before its hook.
-        assert optimizer.sums_from_backward() == full(ours) - (i <= 2)
-    assert_same_bits(params, plain)
-
-
-def test_new_group_and_replaced_parameter() -> None:
-    params = make_params([(5,), (70_000,), (3,)])
-    optimizer = ClipSGD(params[:2], 0.1, max_norm=1.0, norm="in_backward")
-    optimizer.add_param_group({"params": params[2:]})
-    backward(params, record_grads(params, 1)[0])
-    optimizer.step()
-    assert optimizer.sums_from_backward() == 3
-    new = torch.nn.Parameter(torch.ones(5))
-    optimizer.param_groups[0]["params"][0] = new
-    for expected in (2, 3):  # its hook comes with the step that finds it
-        optimizer.zero_grad()
-        now = [new, *params[1:]]
-        backward(now, record_grads(now, 1)[0])
-        optimizer.step()
-        assert optimizer.sums_from_backward() == expected
-    assert [held(p) for p in (*params, new)] == [0, 1, 1, 1]
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "load_state_dict"])
-def test_a_copy_has_hooks_of_its_own(how: str) -> None:
-    ours, optimizer, _, _ = pair()
-    rows = record_grads(ours, 4)
-    backward(ours, rows[0])
-    optimizer.step()
-    if how == "deepcopy":
-        other = copy.deepcopy(optimizer)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(optimizer))
-    else:
-        twins = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-        other = ClipSGD(twins, 0.1, max_norm=0.5, momentum=0.9, norm="in_backward")
-        other.load_state_dict(optimizer.state_dict())
-    copies = all_params(other)
-    assert [held(p) for p in (*ours, *copies)] == [1] * 2 * len(ours)
-    for row in rows[1:]:
-        for params, o in ((ours, optimizer), (copies, other)):
-            o.zero_grad()
-            backward(params, row)
-            o.step()
-            assert o.sums_from_backward() == full(ours)
-    assert_same_snapshot(snapshot(optimizer), snapshot(other))
-
-
-def test_hooks_go_with_the_optimizer_and_do_not_hold_it() -> None:
-    params, optimizer, _, _ = pair()
-    second = ClipSGD(params, 0.1, max_norm=1.0, norm="in_backward")
-    backward(params, record_grads(params, 1)[0])
-    optimizer.step()
-    second.step()
-    assert second.sums_from_backward() == full(params)
-    gone = weakref.ref(optimizer)
-    gc.collect()
-    gc.disable()  # counting references is enough: there is no cycle
-    try:
-        del optimizer
-        assert gone() is None
-    finally:
-        gc.enable()
-    assert [held(p) for p in params] == [1] * len(params)
-    del second
-    gc.collect()
-    assert not any(held(p) for p in params)
-    kept = [weakref.ref(p) for p in params]
-    del params
-    assert not any(ref() for ref in kept)
-
-
-def test_sums_keep_no_gradient_alive() -> None:
-    params, optimizer, _, _ = pair()
-    for _ in range(2):
-        backward(params, record_grads(params, 1)[0])
-        gradients = [weakref.ref(p.grad) for p in params]
-        optimizer.step()
-        optimizer.zero_grad()
-        assert not any(ref() for ref in gradients)
 
 
 # ---- what the hook cannot read, and what is refused ---------------------------------------------

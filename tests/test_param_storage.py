@@ -23,6 +23,7 @@ from battery import (
     set_grads,
     snapshot,
 )
+from rounding import neighbours
 from torch import Tensor
 
 from pysmooth import EF21, EFSGD, AdamW, ClipSGD, Lion, Signum, TopK, _cpu
@@ -52,14 +53,6 @@ def value(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
     if "master_param" in state:
         return state["master_param"].clone()
     return p.detach().float() + state["compensation"].float()
-
-
-def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The bfloat16 numbers next to float32 ones, towards 0 and away from it."""
-    bits = x.view(torch.int32)
-    low = bits & ~0xFFFF
-    high = torch.where(bits == low, low, low + 0x10000)
-    return low.view(torch.float32), high.view(torch.float32)
 
 
 # ---- numbers ------------------------------------------------------------------------------------
