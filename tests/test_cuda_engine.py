@@ -19,6 +19,7 @@ from battery import (
     Kwargs,
     assert_same_bits,
     assert_same_snapshot,
+    every_entry,
     every_variant,
     make_params,
     record_grads,
@@ -248,8 +249,8 @@ def test_an_estimate_that_starts_as_the_gradient_takes_no_bad_one() -> None:
 class Capture:
     """A CUDA graph's capture and replay, in the stub of the runtime."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch = monkeypatch
+    def __init__(self) -> None:
+        self._patch = pytest.MonkeyPatch()
         self._runtime: ctypes.CDLL = emulated.kernels()
         self.kept: list[Tensor] = []
 
@@ -273,7 +274,7 @@ class Capture:
         self._runtime.runtime_replay()
 
 
-def test_replays_and_other_steps_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replays_and_other_steps_do_not_disturb_each_other() -> None:
     """A graph keeps its gradients' addresses and its numbers, whatever steps come between."""
     params, twins = make_params(), make_params()
     ours = AdamW(params, lr=0.1, max_norm=1.0, backend="cuda")
@@ -297,7 +298,7 @@ def test_replays_and_other_steps_do_not_disturb_each_other(monkeypatch: pytest.M
     static = [torch.empty_like(p) for p in params]
     for p, g in zip(params, static, strict=True):
         p.grad = g
-    with Capture(monkeypatch) as graph:
+    with Capture() as graph:
         ours.param_groups[0]["lr"] = 0.3
         ours.step()
     assert emulated.kernels().runtime_stream() == 7
@@ -310,22 +311,15 @@ def test_replays_and_other_steps_do_not_disturb_each_other(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("late")
-@pytest.mark.parametrize("make", [AdamW, ClipSGD, pysmooth.EF21, pysmooth.MAdagradNorm])
-def test_a_learning_rate_on_the_device_is_read_there(
-    make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@every_entry
+def test_a_learning_rate_on_the_device_is_read_there(entry: Entry) -> None:
     """Nobody waits to know it, and a replay finds what is there by then."""
-    kwargs: dict[str, Any] = {"max_norm": 1.0}
-    if make is pysmooth.EF21:
-        kwargs = {"compressor": pysmooth.TopK(k=9)}
-    if make is pysmooth.MAdagradNorm:
-        kwargs["b_init"] = 0.5
     params, twins = make_params(), make_params()
     lr = torch.tensor(0.1)
-    ours = make(params, lr=lr, backend="cuda", **kwargs)
-    theirs = make(twins, lr=0.1, backend="cpu", **kwargs)
+    ours, theirs = entry.build(params, "cuda"), entry.build(twins, "cpu")
+    ours.param_groups[0]["lr"] = lr
     rows = record_grads(params, 5)
-    graph = Capture(monkeypatch)
+    graph = Capture()
     for i, row in enumerate(rows):
         lr.fill_(0.1 / (i + 1))
         theirs.param_groups[0]["lr"] = float(lr)
@@ -362,12 +356,12 @@ def test_capturable_asks_for_a_backend_whose_steps_can_be() -> None:
         AdamW(make_params(), capturable=True)
 
 
-def test_a_graphs_memory_outlives_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graphs_memory_outlives_its_plan() -> None:
     params = make_params()
     optimizer = ClipSGD(params, 0.1, max_norm=1.0, backend="cuda")
     set_grads(params, record_grads(params, 1)[0])
     optimizer.step()
-    with Capture(monkeypatch) as graph:
+    with Capture() as graph:
         optimizer.step()
     held = [p.detach().clone() for p in params]
     optimizer.add_param_group({"params": [Parameter(torch.ones(3))]})
@@ -382,11 +376,11 @@ def test_a_graphs_memory_outlives_its_plan(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same_bits(once, [p.detach() for p in params])
 
 
-def test_a_capture_needs_a_step_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_needs_a_step_before_it() -> None:
     params = make_params()
     optimizer = ClipSGD(params, 0.1, momentum=0.9, backend="cuda")
     set_grads(params, record_grads(params, 1)[0])
-    with Capture(monkeypatch), pytest.raises(BackendError, match="run the same step once before"):
+    with Capture(), pytest.raises(BackendError, match="run the same step once before"):
         optimizer.step()
     assert not optimizer.state
 

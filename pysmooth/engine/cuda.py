@@ -51,6 +51,7 @@ class CudaEngine(DeviceEngine):
         self._memory = self._inputs = torch.empty(0, dtype=torch.uint8)
         self._numbers: dict[str, Tensor] = {}
         self._reduces = False
+        self._copied = False  # gradients, into new states, for the step to come
 
     @torch.no_grad()
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
@@ -65,7 +66,8 @@ class CudaEngine(DeviceEngine):
         self._reduces = needs_reduce(optimizer.policy, recipes)
         # Gradients that were copied into new states are kept only if the step happened, so that a
         # first step may have to wait.
-        if not _is_late(self._device) or (self._fresh and self.copies_gradients()):
+        if self._copied or not _is_late(self._device):
+            self._copied = False
             self.settled(optimizer)
 
     def _enqueue(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> bool:
@@ -155,6 +157,7 @@ class CudaEngine(DeviceEngine):
             for name, (at, count) in plan.places.items()
         }
         self._told = Told(*(self._numbers[name] for name in Told._fields))
+        self._copied = self.copies_gradients()
         self._built_for = _form(optimizer, recipes)
 
     def _before(self, p: Tensor) -> set[str]:

@@ -22,7 +22,7 @@ MAX_STATES, MAX_OPERANDS, MAX_HYPER, MAX_STAGES = 4, 6, 16, 5
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PARTS = 4
 BINDING_FLAGS = [
-    *('-DPYSMOOTH_BACKEND="cuda"', "-DPYSMOOTH_DEVICE=kDLCPU", "-fvisibility=hidden"),
+    *('-DPYSMOOTH_BACKEND="cuda"', "-DPYSMOOTH_DEVICE=kDLCPU", "-O2", "-fvisibility=hidden"),
     *(f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"),
     f"-isystem{Path(torch.__file__).parent / 'include'}",  # has the header of DLPack
 ]

@@ -1,5 +1,6 @@
 #include "bindings/cuda/plan.h"
 
+#include <algorithm>
 #include <memory>
 
 #include "bindings/select_spec.h"
@@ -100,6 +101,7 @@ void StepPlan::read_states(size_t t, Tensor* out) {
   const int tensors = rule.states + (has_companion(out->storage) ? 1 : 0);
   const bool counts = rule.counts_steps || out->storage == ParamStorage::stochastic;
   e.expected = tensors + (rule.accumulates ? 1 : 0) + (rule.keeps_scale ? 1 : 0) + (counts ? 1 : 0);
+  most_states_ = std::max(most_states_, e.expected);
   if (static_cast<int>(keys.size()) != e.expected)
     throw py::value_error("rule '" + std::string(rule.name) + "' has " +
                           std::to_string(e.expected) + " states, not " +
@@ -180,49 +182,68 @@ bool StepPlan::same_lists(const py::list& param_lists) const {
   return true;
 }
 
-bool StepPlan::unmoved(size_t t) const {
-  const Entry& e = entries_[t];
-  DLTensor d;
-  for (int k = 0; k <= e.held; ++k) {
-    const Tracked& known = tracked_[e.tracked + static_cast<size_t>(k)];
+// One kind of question for many tensors, then the next kind: asking all of them about one tensor
+// and then about the next takes half as long again, because torch's code for each fills the caches
+// of instructions and branches.
+bool StepPlan::unmoved(size_t begin, size_t end) const {
+  const auto asked = [&](size_t t, int k) {
+    return k <= entries_[t].held && (active_[t] || entries_[t].held > 0);
+  };
+  const auto known = [&](size_t t, int k) -> const Tracked& {
+    return tracked_[entries_[t].tracked + static_cast<size_t>(k)];
+  };
+  for (int k = 0; k <= most_states_; ++k) {
     // A state's object is alive if its dict still holds it.
-    if (k > 0) {
+    for (size_t t = begin; t < end && k > 0; ++t) {
+      if (!asked(t, k)) continue;
       PyObject* const key = PyTuple_GET_ITEM(item(state_keys_, t), k - 1);
-      if (PyDict_GetItemWithError(item(state_dicts_, t), key) != known.tensor) return false;
+      if (PyDict_GetItemWithError(item(state_dicts_, t), key) != known(t, k).tensor) return false;
     }
-    shared_reader().read(known.tensor, &d,
-                         [&] { return (k == 0 ? "" : "a state of ") + label(t); });
-    if (!known.form.same(d)) return false;
+    for (size_t t = begin; t < end; ++t) {
+      if (!asked(t, k)) continue;
+      DLTensor d;
+      shared_reader().read(known(t, k).tensor, &d,
+                           [&] { return (k == 0 ? "" : "a state of ") + label(t); });
+      if (!known(t, k).form.same(d)) return false;
+    }
   }
   return true;
 }
 
+bool StepPlan::read_gradient(size_t t) {
+  DLTensor d;
+  const auto what = [&] { return "gradient of " + label(t); };
+  shared_reader().read(grads_[t].ptr(), &d, what);
+  const Signature& form = entries_[t].grad;
+  if (!form.same_form(d) || d.device.device_id != device_) return false;
+  // See the CPU module's Plan::read_gradient: asking all of them would cost too much.
+  const bool may_be_lazy = d.dtype.code == kDLComplex || d.ndim == 0 ||
+                           d.strides[d.ndim - 1] != 1 || d.shape[d.ndim - 1] == 1;
+  if (may_be_lazy && has_lazy_bits(grads_[t].ptr())) {
+    grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
+    shared_reader().read(grads_[t].ptr(), &d, what);
+    if (!form.same_form(d)) return false;
+  }
+  addresses_[t] = d.data;
+  return true;
+}
+
 bool StepPlan::gather() {
-  bool same = !written_for_.empty();
-  for (size_t t = 0; t < entries_.size(); ++t) {
-    const Entry& e = entries_[t];
-    grads_[t] = grad_of_(item(params_, t));
-    const bool active = !grads_[t].is_none();
-    addresses_[t] = nullptr;
-    if (active && e.held != e.expected) return false;
-    if ((active || e.held > 0) && !unmoved(t)) return false;
-    if (active) {
-      DLTensor d;
-      const auto what = [&] { return "gradient of " + label(t); };
-      shared_reader().read(grads_[t].ptr(), &d, what);
-      if (!e.grad.same_form(d) || d.device.device_id != device_) return false;
-      // See the CPU module's Plan::read_gradient: asking all of them would cost too much.
-      const bool may_be_lazy = d.dtype.code == kDLComplex || d.ndim == 0 ||
-                               d.strides[d.ndim - 1] != 1 || d.shape[d.ndim - 1] == 1;
-      if (may_be_lazy && has_lazy_bits(grads_[t].ptr())) {
-        grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
-        shared_reader().read(grads_[t].ptr(), &d, what);
-        if (!e.grad.same_form(d)) return false;
-      }
-      addresses_[t] = d.data;
+  constexpr size_t kBlock = 128;  // stays in L2 from one question to the next
+  bool same = written_for_.size() == entries_.size();
+  for (size_t begin = 0; begin < entries_.size(); begin += kBlock) {
+    const size_t end = std::min(entries_.size(), begin + kBlock);
+    for (size_t t = begin; t < end; ++t) {
+      grads_[t] = grad_of_(item(params_, t));
+      addresses_[t] = nullptr;
+      const char active = grads_[t].is_none() ? 0 : 1;
+      same = same && written_for_[t] == active;
+      active_[t] = active;
+      if (active && entries_[t].held != entries_[t].expected) return false;
     }
-    same = same && active_[t] == active;
-    active_[t] = active;
+    if (!unmoved(begin, end)) return false;
+    for (size_t t = begin; t < end; ++t)
+      if (active_[t] && !read_gradient(t)) return false;
   }
   if (!same) note_written();
   return true;

@@ -51,7 +51,8 @@ class StepPlan {
   void read_states(size_t t, Tensor* out);
   void read_layouts(size_t t, Tensor* out);
   bool same_lists(const py::list& param_lists) const;
-  bool unmoved(size_t t) const;
+  bool unmoved(size_t begin, size_t end) const;
+  bool read_gradient(size_t t);
   bool gather();
   void set_group(size_t g, const py::tuple& hyper, const py::tuple& clip);
   void note_written();
@@ -64,12 +65,12 @@ class StepPlan {
   std::deque<Layout> layouts_;
   std::vector<size_t> group_sizes_;
   std::optional<DevicePlan> plan_;
-  int device_ = -1;
+  int device_ = -1, most_states_ = 0;
   char* memory_ = nullptr;
   // Of the step: kept alive until all is enqueued.
   std::vector<py::object> grads_;
   std::vector<const void*> addresses_;
-  std::vector<bool> active_, written_for_;
+  std::vector<char> active_, written_for_;
   std::vector<GroupInput> inputs_;
 };
 
