@@ -57,8 +57,13 @@ def _toolkit() -> str:
 def _details(backend: str) -> str:
     if backend != "cpu":
         return ""
-    isa = native_module().isa()
-    return f": instruction set {isa}, {torch.get_num_threads()} threads"
+    native = native_module()
+    ways = {"directly": native.uses_direct(), "by DLPack": native.uses_dlpack()}
+    way = next((way for way, there in ways.items() if there), "by Python attributes")
+    return (
+        f": instruction set {native.isa()}, {torch.get_num_threads()} threads, "
+        f"tensors are read {way}"
+    )
 
 
 def _devices() -> list[tuple[str, str]]:

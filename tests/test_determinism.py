@@ -29,6 +29,7 @@ def _restore() -> Iterator[None]:
     yield
     _cpu.set_isa(isa)
     _cpu.set_dlpack_enabled(True)
+    _cpu.set_direct_enabled(True)
 
 
 def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
@@ -122,14 +123,15 @@ def test_strange_layouts_on_any_number_of_threads() -> None:
         assert_same_bits(train(strange), serial)
 
 
-def test_strange_layouts_at_every_instruction_set_and_with_either_reader() -> None:
+def test_strange_layouts_at_every_instruction_set_and_with_every_reader() -> None:
     _cpu.set_isa("baseline")
     baseline = train(strange)
     for isa in _cpu.isa_levels():
         _cpu.set_isa(isa)
-        for dlpack in (True, False):
+        for direct, dlpack in ((True, True), (False, True), (False, False)):
+            _cpu.set_direct_enabled(direct)
             _cpu.set_dlpack_enabled(dlpack)
-            assert _cpu.uses_dlpack() == dlpack
+            assert (_cpu.uses_direct(), _cpu.uses_dlpack()) == (direct, dlpack)
             assert_same_bits(train(strange), baseline)
 
 

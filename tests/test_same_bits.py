@@ -25,6 +25,7 @@ def _restore() -> Iterator[None]:
     torch.set_num_threads(threads)
     _cpu.set_isa(isa)
     _cpu.set_dlpack_enabled(True)
+    _cpu.set_direct_enabled(True)
 
 
 def run(dtype: torch.dtype, offset: int = 0) -> list[Tensor]:
@@ -91,15 +92,19 @@ def test_any_alignment(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_with_and_without_dlpack(dtype: torch.dtype) -> None:
+def test_every_way_of_reading_tensors(dtype: torch.dtype) -> None:
+    assert _cpu.uses_direct()
     assert _cpu.uses_dlpack()
-    with_dlpack = run(dtype)
+    direct = run(dtype)
+    _cpu.set_direct_enabled(False)
+    assert not _cpu.uses_direct()
+    assert_same(run(dtype), direct)
     _cpu.set_dlpack_enabled(False)
     assert not _cpu.uses_dlpack()
-    assert_same(run(dtype), with_dlpack)
+    assert_same(run(dtype), direct)
 
 
-def test_errors_are_the_same_without_dlpack() -> None:
+def test_errors_are_the_same_in_every_way() -> None:
     def message(make: torch.Tensor) -> str:
         p = torch.nn.Parameter(torch.zeros(4, 2))
         p.grad = make
@@ -109,6 +114,8 @@ def test_errors_are_the_same_without_dlpack() -> None:
 
     sparse = torch.sparse_coo_tensor([[1], [0]], [1.0], (4, 2), check_invariants=True)
     first = message(sparse)
+    _cpu.set_direct_enabled(False)
+    assert message(sparse) == first
     _cpu.set_dlpack_enabled(False)
     assert message(sparse) == first
 

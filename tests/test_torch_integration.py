@@ -167,6 +167,24 @@ def test_swap_tensors(backend: str) -> None:
 
 
 @every_backend
+def test_swapping_tensors_there_and_back_leaves_training_alone(backend: str) -> None:
+    param, other = make_params([(4,), (4,)])
+    optimizer = ClipSGD([param], lr=0.1, momentum=0.9, max_norm=1.0, backend=backend)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        param.square().sum().backward()
+        optimizer.step()
+
+    step()
+    torch.utils.swap_tensors(param, other)  # an average of weights, say, to be evaluated
+    torch.utils.swap_tensors(param, other)
+    before = param.detach().clone()
+    step()
+    assert not torch.equal(param, before)
+
+
+@every_backend
 def test_module_moved_to_float64_is_refused_until_its_states_are(backend: str) -> None:
     params = make_params([(4,)])
     optimizer = ClipSGD([("weight", params[0])], lr=0.1, momentum=0.9, backend=backend)

@@ -13,28 +13,54 @@
 namespace pysmooth {
 namespace {
 
+std::string name_of(size_t index) { return "gradient " + std::to_string(index); }
+
+RealView view_of(const DLTensor& d, const std::string& what) {
+  Signature form;
+  form.assign(d);
+  return RealView::of(form, what);
+}
+
+// One gradient: its Python object, or, where nobody has made one, what is behind it.
+struct Gradient {
+  py::object object;
+  const void* impl = nullptr;
+  Handle held = nullptr;
+
+  void read(DLTensor* out, const std::string& what) const {
+    if (object)
+      shared_reader().read(object.ptr(), out, [&] { return what; });
+    else
+      Direct::get()->read(&impl, out);
+  }
+};
+
 // Gradients of one call. Kept between calls, so that its buffers are allocated once per thread.
 struct GradList {
   Pipeline pipeline;
   std::deque<Layout> layouts;
   std::deque<RowCut> rows;
-  std::vector<py::object> grads;
+  std::vector<Gradient> grads;
 
   // Not the chunks: they hint at how much work the next call will have.
   void clear() {
     pipeline.slots.clear();
     layouts.clear();
     rows.clear();
+    for (const Gradient& grad : grads)
+      if (grad.held != nullptr) Direct::get()->release(grad.held);
     grads.clear();
+  }
+  // Other threads may replace gradients once they get the GIL.
+  void hold() {
+    for (Gradient& grad : grads)
+      if (grad.impl != nullptr && grad.held == nullptr) grad.held = Direct::get()->hold(&grad.impl);
   }
 };
 
-void add(GradList* list, py::object grad) {
+void add(GradList* list, Gradient grad, const DLTensor& d) {
   static const int scale_rule = find_rule("scale");
-  const size_t index = list->grads.size();
-  const auto what = [&] { return "gradient " + std::to_string(index); };
-  DLTensor d;
-  shared_reader().read(grad.ptr(), &d, what);
+  const auto what = [&] { return name_of(list->grads.size()); };
   Slot slot;
   slot.param = d.data;
   slot.grad = d.data;
@@ -48,9 +74,7 @@ void add(GradList* list, py::object grad) {
   }
   slot.numel = numel;
   if (!contiguous) {
-    Signature form;
-    form.assign(d);
-    const RealView view = RealView::of(form, what());
+    const RealView view = view_of(d, what());
     Layout layout;
     if (!merge_layout(static_cast<int>(view.shape.size()), view.shape.data(), {view.strides.data()},
                       &layout))
@@ -73,21 +97,17 @@ void add(GradList* list, py::object grad) {
 void cut_last(GradList* list, py::handle param) {
   const size_t index = list->grads.size() - 1;
   Slot& slot = list->pipeline.slots[index];
-  const auto read = [&](py::handle tensor, const std::string& name, DLTensor* d) {
-    shared_reader().read(tensor.ptr(), d, [&] { return name; });
-    Signature form;
-    form.assign(*d);
-    return RealView::of(form, name);
-  };
-  const std::string of = std::to_string(index);
+  const std::string name = name_of(index), param_name = "the parameter of " + name;
   DLTensor d;
-  const RealView grad = read(list->grads[index], "gradient " + of, &d);
-  const RealView view = read(param, "the parameter of gradient " + of, &d);
+  list->grads[index].read(&d, name);
+  const RealView grad = view_of(d, name);
+  shared_reader().read(param.ptr(), &d, [&] { return param_name; });
+  const RealView view = view_of(d, param_name);
   if (view.shape != grad.shape)
-    throw py::value_error("gradient " + of + " does not have its parameter's shape");
+    throw py::value_error(name + " does not have its parameter's shape");
   RowCut& cut = list->rows.emplace_back();
-  cut.of_param(view, d.ndim, d.data, "the parameter of gradient " + of);
-  cut.of_grad(grad, {grad.strides.data()}, "gradient " + of);
+  cut.of_param(view, d.ndim, d.data, param_name);
+  cut.of_grad(grad, {grad.strides.data()}, name);
   slot.rows = &cut.shape;
 }
 
@@ -121,10 +141,8 @@ void check_writable(const GradList& list) {
       continue;
     }
     DLTensor d;
-    shared_reader().read(list.grads[t].ptr(), &d, [] { return std::string("gradient"); });
-    Signature form;
-    form.assign(d);
-    views.push_back(RealView::of(form, "gradient"));
+    list.grads[t].read(&d, "gradient");
+    views.push_back(view_of(d, "gradient"));
     const RealView& v = views.back();
     if (overlaps_itself(static_cast<int>(v.shape.size()), v.shape.data(), v.strides.data()))
       throw py::value_error("gradient " + std::to_string(t) +
@@ -152,7 +170,7 @@ class Call {
 
   GradList& list() { return list_; }
 
-  // Takes the norms of the gradients that `each` passes on, one by one.
+  // Takes the norms of the gradients that `each` takes.
   template <class Each>
   void reduce(double norm_type, int threads, Each each) {
     Pipeline& p = list_.pipeline;
@@ -165,8 +183,37 @@ class Call {
 
   template <class Each>
   bool collect(Each each) {
-    each([this](py::object grad) { add(&list_, std::move(grad)); });
+    each();
     list_.pipeline.cut_chunks();
+    if (!keeps_gil(list_.pipeline)) list_.hold();
+    return true;
+  }
+
+  void take(py::object grad) {
+    DLTensor d;
+    Gradient out;
+    out.object = std::move(grad);
+    out.read(&d, name_of(list_.grads.size()));
+    add(&list_, std::move(out), d);
+  }
+
+  // The gradient of a parameter; false: it has none.
+  bool take_of(py::handle param) {
+    if (const void* const impl = direct_ == nullptr ? nullptr : direct_->impl_if_exact(param.ptr());
+        impl != nullptr) {
+      const Handle grad = direct_->grad_of(impl);
+      if (grad == nullptr) return false;
+      Gradient out;
+      out.impl = *grad;
+      DLTensor d;
+      if (direct_->read(&out.impl, &d)) {
+        add(&list_, std::move(out), d);
+        return true;
+      }
+    }
+    py::object grad = grad_of_(param.ptr());
+    if (grad.is_none()) return false;
+    take(std::move(grad));
     return true;
   }
 
@@ -177,10 +224,7 @@ class Call {
     p.always_norm = false;
     p.skip_unit_coef = false;
     set_coef(coef);
-    {
-      py::gil_scoped_release nogil;
-      run_step(&p, threads);
-    }
+    run_released(&p, threads, [this] { return collect([] {}); });
     note_written([&](size_t t) { return p.slots[t].active; });
   }
 
@@ -193,11 +237,7 @@ class Call {
     p.groups[0].clip.mode = ClipMode::agc;
     p.groups[0].clip.max_norm = factor;
     p.groups[0].clip.eps = eps;
-    p.cut_chunks();
-    {
-      py::gil_scoped_release nogil;
-      run_step(&p, threads);
-    }
+    run_released(&p, threads, [this] { return collect([] {}); });
     p.groups[0].clip = {};
     note_written([&](size_t t) { return p.slots[t].active && p.coefs[t] != 1.0; });
   }
@@ -213,8 +253,14 @@ class Call {
   template <class Of>
   void note_written(Of was) {
     py::list written;
-    for (size_t t = 0; t < list_.grads.size(); ++t)
-      if (was(t)) written.append(list_.grads[t]);
+    for (size_t t = 0; t < list_.grads.size(); ++t) {
+      const Gradient& grad = list_.grads[t];
+      if (!was(t)) continue;
+      if (grad.object)
+        written.append(grad.object);
+      else
+        direct_->count_write(&grad.impl);
+    }
     increment_version(written);
   }
   static GradList& shared() {
@@ -226,17 +272,19 @@ class Call {
     list_.pipeline.groups[0].hyper[0] = coef;
   }
   GradList& list_;
+  const Direct* const direct_ = Direct::get();
+  AttributeGetter grad_of_{"grad"};
 };
 
-auto each_of(const py::list& tensors) {
-  return [&tensors](auto take) {
-    for (const py::handle t : tensors) take(py::reinterpret_borrow<py::object>(t));
+auto each_of(Call* call, const py::list& tensors) {
+  return [call, &tensors] {
+    for (const py::handle t : tensors) call->take(py::reinterpret_borrow<py::object>(t));
   };
 }
 
 py::tuple grad_norm(const py::list& tensors, double norm_type, int threads) {
   Call call;
-  call.reduce(norm_type, threads, each_of(tensors));
+  call.reduce(norm_type, threads, each_of(&call, tensors));
   const NormResult out = call.result();
   return py::make_tuple(out.norm, out.has_f64);
 }
@@ -245,12 +293,8 @@ py::tuple grad_norm(const py::list& tensors, double norm_type, int threads) {
 py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_type,
                          bool error_if_nonfinite, int threads) {
   Call call;
-  AttributeGetter grad_of("grad");
-  call.reduce(norm_type, threads, [&](auto take) {
-    for (const py::handle p : params) {
-      py::object grad = grad_of(p.ptr());
-      if (!grad.is_none()) take(std::move(grad));
-    }
+  call.reduce(norm_type, threads, [&] {
+    for (const py::handle p : params) call.take_of(p);
   });
   if (call.list().grads.empty()) return py::make_tuple(0.0, false, false);
   const NormResult out = call.result();
@@ -273,19 +317,14 @@ py::tuple clip_grad_norm(const py::list& params, double max_norm, double norm_ty
 // Scales each row of the gradients by its own coefficient.
 void agc(const py::list& params, double factor, double eps, int threads) {
   Call call;
-  AttributeGetter grad_of("grad");
-  for (const py::handle p : params) {
-    py::object grad = grad_of(p.ptr());
-    if (grad.is_none()) continue;
-    add(&call.list(), std::move(grad));
-    cut_last(&call.list(), p);
-  }
+  for (const py::handle p : params)
+    if (call.take_of(p)) cut_last(&call.list(), p);
   call.clip_rows(factor, eps, threads);
 }
 
 void scale(const py::list& tensors, double coef, int threads) {
   Call call;
-  call.collect(each_of(tensors));
+  call.collect(each_of(&call, tensors));
   call.scale(coef, threads);
 }
 

@@ -45,5 +45,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa_levels", &isa_levels);
   m.def("set_isa", &set_isa, py::arg("isa"));
   m.def("set_dlpack_enabled", &set_dlpack_enabled, py::arg("enabled"));
+  Direct::get();  // while no mode of torch is on
+  m.def("set_direct_enabled", &Direct::enable, py::arg("enabled"));
+  m.def("uses_direct", [] { return Direct::get() != nullptr; });
   m.def("uses_dlpack", [] { return shared_reader().uses_dlpack(); });
 }

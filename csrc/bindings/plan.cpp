@@ -1,28 +1,18 @@
 #include "bindings/plan.h"
 
 #include <algorithm>
-#include <optional>
 
 #include "bindings/aliasing.h"
 #include "bindings/run_released.h"
 #include "bindings/select_spec.h"
 
 namespace pysmooth {
+
 int find_rule(const std::string& name) {
   for (int i = 0; i < kernels().rule_count; ++i)
     if (name == kernels().rules[i].name) return i;
   throw py::value_error("rule '" + name + "' is not known to the cpu backend");
 }
-
-namespace {
-
-// In the dict of a parameter's states: how many gradients they have taken in since the last step.
-PyObject* absorbed_key() {
-  static PyObject* const key = PyUnicode_InternFromString("absorbed");
-  return key;
-}
-
-}  // namespace
 
 Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& state_keys,
            const std::vector<std::string>& rules, const std::vector<int>& groups,
@@ -64,8 +54,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     DLTensor d;
     shared_reader().read(param, &d, name);
     e.tracked = tracked_.size();
-    tracked_.push_back({param, {}});
-    tracked_.back().form.assign(d);
+    tracked_.push_back(track(param, d));
     RealView& view = shapes_.emplace_back().view;
     view = RealView::of(tracked_.back().form, name());
     if (has_lazy_bits(param))
@@ -149,6 +138,7 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
     throw py::value_error("rule '" + std::string(rule.name) + "' has " + std::to_string(expected) +
                           " states, not " + std::to_string(keys.size()));
   e.expected_states = expected;
+  most_states_ = std::max(most_states_, expected);
   for (int k = 0; k < expected; ++k) e.keys[k] = keys[static_cast<size_t>(k)].ptr();
   for (const py::handle key : keys) {
     PyObject* const state = PyDict_GetItemWithError(e.state_dict, key.ptr());
@@ -163,8 +153,7 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
     };
     DLTensor d;
     shared_reader().read(state, &d, name);
-    tracked_.push_back({state, {}});
-    tracked_.back().form.assign(d);
+    tracked_.push_back(track(state, d));
     const RealView view = RealView::of(tracked_.back().form, name());
     if (e.states_held >= tensors) {
       read_number(t, e.states_held - tensors, view, d.data, name());
@@ -227,19 +216,6 @@ std::vector<const int64_t*> Plan::walked(size_t t, const int64_t* grad,
   return strides;
 }
 
-// For a step that finds the gradient in the states: nobody reads the one that is given here.
-void Plan::learn_own_layout(size_t t) {
-  Shape& s = shapes_[t];
-  const RuleInfo& rule = kernels().rules[pipeline_.slots[t].rule];
-  if (!rule.absorbs)
-    throw py::value_error("rule '" + std::string(rule.name) + "' does not absorb gradients");
-  std::deque<RealView> states;
-  if (!merge_layout(static_cast<int>(s.view.shape.size()), s.view.shape.data(),
-                    walked(t, s.view.strides.data(), &states), &s.own_layout))
-    throw py::value_error(what("parameter", t) + " has more than " + std::to_string(kMaxDims) +
-                          " dimensions that cannot be merged");
-}
-
 // Takes in the form of a gradient that was not seen before: its dtype and its strides.
 void Plan::learn_gradient(size_t t, const DLTensor& grad) {
   Entry& e = entries_[t];
@@ -269,113 +245,6 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
   e.grad_known = true;
 }
 
-bool Plan::unchanged(const py::list& param_lists) const {
-  if (param_lists.size() < group_sizes_.size()) return false;
-  PyObject* const* known = param_list_.data();
-  for (size_t g = 0; g < param_lists.size(); ++g) {
-    PyObject* const list = PyList_GET_ITEM(param_lists.ptr(), static_cast<Py_ssize_t>(g));
-    const size_t expected = g < group_sizes_.size() ? group_sizes_[g] : 0;
-    if (!PyList_CheckExact(list) || static_cast<size_t>(PyList_GET_SIZE(list)) != expected)
-      return false;
-    if (!std::equal(known, known + expected, PySequence_Fast_ITEMS(list))) return false;
-    known += expected;
-  }
-  return true;
-}
-
-bool Plan::unmoved(size_t t) const {
-  const Entry& e = entries_[t];
-  if (e.states_held != e.expected_states) return false;
-  DLTensor d;
-  for (int k = 0; k <= e.states_held; ++k) {
-    const Tracked& x = known(e, k);
-    // A state's object is alive if its dict still holds it.
-    if (k > 0 && PyDict_GetItemWithError(e.state_dict, e.keys[k - 1]) != x.tensor) return false;
-    shared_reader().read(x.tensor, &d,
-                         [&] { return (k == 0 ? "" : "a state of ") + what("parameter", t); });
-    if (!x.form.same(d)) return false;
-  }
-  return true;
-}
-
-void Plan::read_gradient(size_t t) {
-  Entry& e = entries_[t];
-  Slot& slot = pipeline_.slots[t];
-  DLTensor d;
-  const auto read = [&] {
-    shared_reader().read(grads_[t].ptr(), &d, [&] { return what("gradient of parameter", t); });
-    if (!e.grad_known || !e.grad_form.same_form(d)) learn_gradient(t, d);
-  };
-  read();
-  // Asking every gradient would cost as much as reading it. Lazy bits ride on complex tensors and
-  // on the strided views of their parts; of those only a view of one element looks dense
-  // (as_strided on a negated view could make others, and is on its own).
-  const bool may_be_lazy = slot.layout != nullptr || slot.numel == 1 || d.dtype.code == kDLComplex;
-  if (may_be_lazy && has_lazy_bits(grads_[t].ptr())) {
-    grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
-    read();
-  }
-  slot.grad = d.data;
-  if (e.sums != nullptr && trusts_sums_ && slot.rows == nullptr) find_sums(t, d);
-}
-
-void Plan::find_sums(size_t t, const DLTensor& grad) {
-  const auto first = static_cast<size_t>(pipeline_.chunks.first(static_cast<int64_t>(t)));
-  const Kept kept = entries_[t].sums->find(grads_[t], grad, pipeline_.partials.data() + first);
-  pipeline_.slots[t].summed = kept == Kept::valid;
-  if (kept == Kept::tampered) trusts_sums_ = false;
-}
-
-// What absorb() has taken in since the last step.
-int64_t Plan::absorbed(size_t t) const {
-  PyObject* const count = PyDict_GetItemWithError(entries_[t].state_dict, absorbed_key());
-  if (count == nullptr) return 0;
-  const int64_t value = PyLong_Check(count) ? PyLong_AsLongLong(count) : -1;
-  if (value < 0)
-    throw py::type_error("state 'absorbed' of " + what("parameter", t) + " is not a count");
-  return value;
-}
-
-bool Plan::gather() {
-  bool all_active = true;
-  for (Slot& slot : pipeline_.slots) slot.summed = false;
-  for (size_t t = 0; t < entries_.size(); ++t) {
-    if (pipeline_.absorbs) {
-      Slot& slot = pipeline_.slots[t];
-      slot.absorbed = slot.active = slot.numel > 0 && absorbed(t) > 0;
-      slot.layout = shapes_[t].own_layout.linear() ? nullptr : &shapes_[t].own_layout;
-      all_active = all_active && slot.active;
-      if (slot.active && !unmoved(t)) return false;
-      continue;
-    }
-    grads_[t] = grad_of_(param_list_[t]);
-    Slot& slot = pipeline_.slots[t];
-    slot.active = !grads_[t].is_none() && slot.numel > 0;
-    all_active = all_active && slot.active;
-    if (!slot.active) {
-      if (slot.norm_sq != nullptr && !unmoved(t)) return false;  // written all the same
-      continue;
-    }
-    // First what the plan knows: a gradient is judged against a parameter that is still the same.
-    if (!unmoved(t)) return false;
-    read_gradient(t);
-  }
-  // Whoever wrote to one gradient behind torch's back may have written to others.
-  if (!trusts_sums_)
-    for (Slot& slot : pipeline_.slots) slot.summed = false;
-  if (!all_active || !all_active_) note_written();
-  all_active_ = all_active;
-  return true;
-}
-
-// What autograd is to be told of. States come as the roots of their views.
-void Plan::note_written() {
-  written_ = py::list();
-  for (size_t t = 0; t < entries_.size(); ++t)
-    if (pipeline_.slots[t].active) written_.append(py::handle(param_list_[t]));
-  for (const py::handle root : state_roots_) written_.append(root);
-}
-
 void Plan::set_group(size_t g, const py::tuple& hyper, const py::tuple& clip) {
   Group& group = pipeline_.groups[g];
   for (size_t i = 0; i < hyper.size() && i < kMaxHyper; ++i)
@@ -384,42 +253,6 @@ void Plan::set_group(size_t g, const py::tuple& hyper, const py::tuple& clip) {
                 py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
   group.clip_value = py::cast<double>(clip[5]);
   group.maximize = py::cast<bool>(clip[6]);
-}
-
-int Plan::absorb(size_t t, const py::tuple& hyper, const py::tuple& clip, int threads) {
-  if (t >= entries_.size()) throw py::index_error("Plan.absorb: there is no such parameter");
-  if (!unmoved(t)) return static_cast<int>(Outcome::stale);
-  Slot& slot = pipeline_.slots[t];
-  const auto free_gradient = [&] {
-    if (PyObject_SetAttrString(param_list_[t], "grad", Py_None) != 0) throw py::error_already_set();
-    return static_cast<int>(Outcome::applied);
-  };
-  if (slot.numel == 0) return free_gradient();
-  set_group(static_cast<size_t>(slot.group), hyper, clip);
-  pipeline_.unscale = 1.0;
-  const auto release = [&](void*) { grads_[t] = py::object(); };
-  const std::unique_ptr<void, decltype(release)> guard(this, release);
-  grads_[t] = grad_of_(param_list_[t]);
-  const Shape& s = shapes_[t];
-  slot.layout = s.layout.linear() ? nullptr : &s.layout;
-  read_gradient(t);
-  slot.layout = s.layout.linear() ? nullptr : &s.layout;
-  Outcome outcome;
-  {
-    std::optional<py::gil_scoped_release> released;
-    if (slot.numel >= kSerialElements) released.emplace();
-    outcome = pysmooth::absorb(&pipeline_, t, slot.numel < kSerialElements ? 1 : threads);
-  }
-  slot.grad = nullptr;
-  if (outcome != Outcome::applied) return static_cast<int>(outcome);
-  py::list written;
-  for (int k = 1; k <= entries_[t].states_held; ++k)
-    written.append(py::handle(known(entries_[t], k).tensor));
-  increment_version(written);
-  const py::int_ count(absorbed(t) + 1);
-  if (PyDict_SetItem(entries_[t].state_dict, absorbed_key(), count.ptr()) != 0)
-    throw py::error_already_set();
-  return free_gradient();
 }
 
 int Plan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
@@ -431,18 +264,12 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
     set_group(g, py::reinterpret_borrow<py::tuple>(hypers[g]),
               py::reinterpret_borrow<py::tuple>(clips[g]));
   trusts_sums_ = trusts_sums && needs_reduce(pipeline_);
-  const auto release = [this](void*) {
-    for (py::object& grad : grads_) grad = py::object();
-  };
-  const std::unique_ptr<void, decltype(release)> guard(this, release);
+  const auto release = [](Plan* self) { self->let_go(); };
+  const std::unique_ptr<Plan, decltype(release)> guard(this, release);
   const Outcome outcome = run_released(&pipeline_, threads, [this] { return gather(); });
-  if (outcome == Outcome::applied) increment_version(written_);
-  if (outcome == Outcome::applied && pipeline_.absorbs) {
-    const py::int_ none(0);
-    for (size_t t = 0; t < entries_.size(); ++t)
-      if (pipeline_.slots[t].active)
-        if (PyDict_SetItem(entries_[t].state_dict, absorbed_key(), none.ptr()) != 0)
-          throw py::error_already_set();
+  if (outcome == Outcome::applied) {
+    count_written();
+    if (pipeline_.absorbs) forget_absorbed();
   }
   return static_cast<int>(outcome);
 }

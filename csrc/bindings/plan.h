@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "bindings/backward_sums.h"
+#include "bindings/direct.h"
 #include "bindings/row_cut.h"
 #include "cpu/run.h"
 
@@ -49,6 +50,7 @@ class Plan {
   // Hot, and plain data in one piece: after a backward pass every cache line counts.
   struct Tracked {               // a parameter or a state, and what it was when the plan was made
     PyObject* tensor = nullptr;  // a parameter's is owned by params_; a state's is looked up first
+    const void* impl = nullptr;  // behind `tensor`, if it still is; null: not to be asked directly
     Signature form;
   };
   struct Entry {
@@ -56,6 +58,7 @@ class Plan {
     BackwardSums* sums = nullptr;         // owned by sums_; null: none are taken
     PyObject* keys[kMaxStates + 3] = {};  // owned by state_keys_; numbers come last
     size_t tracked = 0;                   // into tracked_: the parameter, then its states
+    Handle grad = nullptr;                // in this step, where it is asked directly
     int expected_states = 0, states_held = 0;
     bool grad_known = false;
     Signature grad_form;
@@ -75,8 +78,12 @@ class Plan {
   int tensor_states(size_t t) const;  // the rule's, and the parameter's companion
   void learn_gradient(size_t t, const DLTensor& grad);
   bool unchanged(const py::list& param_lists) const;
-  void note_written();
   bool gather();  // false: stale
+  void hold();
+  void let_go();
+  void list_written();
+  void count_written();
+  void forget_absorbed();
   void check_aliasing();
   // Of tensor t and its states, k = 0 for the parameter itself.
   const Tracked& known(const Entry& e, int k) const {
@@ -87,7 +94,13 @@ class Plan {
                                      std::deque<RealView>* states) const;
   void learn_own_layout(size_t t);
   int64_t absorbed(size_t t) const;
-  bool unmoved(size_t t) const;  // parameter and states are where and what they were
+  // Whether parameters and states that take part (or all) are where and what they were.
+  Tracked track(PyObject* tensor, const DLTensor& told) const;
+  bool same(size_t t, int k) const;
+  bool unmoved(size_t begin, size_t end, bool all) const;
+  bool find_gradient(size_t t);  // false: stale
+  bool may_be_lazy(size_t t) const;
+  void learn_if_new(size_t t, const DLTensor& grad);
   void read_gradient(size_t t);
   void find_sums(size_t t, const DLTensor& grad);
 
@@ -98,8 +111,12 @@ class Plan {
   std::vector<Entry> entries_;
   std::vector<Tracked> tracked_;
   std::deque<Shape> shapes_;
-  std::vector<py::object> grads_;  // kept alive while the kernels run
+  const Direct* direct_ = Direct::get();
+  // Kept alive while the kernels run: gradients with Python objects; the others, and parameters.
+  std::vector<py::object> grads_;
+  std::vector<Handle> held_grads_, held_params_;
   std::vector<size_t> group_sizes_;
+  int most_states_ = 0;
   bool all_active_ = false;
   bool trusts_sums_ = false;
   Pipeline pipeline_;

@@ -1,4 +1,4 @@
-// run_step for callers that hold the GIL: gathers with it, runs the kernels without it.
+// run_step for callers that hold the GIL: gathers with it, runs longer kernels without it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,6 +10,12 @@
 
 namespace pysmooth {
 
+// Whether a step is so short that other Python threads may as well wait for it: a fraction of a
+// millisecond. Then nobody can replace a gradient meanwhile, and none has to be held.
+inline bool keeps_gil(const Pipeline& pipeline) {
+  return pipeline.chunks.total() < int64_t{1} << 20;
+}
+
 // `gather` may throw; what it throws comes out here, once all threads are done.
 template <class Collect>
 Outcome run_released(Pipeline* pipeline, int threads, Collect gather) {
@@ -18,7 +24,7 @@ Outcome run_released(Pipeline* pipeline, int threads, Collect gather) {
   const auto careful = [&] {
     try {
       if (!gather()) return false;
-      released.emplace();
+      if (!keeps_gil(*pipeline)) released.emplace();
       return true;
     } catch (...) {
       thrown = std::current_exception();

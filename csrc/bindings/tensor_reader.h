@@ -5,17 +5,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if __has_include(<dlpack/dlpack.h>)
-#include <dlpack/dlpack.h>
-#else
-#include <ATen/dlpack.h>  // torch's copy of the same header
-#endif
-
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "bindings/dlpack.h"
 #include "core/dtype.h"
 #include "core/layout.h"
 

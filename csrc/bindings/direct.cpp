@@ -1,0 +1,164 @@
+#include "bindings/direct.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "bindings/tensor_reader.h"
+
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
+
+namespace pysmooth {
+namespace {
+
+namespace py = pybind11;
+
+bool enabled = true;
+
+// Finds functions in torch's extension module and everything that it is linked to.
+class Library {
+ public:
+#if __has_include(<dlfcn.h>)
+  explicit Library(const std::string& path)
+      : library_(dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY)) {}
+  void* find(const char* name) const {
+    return library_ == nullptr ? nullptr : dlsym(library_, name);
+  }
+
+ private:
+  void* library_;  // stays open: torch is never unloaded
+#else
+  explicit Library(const std::string&) {}
+  void* find(const char*) const { return nullptr; }
+#endif
+};
+
+template <class Function>
+bool find(const Library& library, const char* name, Function* out) {
+  void* const found = library.find(name);
+  std::memcpy(out, &found, sizeof found);
+  return found != nullptr;
+}
+
+// The address of the TensorImpl, as Python tells it.
+const void* cdata_of(py::handle tensor) {
+  return reinterpret_cast<const void*>(py::cast<uintptr_t>(tensor.attr("_cdata")));
+}
+
+}  // namespace
+
+bool Direct::find() {
+  const py::module_ torch = py::module_::import("torch");
+  const Library library(py::cast<std::string>(torch.attr("_C").attr("__file__")));
+  const auto get = [&](const char* name, auto* out) { return pysmooth::find(library, name, out); };
+  if (!get("_ZNK3c1010TensorImpl4gradEv", &grad_) ||
+      !get("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &bump_version_) ||
+      !get("aoti_torch_is_defined", &is_defined_) || !get("aoti_torch_get_layout", &get_layout_) ||
+      !get("aoti_torch_get_device_type", &get_device_) ||
+      !get("aoti_torch_get_dtype", &get_dtype_) || !get("aoti_torch_get_dim", &get_dim_) ||
+      !get("aoti_torch_get_sizes", &get_sizes_) || !get("aoti_torch_get_strides", &get_strides_) ||
+      !get("aoti_torch_get_data_ptr", &get_data_) ||
+      !get("aoti_torch_new_tensor_handle", &new_handle_) ||
+      !get("aoti_torch_delete_tensor_object", &delete_handle_))
+    return false;
+
+  const auto number = [&](const std::string& name, int32_t* out) {
+    int32_t (*ask)() = nullptr;
+    if (!get(("aoti_torch_" + name).c_str(), &ask)) return false;
+    *out = ask();
+    return true;
+  };
+  if (!number("layout_strided", &strided_) || !number("device_type_cpu", &cpu_)) return false;
+  const std::pair<const char*, DLDataType> kinds[] = {
+      {"dtype_float32", {kDLFloat, 32, 1}},     {"dtype_float64", {kDLFloat, 64, 1}},
+      {"dtype_float16", {kDLFloat, 16, 1}},     {"dtype_bfloat16", {kDLBfloat, 16, 1}},
+      {"dtype_complex64", {kDLComplex, 64, 1}}, {"dtype_complex128", {kDLComplex, 128, 1}}};
+  for (const auto& [name, dtype] : kinds) {
+    int32_t at = -1;
+    if (!number(name, &at) || at < 0 || at >= kDtypes) return false;
+    dtypes_[static_cast<size_t>(at)] = dtype;
+  }
+
+  // Owned by torch's modules, which are never unloaded.
+  tensor_type_ = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
+  parameter_type_ = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
+  const py::object tensor = torch.attr("empty")(1, py::arg("device") = "cpu");
+  const void* const impl = cdata_of(tensor);
+  if (impl_of(tensor.ptr()) != impl) impl_at_ += sizeof(void*);
+  if (tensor_type_->tp_basicsize < static_cast<Py_ssize_t>(impl_at_ + sizeof(void*))) return false;
+  return true;
+}
+
+// Whether a tensor looks the same as through DLPack or Python.
+bool Direct::agrees_on(py::handle tensor, Handle by) const {
+  DLTensor told{}, seen{};
+  shared_reader().read(tensor.ptr(), &told, [] { return std::string("tensor"); });
+  return by != nullptr && read(by, &seen) && seen.data == told.data && seen.ndim == told.ndim &&
+         std::memcmp(&seen.dtype, &told.dtype, sizeof seen.dtype) == 0 &&
+         std::equal(seen.shape, seen.shape + seen.ndim, told.shape) &&
+         std::equal(seen.strides, seen.strides + seen.ndim, told.strides);
+}
+
+// The names found above promise what these functions take, not what they mean in a torch to come.
+bool Direct::agrees() const {
+  const py::module_ torch = py::module_::import("torch");
+  for (const char* const dtype : {"float32", "float64", "float16", "bfloat16", "complex64"}) {
+    const auto tensor = [&] {  // strides (1, 4), an offset into its memory
+      const py::object flat =
+          torch.attr("zeros")(14, py::arg("dtype") = torch.attr(dtype), py::arg("device") = "cpu");
+      return flat.attr("as_strided")(py::make_tuple(3, 4), py::make_tuple(1, 3), 2);
+    };
+    const py::object param = torch.attr("nn").attr("Parameter")(tensor());
+    const void* const impl = impl_of_plain(param.ptr());
+    if (impl == nullptr || !agrees_on(param, &impl) || grad_of(impl) != nullptr) return false;
+    const py::object grad = tensor();
+    param.attr("grad") = grad;
+    if (!agrees_on(grad, grad_of(impl))) return false;
+    const auto version = [&] { return py::cast<int64_t>(param.attr("_version")); };
+    const int64_t before = version();
+    count_write(&impl);
+    if (version() != before + 1) return false;
+    const Handle held = hold(grad_of(impl));
+    const bool same = agrees_on(grad, held);
+    release(held);
+    param.attr("grad") = py::none();
+    if (!same || grad_of(impl) != nullptr) return false;
+  }
+  return true;
+}
+
+const Direct* Direct::get() {
+  // Leaked on purpose: the interpreter may be gone before static destructors run.
+  static const Direct* const found = []() -> const Direct* {
+    const char* const wanted = std::getenv("PYSMOOTH_DIRECT");
+    if (wanted != nullptr && std::string(wanted) == "0") return nullptr;
+    auto direct = std::make_unique<Direct>();
+    try {
+      return direct->find() && direct->agrees() ? direct.release() : nullptr;
+    } catch (const std::exception&) {  // a torch that has other names for things
+      return nullptr;
+    }
+  }();
+  return enabled ? found : nullptr;
+}
+
+void Direct::enable(bool value) { enabled = value; }
+
+const void* Direct::impl_of_plain(PyObject* tensor) const {
+  const void* const impl = impl_if_exact(tensor);
+  return impl == cdata_of(tensor) ? impl : nullptr;
+}
+
+Handle Direct::hold(Handle tensor) const {
+  Handle out = nullptr;
+  if (new_handle_(tensor, &out) != 0) throw std::bad_alloc();
+  return out;
+}
+
+void Direct::release(Handle held) const { delete_handle_(held); }
+
+}  // namespace pysmooth

@@ -1,0 +1,111 @@
+// torch's tensors, asked without a Python object for each.
+//
+// A gradient that backward has just made has no Python object; making one costs more than all else
+// that a step wants to know of it. So the functions that answer are looked up in the libraries that
+// torch has loaded: its stable C interface (aoti_torch_*), which knows a tensor by the address of
+// the pointer to its TensorImpl, and two C++ functions, `TensorImpl::grad` and `bump_version`, by
+// their linker names. pysmooth is not linked to torch; where something is missing, or does not give
+// the answers that Python gives, the way through Python objects and DLPack stays.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstring>
+#include <exception>
+
+#include "bindings/dlpack.h"
+
+namespace pysmooth {
+
+// What torch calls a tensor handle: it points to a pointer to the TensorImpl.
+using Handle = const void* const*;
+
+class Direct {
+ public:
+  // Null where there is no such way.
+  static const Direct* get();
+  // For tests of the other way.
+  static void enable(bool enabled);
+
+  // The TensorImpl of a tensor of torch's own types; null for others, which may mean something else
+  // by their attributes.
+  const void* impl_if_exact(PyObject* tensor) const {
+    const bool exact = Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
+    return exact ? impl_of(tensor) : nullptr;
+  }
+  // The same, compared with what Python says.
+  const void* impl_of_plain(PyObject* tensor) const;
+  // The same of a tensor that was found plain before.
+  const void* impl_of(PyObject* plain) const {
+    const void* impl;
+    std::memcpy(&impl, reinterpret_cast<const char*>(plain) + impl_at_, sizeof impl);
+    return impl;
+  }
+
+  // Null: there is none.
+  Handle grad_of(const void* impl) const {
+    const auto grad = static_cast<Handle>(grad_(impl));
+    bool defined = false;
+    return is_defined_(grad, &defined) == 0 && defined ? grad : nullptr;
+  }
+
+  // False for a tensor that is not strided, not on a CPU, or of no dtype known here. Sizes and
+  // strides are torch's own.
+  bool read(Handle tensor, DLTensor* out) const {
+    int32_t layout = 0, device = 0, dtype = 0;
+    int64_t ndim = 0;
+    if (get_layout_(tensor, &layout) != 0 || layout != strided_ ||
+        get_device_(tensor, &device) != 0 || device != cpu_ || get_dtype_(tensor, &dtype) != 0)
+      return false;
+    if (dtype < 0 || dtype >= kDtypes || dtypes_[static_cast<size_t>(dtype)].lanes == 0)
+      return false;
+    if (get_dim_(tensor, &ndim) != 0 || get_sizes_(tensor, &out->shape) != 0 ||
+        get_strides_(tensor, &out->strides) != 0 || get_data_(tensor, &out->data) != 0)
+      return false;
+    out->ndim = static_cast<int32_t>(ndim);
+    out->dtype = dtypes_[static_cast<size_t>(dtype)];
+    out->device = {kDLCPU, 0};
+    out->byte_offset = 0;
+    return out->data != nullptr;
+  }
+
+  // Tells autograd of a write.
+  void count_write(Handle tensor) const {
+    try {
+      bump_version_(tensor);
+    } catch (const std::exception&) {  // a tensor of inference mode: nobody counts
+    }
+  }
+
+  // A reference, to be released.
+  Handle hold(Handle tensor) const;
+  void release(Handle held) const;
+
+ private:
+  static constexpr int kDtypes = 64;
+  template <class T>
+  using Getter = int32_t (*)(Handle tensor, T* out);
+
+  bool find();
+  bool agrees() const;
+  bool agrees_on(pybind11::handle tensor, Handle by) const;
+
+  // Where in a tensor's object its TensorImpl is: the first field, perhaps behind a flag. What
+  // impl_of() finds there is what Python says when a tensor is first met, or it is not plain.
+  size_t impl_at_ = sizeof(PyObject);
+  PyTypeObject *tensor_type_ = nullptr, *parameter_type_ = nullptr;
+  const void* (*grad_)(const void* impl) = nullptr;
+  void (*bump_version_)(Handle tensor) = nullptr;
+  Getter<bool> is_defined_ = nullptr;
+  Getter<int32_t> get_layout_ = nullptr, get_device_ = nullptr, get_dtype_ = nullptr;
+  Getter<int64_t> get_dim_ = nullptr;
+  Getter<int64_t*> get_sizes_ = nullptr, get_strides_ = nullptr;
+  Getter<void*> get_data_ = nullptr;
+  int32_t (*new_handle_)(Handle tensor, Handle* out) = nullptr;
+  int32_t (*delete_handle_)(Handle held) = nullptr;
+  int32_t strided_ = -1, cpu_ = -1;
+  std::array<DLDataType, kDtypes> dtypes_{};  // by torch's number; no lanes: not taken
+};
+
+}  // namespace pysmooth
