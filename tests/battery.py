@@ -35,29 +35,13 @@ DEVICE_BACKENDS = ("triton",) * triton_interpreted() + ("cuda",) * CUDA_EMULATED
 BACKENDS = ("cpu", "eager", *DEVICE_BACKENDS)
 STEPS, EXAMPLES = (3, 3) if triton_interpreted() else (20, 20)
 
-# What the Triton backend has no kernel for yet, in the words of its BackendError.
-TRITON_LACKS_RULES = frozenset(
-    {
-        *("clip21_noise", "clip21_sgd2m_noise"),
-        *("ef21_plus", "ef21_plus_m"),
-        *(f"ef_sgd_select{m}" for m in ("", "_momentum")),
-        *(f"ef21_{form}{m}" for form in ("select", "select_normalized") for m in ("", "_m", "_2m")),
-    }
-)
-TRITON_LACKS = (
-    *map(repr, sorted(TRITON_LACKS_RULES)),
-    *(
-        "clip='agc'",
-        "param_storage",
-        "a compressor that draws",
-        "absorb=True",
-        "bfloat16 states of 'ef_sgd_dense",
-    ),
-)
+# Entries that stand for all others in the interpreter: with a norm, with counted steps, with a norm
+# that accumulates, with a sum before the step, with a selection, with two passes.
+INTERPRETED = ("clip_sgd", "adam", "m_adagrad_norm", "clip21_sgd2m", "ef_sgd", "ef21")
 
-# The same for CUDA.
-CUDA_LACKS_RULES = frozenset({"ef21_plus", "ef21_plus_m"})
-CUDA_LACKS = (
+# What the CUDA and the Triton backend have no kernel for yet, in the words of their BackendErrors.
+CUDA_LACKS_RULES = TRITON_LACKS_RULES = frozenset({"ef21_plus", "ef21_plus_m"})
+CUDA_LACKS = TRITON_LACKS = (
     *map(repr, sorted(CUDA_LACKS_RULES)),
     *("clip='agc'", "absorb=True", "scope='block' of QSGD"),
 )

@@ -478,9 +478,6 @@ def test_unchanged_addresses_are_not_sent_again(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("make", "compressor", "lack"),
     [
-        (pysmooth.EFSGD, pysmooth.QSGD(8), "a compressor that draws random numbers"),
-        (pysmooth.EF21, pysmooth.NaturalCompression(), "a compressor that draws random numbers"),
-        (pysmooth.EFSGD, pysmooth.TopK(ratio=0.1), "'ef_sgd_select'"),
         (pysmooth.EF21Plus, pysmooth.TopK(ratio=0.1), "'ef21_plus'"),
         (pysmooth.EF21Plus, pysmooth.ScaledSign(), "'ef21_plus'"),
     ],

@@ -1,16 +1,17 @@
-"""codec: compressors that look at one coordinate, given a scale. Twin of csrc/core/codec.h.
-
-Those that draw random numbers have no kernel yet.
-"""
+"""codec: compressors that look at one coordinate, given a scale. Twin of csrc/core/codec.h."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 
-from .rule import ABS, NOTHING
+from .draw import BITS
+from .rule import ABS, NOTHING, SQUARES
 
-KINDS = 3  # identity, scaled sign, hard threshold
+# identity, scaled sign, hard threshold, QSGD, natural
+SIGN, THRESHOLD, DITHERED, NATURAL = (tl.constexpr(n) for n in range(1, 5))
 
 
 @triton.jit
@@ -20,12 +21,78 @@ def scaled_sign(x, scale):
 
 
 @triton.jit
-def codec(x, kind, level, scale):
-    """C(x)."""
-    kept = tl.where(tl.abs(x) >= level, x, 0.0)
-    return tl.where(kind == 1, scaled_sign(x, scale), tl.where(kind == 2, kept, x))
+def digits(x, drawn, WORD: tl.constexpr, DIGITS: tl.constexpr, EXPONENT: tl.constexpr):
+    """See natural()."""
+    bits = x.to(WORD, bitcast=True)
+    cut = bits & ((1 << DIGITS) - 1)
+    down = bits - cut
+    kept: tl.constexpr = WORD.primitive_bitwidth - DIGITS
+    out = tl.where((drawn >> kept) < cut, down + (1 << DIGITS), down)
+    out = tl.where((out & EXPONENT) == EXPONENT, down, out)  # an overflow
+    out = tl.where((bits & EXPONENT) == EXPONENT, bits, out)  # infinity, NaN
+    return out.to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def natural(x, drawn):
+    """One of the two powers of two next to |x|, with x's sign."""
+    if x.dtype == tl.float64:
+        return digits(x, drawn, tl.uint64, 52, 0x7FF0000000000000)
+    else:
+        return digits(x, drawn, tl.uint32, 23, 0x7F800000)
+
+
+@triton.jit
+def uniform(drawn):
+    """Bits as numbers in [0, 1)."""
+    if drawn.dtype == tl.uint64:
+        return ((drawn >> 12) | 0x3FF0000000000000).to(tl.float64, bitcast=True) - 1.0
+    else:
+        return ((drawn >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def dithered(x, drawn, step, inverse, levels):
+    """One of the two multiples of step next to |x|, with x's sign."""
+    y = tl.where(x < 0, -x, x) * inverse
+    y = tl.where(y > levels, levels, y)
+    low = tl.floor(y)
+    sent = tl.where(uniform(drawn) < y - low, low + 1.0, low) * step
+    return tl.where(x < 0, -sent, sent)
+
+
+@triton.jit
+def codec(x, kind, level, scale, inverse, drawn):
+    """C(x). `drawn`: random bits, or None for those that draw none."""
+    if drawn is None:
+        kept = tl.where(tl.abs(x) >= level, x, 0.0)
+        return tl.where(kind == SIGN, scaled_sign(x, scale), tl.where(kind == THRESHOLD, kept, x))
+    else:
+        rounded = dithered(x, drawn, scale, inverse, level)
+        return tl.where(kind == DITHERED, rounded, natural(x, drawn))
+
+
+@triton.jit
+def scales(kind, level, value, wide):
+    """What codec() is given as scale and inverse, of what was summed up.
+
+    A step that is too small for a normal number is 0, and none is infinite.
+    """
+    tiny = tl.where(wide != 0, 2.2250738585072014e-308, 1.1754943508222875e-38)
+    most = tl.where(wide != 0, 1.7976931348623157e308, 3.4028234663852886e38)
+    step = value / level
+    bounded = tl.where(step > most, most, step)
+    dithers = kind == DITHERED
+    scale = tl.where(step < tiny, 0.0, bounded)
+    inverse = tl.where(step < tiny, 0.0, 1.0 / bounded)
+    return tl.where(dithers, scale, value), tl.where(dithers, inverse, 0.0)
 
 
 def codec_sum(kind: float) -> int:
     """What is summed up for a codec's scale."""
-    return ABS if kind == 1 else NOTHING
+    return {SIGN.value: ABS, DITHERED.value: SQUARES}.get(int(kind), NOTHING)
+
+
+def codec_draw(hyper: Sequence[float]) -> int:
+    """What is drawn, given the four hyper-parameters that describe a codec."""
+    return BITS.value if hyper[0] in (DITHERED.value, NATURAL.value) else 0

@@ -11,6 +11,7 @@ multiply-add.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import subprocess
 import sys
@@ -25,11 +26,26 @@ from triton.backends.compiler import GPUTarget
 
 from .apply import apply
 from .finalize import finalize, finish_pass
+from .how import KAHAN, MASTER, STOCHASTIC, How
 from .launch import Spec
-from .plan import Method, apply_spec, finalize_spec, pass_specs, reduce_spec
+from .rule import Rule
 from .rules import RULES
+from .select import narrow, rand_k, sample, select_block, selected, ties
+from .selection import SETTLE, begin_spec, select_specs
 from .source import source
+from .specs import (
+    IN_TENSOR,
+    TOP_K,
+    Form,
+    Method,
+    apply_spec,
+    finalize_spec,
+    pass_specs,
+    reduce_spec,
+)
 
+# Kernels that change parameters or states, or choose what is changed.
+EXACT = (apply, source, sample, narrow, selected, ties, select_block, rand_k)
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
     "cuda:90": GPUTarget("cuda", 90, 32),
@@ -38,9 +54,14 @@ TARGETS = {
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 # What a kernel's arguments are; all others point to 32-bit integers.
-WIDE = {"tensors", "gradients", "layouts", "amp", "counters"}
-FLOATS = {"partials", "norms", "coefs", "known", "hypers", "sums", "lengths"}
-COUNTS = {"members", "chunks", "groups"}
+WIDE = {
+    *("tensors", "gradients", "layouts", "amp", "counters"),
+    *("units", "histogram", "samples", "places", "tallies"),
+}
+FLOATS = {"partials", "norms", "coefs", "known", "hypers", "sums", "lengths", "spec"}
+UNSIGNED = {"keys", "seeds"}
+COUNTS = {"count", "shift", "width"}  # and, of finalize and finish_pass:
+MORE_COUNTS = {"members", "chunks", "groups"}
 
 
 @dataclass
@@ -61,6 +82,25 @@ def method(**kwargs: Any) -> Method:
     return Method(**{**usual, "reduces": True, **kwargs})
 
 
+def forms(rule: Rule) -> Iterator[tuple[str, Form]]:
+    """What tensors of a rule look like, in the ways that make another kernel."""
+    states = (F32,) * rule.states
+    yield "float32", Form((F32, F32, *states))
+    yield "float64", Form((F64,) * (2 + rule.states))
+    yield "bfloat16", Form((BF16, BF16, *states))
+    if rule.low_states:
+        low = (BF16 if rule.low_states >> k & 1 else F32 for k in range(rule.states))
+        yield "low", Form((F32, F32, *low), low=rule.low_states)
+    if rule.name in ("adam", "ef21_select"):
+        yield "master", Form((BF16, BF16, *states, F32), kept=MASTER.value)
+        yield "kahan", Form((BF16, BF16, *states, BF16), kept=KAHAN.value)
+        yield "stochastic", Form((BF16, BF16, *states), kept=STOCHASTIC.value)
+    if rule.name in ("adam", "sgd"):
+        yield "unaligned", Form((F32, F32, *states), aligned=False)
+        yield "strided", Form((F32, F32, *states), dims=4, aligned=False)
+        yield "float16, float32", Form((F16, F32, *states))
+
+
 def specs(rules: list[str]) -> Iterator[tuple[str, Spec]]:
     """One of every kind; not every combination of dtypes with every rule."""
     for dtype in (F32, F64, F16, BF16):
@@ -70,54 +110,71 @@ def specs(rules: list[str]) -> Iterator[tuple[str, Spec]]:
     yield "reduce unaligned", reduce_spec(F32, method(), 0, False)
     yield "reduce strided", reduce_spec(F32, method(), 4, False)
     for name in rules:
-        rule = RULES[name]
-        states = (F32,) * rule.states
-        plain = (F32, F32, *states)
-        yield f"{name} float32", apply_spec(rule, plain, 0, True, 0, False)
-        yield f"{name} finalize", finalize_spec(rule, method(), False, counts=True)
-        yield f"{name} float64", apply_spec(rule, (F64,) * len(plain), 0, True, 0, False)
-        yield f"{name} bfloat16", apply_spec(rule, (BF16, BF16, *states), 0, True, 0, False)
+        yield from specs_of(RULES[name])
+    for scope in (1, 2):
+        how = method(scope=scope, asks=True, names=True, norm_type=3.0)
+        spec = finalize_spec(RULES["adam"], how, noisy=True, seeded=True, counts=True)
+        yield f"adam finalize scope {scope}", spec
+
+
+def specs_of(rule: Rule) -> Iterator[tuple[str, Spec]]:
+    """All kernels of one rule."""
+    yield f"{rule.name} finalize", finalize_spec(rule, method(), counts=True)
+    hyper = [1.0] * len(rule.hyper)  # with weight decay, normalised, by scaled signs
+    drawing = [4.0 if name == "codec" else 1.0 for name in rule.hyper]
+    for what, form in forms(rule):
+        if rule.taken is not None:
+            form = dataclasses.replace(form, listed=True, wide=form.dtypes[0] == F64)
+        if (spec := apply_spec(rule, form, False, hyper)) is not None:
+            yield f"{rule.name} {what}", spec
+        if "codec" in rule.hyper and (spec := apply_spec(rule, form, False, drawing)) is not None:
+            if rule.draws(drawing) and rule.applies.draws:
+                yield f"{rule.name} {what}, drawing", spec
+        how = method(pass_scopes=(0, 2))
         for k in range(len(rule.sources)):
-            hyper = [1.0] * len(rule.hyper)  # with weight decay, normalised, by scaled signs
-            how = method(pass_scopes=(0, 2))
-            run, finish = pass_specs(rule, k, hyper, plain, 0, True, 0, how)
-            yield f"{name} float32, pass {k}", run
-            if finish is not None:
-                yield f"{name} after pass {k}", finish
-        if rule.low_states:
-            low = [BF16 if rule.low_states >> k & 1 else F32 for k in range(rule.states)]
-            dtypes = (F32, F32, *low)
-            yield f"{name} low", apply_spec(rule, dtypes, 0, True, rule.low_states, False)
-    for name in {"adam", "sgd"} & set(rules):
-        rule = RULES[name]
-        plain = (F32, F32, *(F32,) * rule.states)
-        yield f"{name} unaligned", apply_spec(rule, plain, 0, False, 0, True)
-        yield f"{name} strided", apply_spec(rule, plain, 4, False, 0, False)
-        mixed = (F16, F32, *(F32,) * rule.states)
-        yield f"{name} float16, float32", apply_spec(rule, mixed, 0, True, 0, False)
-        for scope in (1, 2):
-            how = method(scope=scope, asks=True, names=True, norm_type=3.0)
-            yield f"{name} finalize scope {scope}", finalize_spec(rule, how, True, counts=True)
+            run, finish = pass_specs(rule, k, hyper, form, how)
+            yield f"{rule.name} {what}, pass {k}", run
+            if finish is not None and what == "float32":
+                yield f"{rule.name} after pass {k}", finish
+            if rule.draws(drawing) and rule.passes[k].draws:
+                run, _ = pass_specs(rule, k, drawing, form, how)
+                yield f"{rule.name} {what}, pass {k}, drawing", run
+        if rule.taken is not None and what in ("float32", "float64", "kahan"):
+            yield from selection(rule, what, form)
+
+
+def selection(rule: Rule, what: str, form: Form) -> Iterator[tuple[str, Spec]]:
+    """The kernels of a selection."""
+    select = (TOP_K, IN_TENSOR, 0.01, 0, 1024, False, 0)
+    kernels = select_specs(rule, [1.0] * len(rule.hyper), form, method(select=select))
+    if rule.name not in ("ef_sgd_select", "ef21_select"):
+        kernels = {"selected": kernels["selected"]}
+    elif what != "kahan":
+        for everywhere in (False, True):
+            kernels[f"begin, {everywhere}"] = begin_spec(rule, everywhere, form.wide)
+        kernels["settle"] = SETTLE
+    for name, spec in kernels.items():
+        yield f"{rule.name} {what}, {name}", spec
 
 
 def signature(spec: Spec) -> dict[str, str]:
     """The types of a kernel's arguments."""
     constants = dict(spec.constants)
+    how = constants.get("HOW")
     out = {}
     for name in spec.kernel.arg_names:
         if name in constants:
             out[name] = "constexpr"
-        elif name in COUNTS and spec.kernel in (finalize, finish_pass):
+        elif name in COUNTS or (name in MORE_COUNTS and spec.kernel in (finalize, finish_pass)):
             out[name] = "i32"
-        elif name in WIDE:
+        elif name in WIDE or (name == "list_keys" and how is not None and how.wide):
             out[name] = "*i64"
         elif name in FLOATS:
             out[name] = "*fp64"
         elif name == "numbers":
-            wide = str(constants.get("C")) == "fp64"
-            out[name] = "*fp64" if wide else "*fp32"
+            out[name] = f"*{how.compute}" if how is not None else "*fp32"
         else:
-            out[name] = "*u32" if name == "keys" else "*i32"
+            out[name] = "*u32" if name in UNSIGNED else "*i32"
     return out
 
 
@@ -158,26 +215,39 @@ def vectors(report: Report) -> int:
     return len(re.findall(wide, report.text))
 
 
+def narrow_accesses(
+    report: Report, spec: Spec, streams: int, kind: Any, block: int
+) -> Iterator[str]:
+    """Complains where there are fewer accesses of 16 bytes than there are to be."""
+    threads = spec.warps * TARGETS[report.target].warp_size
+    expected = streams * block * kind.primitive_bitwidth // (threads * 128)
+    if vectors(report) < expected:
+        yield f"{vectors(report)} accesses of 16 bytes, not {expected}"
+
+
 def faults(report: Report, spec: Spec) -> list[str]:
     """What must not be."""
     out = []
     values = dict(spec.constants)
-    if report.spills > 16:  # a loop counter may go there, where it saves registers
+    # A loop counter may go there, where it saves registers; what holds a whole block may need more.
+    if report.spills > (64 if spec.kernel is select_block else 16):
         out.append(f"{report.spills} bytes spilled")
-    if values.get("ALIGNED"):
-        streams = 1
-        if spec.kernel in (apply, source):
-            if report.shared > 1024:  # a sum takes a little
-                out.append(f"operands go through {report.shared} B of shared memory")
-            same = {t.primitive_bitwidth for t in values["TYPES"]}
-            streams = sum(values[x].bit_count() for x in ("READS", "WRITES")) * (len(same) == 1)
-        bits = values.get("T", values.get("TYPES", (None,))[0]).primitive_bitwidth
-        threads = spec.warps * TARGETS[report.target].warp_size
-        expected = streams * values["BLOCK"] * bits // (threads * 128)
-        if vectors(report) < expected:
-            out.append(f"{vectors(report)} accesses of 16 bytes, not {expected}")
-    if report.target.startswith("cuda") and spec.kernel in (apply, source):
-        rough = set(re.findall(r"\S*\.(?:approx|full|ftz)\S*|\bfma\.\S+", report.text))
+    how = values.get("HOW")
+    if isinstance(how, How) and spec.kernel in (apply, source):
+        # A sum takes a little, a list of candidates more; words that are drawn are put in order.
+        room = 8192 if how.collects else 1024
+        if report.shared > room and not how.draws:
+            out.append(f"operands go through {report.shared} B of shared memory")
+        if how.aligned:
+            same = {t.primitive_bitwidth for t in how.types}
+            streams = (how.reads.bit_count() + how.writes.bit_count()) * (len(same) == 1)
+            out += narrow_accesses(report, spec, streams, how.types[0], how.block)
+    elif values.get("ALIGNED"):
+        out += narrow_accesses(report, spec, 1, values["T"], values["BLOCK"])
+    if report.target.startswith("cuda") and spec.kernel in EXACT:
+        # Rounding down is the same for all but negative subnormal numbers, which nobody rounds.
+        exact = report.text.replace("cvt.rmi.ftz.f32.f32", "")
+        rough = set(re.findall(r"\S*\.(?:approx|full|ftz)\S*|\bfma\.\S+", exact))
         if rough:
             out.append(f"not exact: {', '.join(sorted(rough))}")
     return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .apply import CONSTANTS, OWN
+from .operands import CONSTANTS, OWN
 from .ops import noise_key
 from .reduce import MAX, POWER, PRESENT, SPOILED, SQUARES, larger, largest
 from .rule import COEF, FIRST, KNOWN, STAGE
@@ -24,6 +24,10 @@ from .table import (
     GROUP_SIGN,
     GROUP_VALUE,
     GROUP_WORDS,
+    KEY_NOISE,
+    KEY_SEED,
+    KEY_STEP,
+    KEY_WORDS,
     ROW_CHUNKS,
     ROW_FIRST,
     ROW_GROUP,
@@ -149,7 +153,8 @@ def number_at(addresses, mask, T: tl.constexpr):
 def keep_constants(numbers, t, mask, x, coef, bound, h, PREPARE: tl.constexpr, COUNT: tl.constexpr):
     """Makes the constants of a few tensors, and leaves them for apply."""
     row = numbers + t * CONSTANTS
-    made = PREPARE(h, x)
+    wide = tl.full((), 1 if numbers.dtype.element_ty == tl.float64 else 0, tl.int32)
+    made = PREPARE(h, x + (wide,))
     tl.store(row, coef, mask=mask)
     tl.store(row + 1, bound, mask=mask)
     tl.store(row + 2, x[FIRST], mask=mask)
@@ -190,6 +195,7 @@ def finalize(
     ASKS: tl.constexpr,
     NAMES: tl.constexpr,
     NOISY: tl.constexpr,
+    SEEDED: tl.constexpr,
     COUNTS: tl.constexpr,
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -286,7 +292,8 @@ def finalize(
     h = gather(hypers, g * GROUP_WORDS, HYPER)
     coef = coef * unscale * tl.load(group + GROUP_SIGN)
     bound = tl.load(group + GROUP_VALUE)
-    first = tl.load(fresh + t, mask=mask, other=0)
+    # Not 0: what was allocated for it waits for a step that happens.
+    first = tl.load(fresh + t, mask=mask, other=0) == 1
     steps_at, counted, steps = number_at(tl.load(row + ROW_STEPS), mask, tl.float32)
     norm_at, held, before = number_at(tl.load(row + ROW_NORM), mask, tl.float64)
     after = before
@@ -300,8 +307,13 @@ def finalize(
     keep_constants(numbers, t, mask, x, coef, bound, h, PREPARE, NUMBERS)
     if NOISY:
         key = noise_key(steps.to(tl.int64), t.to(tl.int64))
-        tl.store(keys + t * 2, key[0], mask=mask)
-        tl.store(keys + t * 2 + 1, key[1], mask=mask)
+        tl.store(keys + t * KEY_WORDS + KEY_NOISE, key[0], mask=mask)
+        tl.store(keys + t * KEY_WORDS + KEY_NOISE + 1, key[1], mask=mask)
+    if SEEDED:  # halves of a seed are the last hyper-parameters
+        for i in tl.static_range(2):
+            half = h[HYPER - 2 + i].to(tl.int64).to(tl.uint32)
+            tl.store(keys + t * KEY_WORDS + KEY_SEED + i, half, mask=mask)
+    tl.store(keys + t * KEY_WORDS + KEY_STEP, steps.to(tl.int64).to(tl.uint32), mask=mask)
 
     # What changes with a step that happens.
     done = mask & (t * 0 + happens != 0)

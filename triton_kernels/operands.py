@@ -1,9 +1,12 @@
-"""Where the operands of a chunk are: parameter, gradient, states, numbered in this order.
+"""Where the operands of a chunk are, and how they are brought into registers and back.
 
 Kernels find everything through tables of 64-bit integers (table.py): addresses, sizes, strides. An
 operand that is one dense block at a 16-byte boundary is accessed 16 bytes at a time. For that the
 compiler has to know that a vector is never cut by the mask: the body of a tensor ends at a multiple
 of 16 elements, and the last few are a block of their own.
+
+What is not stored as it is computed with, 16-bit numbers and parameters that are kept in two
+tensors, is made here; a rule sees none of it. Twin of csrc/cpu/staging.h.
 """
 
 from __future__ import annotations
@@ -11,10 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ops import narrow, narrow_noisy, noise, widen, word
-from .table import ROW_NUMEL, ROW_PARAM, ROW_WORDS
+from .how import KAHAN, MASTER
+from .ops import gradient_in, narrow, narrow_noisy, noise, widen, word
+from .table import KEY_WORDS, ROW_LAYOUT, ROW_NUMEL, ROW_PARAM, ROW_WORDS
 
 TAIL = tl.constexpr(16)
+# A row of constants: what gradient_in() takes, if this is the first step, what prepare() returned.
+OWN = tl.constexpr(3)
+CONSTANTS = tl.constexpr(16)
 
 
 @triton.jit
@@ -27,24 +34,15 @@ def pointer(address, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def operands(
-    row,
-    gradient,
-    TYPES: tl.constexpr,
-    COUNT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ALONE: tl.constexpr,
-):
-    """Pointers to a tensor's operands, of which the gradient's address comes from elsewhere.
-
-    ALONE: the gradient is all there is, and is what the rule changes.
-    """
+def operands(row, gradient, HOW: tl.constexpr):
+    """Pointers to a tensor's operands, of which the gradient's address comes from elsewhere."""
+    COUNT: tl.constexpr = HOW.count
     out = ()
     for k in tl.static_range(COUNT):
-        if k == 1 or ALONE:
-            out = out + (pointer(gradient, TYPES[k], ALIGNED),)
+        if k == 1 or HOW.alone:
+            out = out + (pointer(gradient, HOW.types[k], HOW.aligned),)
         else:
-            out = out + (pointer(tl.load(row + ROW_PARAM + k), TYPES[k], ALIGNED),)
+            out = out + (pointer(tl.load(row + ROW_PARAM + k), HOW.types[k], HOW.aligned),)
     return out
 
 
@@ -85,21 +83,26 @@ def locate(o, layout, DIMS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def read(
-    at,
-    where,
-    mask,
-    READS: tl.constexpr,
-    COUNT: tl.constexpr,
-    C: tl.constexpr,
-):
-    """The operands of a block of elements, as C; zeros for those that are not read."""
+def fetch(at, where, mask, K: tl.constexpr, HOW: tl.constexpr):
+    """Operand K of a block of elements."""
+    return widen(tl.load(at[K] + where[K], mask=mask, other=0), HOW.compute)
+
+
+@triton.jit
+def read(at, where, mask, HOW: tl.constexpr):
+    """Parameter, gradient and states of a block of elements; zeros for what is not read."""
+    COUNT: tl.constexpr = 2 + HOW.states
     out = ()
     for k in tl.static_range(COUNT):
-        if (READS >> k) & 1:
-            out = out + (widen(tl.load(at[k] + where[k], mask=mask, other=0), C),)
+        if ((HOW.reads >> k) & 1) == 0:
+            out = out + (tl.zeros(mask.shape, HOW.compute),)
+        elif k == 0 and HOW.kept == MASTER:
+            out = out + (fetch(at, where, mask, HOW.held, HOW),)
+        elif k == 0 and HOW.kept == KAHAN:
+            rest = fetch(at, where, mask, HOW.held, HOW)
+            out = out + (fetch(at, where, mask, k, HOW) + rest,)
         else:
-            out = out + (tl.zeros(mask.shape, C),)
+            out = out + (fetch(at, where, mask, k, HOW),)
     return out
 
 
@@ -110,32 +113,43 @@ def before(bits, k):
 
 
 @triton.jit
-def sixteen(o, key, TURN: tl.constexpr):
-    """Noise of 16 bits. Turns take the lower half of a word, its upper half, those of the next."""
+def by_chance(x, o, key, K: tl.constexpr, HOW: tl.constexpr):
+    """Operand K, rounded at random. Turns take the lower half of a word, its upper half, the next.
+
+    `o`: the elements' numbers, in the order that the tensor is walked in.
+    """
+    TURN: tl.constexpr = HOW.turn + before(HOW.noisy, K)
     first = word(key[0].to(tl.uint64) + TURN // 2 * 0x9E3779B9)
-    return (noise(word(o), first, key[1]) >> (TURN % 2 * 16)) & 0xFFFF
+    random = (noise(word(o), first, key[1]) >> (TURN % 2 * 16)) & 0xFFFF
+    return narrow_noisy(x, random)
 
 
 @triton.jit
-def write(
-    at,
-    where,
-    mask,
-    values,
-    o,
-    key,
-    WRITES: tl.constexpr,
-    NOISY: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Stores them, those of NOISY rounded at random, by turns."""
+def split(x, T: tl.constexpr):
+    """Kahan's: what a 16-bit parameter keeps of x, and what its companion keeps of the rest."""
+    q = widen(narrow(x, T), tl.float32)
+    y = tl.where(q - q == 0, q + widen(narrow(x - q, T), tl.float32), x)
+    stored = narrow(y, T)
+    p = widen(stored, tl.float32)
+    return stored, narrow(tl.where(p - p == 0, y - p, 0.0), T)
+
+
+@triton.jit
+def write(at, where, mask, values, o, key, WRITES: tl.constexpr, HOW: tl.constexpr):
+    """Stores those of WRITES."""
+    COUNT: tl.constexpr = 2 + HOW.states
     for k in tl.static_range(COUNT):
         if (WRITES >> k) & 1:
-            if (NOISY >> k) & 1:
-                kept = narrow_noisy(values[k], sixteen(o, key, before(NOISY, k)))
+            if (HOW.noisy >> k) & 1:
+                tl.store(at[k] + where[k], by_chance(values[k], o, key, k, HOW), mask=mask)
+            elif k == 0 and HOW.kept == KAHAN:
+                kept, rest = split(values[0], HOW.types[0])
+                tl.store(at[0] + where[0], kept, mask=mask)
+                tl.store(at[HOW.held] + where[HOW.held], rest, mask=mask)
             else:
-                kept = narrow(values[k], at[k].dtype.element_ty)
-            tl.store(at[k] + where[k], kept, mask=mask)
+                tl.store(at[k] + where[k], narrow(values[k], HOW.types[k]), mask=mask)
+            if k == 0 and HOW.kept == MASTER:
+                tl.store(at[HOW.held] + where[HOW.held], values[0], mask=mask)
 
 
 @triton.jit
@@ -152,3 +166,49 @@ def row_of(tensors, t):
     """A tensor's row, and how many elements it has."""
     row = tensors + t.to(tl.int64) * ROW_WORDS
     return row, tl.load(row + ROW_NUMEL)
+
+
+@triton.jit
+def tensor_of(tensors, gradients, layouts, numbers, keys, t, HOW: tl.constexpr):
+    """All that there is to know of a tensor: operands, layout, constants, noise; and its size."""
+    row, numel = row_of(tensors, t)
+    at = operands(row, tl.load(gradients + t), HOW)
+    h = constants(numbers + t * CONSTANTS, OWN + HOW.numbers, HOW.compute)
+    key = constants(keys + t * KEY_WORDS, KEY_WORDS, tl.uint32) + (word(t),)
+    return (at, layouts + tl.load(row + ROW_LAYOUT), h, key), numel
+
+
+@triton.jit
+def take(tensor, o, mask, HOW: tl.constexpr):
+    """Elements `o` as a rule sees them: where they are, parameter, gradient, states."""
+    where = locate(o, tensor[1], HOW.dims, HOW.count)
+    x = read(tensor[0], where, mask, HOW)
+    g = gradient_in(x[1], tensor[2][0], tensor[2][1], HOW.zero)
+    return where, x[0], g, x[2:]
+
+
+@triton.jit
+def sweep(BODY: tl.constexpr, tensor, more, index, numel, HOW: tl.constexpr):
+    """Takes a chunk through body(tensor, more, first, o, limit, sums, count, HOW), block by block.
+
+    Returns the sum, over all blocks, of what body made of `sums`; and `count`, which it hands on.
+    """
+    VECTOR: tl.constexpr = HOW.vector
+    begin = index.to(tl.int64) * HOW.chunk
+    end = tl.minimum(begin + HOW.chunk, numel)
+    sums = tl.zeros([HOW.block], tl.float64)
+    rest = tl.zeros([TAIL], tl.float64)
+    count = tl.full((), 0, tl.int32)
+    limit = numel
+    if HOW.aligned:
+        limit = numel // 16 * 16
+    for i in range(0, (end - begin).to(tl.int32), HOW.block):
+        o = begin + i + tl.arange(0, HOW.block)
+        if HOW.aligned:
+            o = tl.max_contiguous(o, VECTOR)
+        sums, count = BODY(tensor, more, begin + i, o, limit, sums, count, HOW)
+    if HOW.aligned:
+        if end > limit:
+            o = limit + tl.arange(0, TAIL)
+            rest, count = BODY(tensor, more, limit, o, numel, rest, count, HOW)
+    return tl.sum(sums, axis=0) + tl.sum(rest, axis=0), count

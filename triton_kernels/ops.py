@@ -51,6 +51,15 @@ def gradient_in(g, coef, bound, ZERO: tl.constexpr):
     return tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))
 
 
+@triton.jit
+def magnitude(x, WIDE: tl.constexpr):
+    """|x| as an integer that orders finite numbers; infinities come above them, NaN above all."""
+    if WIDE:
+        return x.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
 # ---- 16-bit numbers ------------------------------------------------------------------------------
 
 

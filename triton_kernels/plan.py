@@ -8,21 +8,20 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .apply import CONSTANTS, apply
-from .finalize import finalize, finish_pass
+from .how import STOCHASTIC
 from .launch import Launch, Spec
-from .reduce import reduce
-from .rule import KNOWN, NOTHING, Rule
+from .operands import CONSTANTS
+from .rule import KNOWN
 from .rules import RULES
-from .source import source
+from .selection import Selection, lists
+from .specs import Form, Method, apply_spec, finalize_spec, pass_specs, reduce_spec
 from .table import (
-    CHUNK,
     GROUP_HYPER,
     GROUP_WORDS,
+    KEY_WORDS,
     MAX_DIMS,
     ROW_WORDS,
     Dimension,
@@ -30,15 +29,6 @@ from .table import (
     is_linear,
     merge_layout,
 )
-
-STORED = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.uint16,  # as bits, see ops.py
-}
-SQUARES, ABS, MAX, POWER = 0, 1, 2, 5
-GLOBAL, GROUP, TENSOR = range(3)
 
 
 @dataclass
@@ -56,34 +46,26 @@ class Slot:
     steps: Tensor | None = None
     norm_sq: Tensor | None = None
     scale: Tensor | None = None
+    companion: Tensor | None = None  # what goes with a parameter that is kept in two tensors
+    kept: int = 0  # how it is kept, as in csrc/core/param_storage.h
     low: int = 0  # states in bfloat16, as bits
     starts: int = 0  # states that start as the gradient, as bits
-    fresh: bool = False
+    fresh: int = 0  # 1: this is its first step; 2: some of what it has is new; see finalize.py
     hyper: Sequence[float] = ()
 
-
-@dataclass(frozen=True)
-class Method:
-    """What a step is, apart from its tensors."""
-
-    scope: int
-    asks: bool  # it has to know first if all gradients are finite
-    names: bool  # and remembers whose were not
-    zero: bool  # what is not finite counts as 0
-    norm_type: float
-    reduces: bool  # norms are taken
-    pass_scopes: tuple[int, ...] = ()  # over what each pass before apply sums up
-
     @property
-    def kind(self) -> int:
-        """What the partial sums are of."""
-        return {2.0: SQUARES, 1.0: ABS, float("inf"): MAX}.get(self.norm_type, POWER)
+    def operands(self) -> list[Tensor]:
+        """In the order that kernels number them."""
+        held = [] if self.companion is None else [self.companion]
+        return [self.param, self.grad, *self.states, *held]
 
 
 class Work(NamedTuple):
     """What a slot goes through: slots that go through the same share their launches."""
 
-    apply: Spec
+    rule: str
+    form: Form
+    apply: Spec | None
     finalize: Spec
     passes: tuple[tuple[Spec, Spec | None], ...]  # and what makes constants of their sums
 
@@ -148,6 +130,8 @@ class Plan:
         first = cut(numels)
         self.chunks = first[-1]
         self._layouts: list[int] = [0]
+        # Magnitudes are compared as float64 if one of them is.
+        self.wide = any(s.param.dtype == torch.float64 for s in slots)
         passes = [self._work_of(s) for s in slots]
         reads = [self._reduce_of(s) for s in slots]
         rows = [
@@ -176,8 +160,8 @@ class Plan:
         units = (1, max(1, groups), count)[method.scope]
         self.norms, self.coefs = floats(units), floats(count)
         self.known = floats(count * KNOWN.value)
-        self.fresh = ints([int(s.fresh) for s in slots] or [0], torch.int32)
-        self.keys = ints([0] * 2 * count, torch.int32).view(torch.uint32)
+        self.fresh = ints([s.fresh for s in slots] or [0], torch.int32)
+        self.keys = ints([0] * KEY_WORDS.value * count, torch.int32).view(torch.uint32)
         self.go = ints([1, 0], torch.int32)
         self.counters = ints([0, 0])
         self.spoiled = ints([0] * count, torch.int32)
@@ -196,14 +180,16 @@ class Plan:
             return tuple(ints(x, torch.int32) for x in (owner[which], index[which], which))
 
         self._reduces = [(spec, chunks_of(m)) for spec, m in _grouped(r[0] for r in reads)]
-        self._works = [
+        self.work_of = [work for work, _ in passes]
+        self.works = [
             (work, chunks_of(m), ints(m, torch.int32), slots[m[0]])
             for work, m in _grouped(p[0] for p in passes)
         ]
-        most = max((len(work.passes) for work, *_ in self._works), default=0)
+        most = max((len(work.passes) for work, *_ in self.works), default=0)
         self._passes = [
             (floats(max(1, self.chunks)), floats(max(1, self.chunks))) for _ in range(most)
         ]
+        self.selection = Selection.of(self)
         self.words = Words(len(slots), groups, device)
         self._eager = self._bind(self.words)
         # A graph keeps the tables that were bound while it was captured.
@@ -232,27 +218,41 @@ class Plan:
         return reduce_spec(s.grad.dtype, self.method, dims, not dims and _aligned(s.grad)), at
 
     def _work_of(self, s: Slot) -> tuple[Work, int]:
-        operands = [s.param, s.grad, *s.states]
-        dims, at = self._layout(s.param.shape, operands)
-        aligned = not dims and all(_aligned(t) for t in operands)
-        dtypes = tuple(t.dtype for t in operands)
+        dims, at = self._layout(s.param.shape, s.operands)
         rule, method = RULES[s.rule], self.method
+        form = Form(
+            tuple(t.dtype for t in s.operands),
+            dims,
+            aligned=not dims and all(_aligned(t) for t in s.operands),
+            low=s.low,
+            kept=s.kept,
+            starts=s.starts,
+            wide=self.wide and method.select is not None,
+            listed=lists(method, s.param.numel()),
+        )
+        noisy = bool(s.low) or s.kept == STOCHASTIC.value
+        draws = rule.draws(s.hyper) != 0
         work = Work(
-            apply_spec(rule, dtypes, dims, aligned, s.low, method.zero),
-            finalize_spec(rule, method, bool(s.low), counts=False),
-            tuple(
-                pass_specs(rule, k, s.hyper, dtypes, dims, aligned, s.starts, method)
-                for k in range(len(rule.sources))
-            ),
+            s.rule,
+            form,
+            apply_spec(rule, form, method.zero, s.hyper),
+            finalize_spec(rule, method, noisy=noisy, seeded=draws),
+            tuple(pass_specs(rule, k, s.hyper, form, method) for k in range(len(rule.sources))),
         )
         return work, at
 
     def _row(self, s: Slot, first: int, chunks: int, layout: int, grad_layout: int) -> list[int]:
-        states = [t.data_ptr() for t in s.states] + [0] * (4 - len(s.states))
+        states = [t.data_ptr() for t in s.operands[2:]]
+        states += [0] * (4 - len(states))
         numbers = [0 if t is None else t.data_ptr() for t in (s.steps, s.norm_sq, s.scale)]
         row = [s.param.numel(), s.param.data_ptr(), 0, *states, *numbers]
         row += [s.group, first, chunks, layout, grad_layout]
         return row + [0] * (ROW_WORDS.value - len(row))
+
+    def numbers_of(self, form: Form) -> Tensor:
+        """The constants of tensors of a form, in what is computed in."""
+        wide = form.dtypes[0] == torch.float64
+        return self._numbers[torch.float64 if wide else torch.float32]
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -263,25 +263,31 @@ class Plan:
             chunks = (self.rows, words.gradients, self.layouts, owner, index, number)
             norms.append(Launch(spec, len(owner), (*chunks, self.partials, self.flags)))
         rows, gradients, hypers = self.rows, words.gradients, words.hypers
-        for n, (work, _, members, slot) in enumerate(self._works):
+        for n, (work, _, members, _) in enumerate(self.works):
             launch = Launch(
                 work.finalize.having(COUNTS=n == 0),  # one of them counts skipped steps
                 -(-len(members) // tuning.FINALIZE_ROWS),
                 (
                     *(rows, gradients, hypers, words.amp, self.partials, self.flags, self.ranges),
                     *(members, self.fresh, self.norms, self.coefs, self.known),
-                    *(self._numbers[_compute(slot)], self.keys, self.go, self.counters),
+                    *(self.numbers_of(work.form), self.keys, self.go, self.counters),
                     *(self.spoiled, len(members), self.chunks, self.groups),
                 ),
             )
             norms.append(launch)
         for k, (sums, lengths) in enumerate(self._passes):
-            mine = [w for w in self._works if k < len(w[0].passes)]
-            for work, (owner, index, number), _, slot in mine:
+            mine = [w for w in self.works if k < len(w[0].passes)]
+            selection = self.selection if k == 0 else None
+            if selection is not None:
+                applies += selection.before(words)
+            for work, (owner, index, number), *_ in mine:
                 chunks = (rows, gradients, self.layouts, owner, index, number)
-                own = (self._numbers[_compute(slot)], self.keys, self.go, sums, lengths)
-                applies.append(Launch(work.passes[k][0], len(owner), (*chunks, *own)))
-            for work, _, members, slot in mine:
+                own = (self.numbers_of(work.form), self.keys, self.go, sums, lengths)
+                room = (self.flags,) * 4 if selection is None else selection.room()
+                applies.append(Launch(work.passes[k][0], len(owner), (*chunks, *own, *room)))
+            if selection is not None:
+                applies += selection.after(words)
+            for work, _, members, _ in mine:
                 finish = work.passes[k][1]
                 if finish is not None:
                     launch = Launch(
@@ -289,13 +295,15 @@ class Plan:
                         -(-len(members) // tuning.FINALIZE_ROWS),
                         (
                             *(rows, gradients, hypers, sums, lengths, self.ranges, members),
-                            *(self.known, self._numbers[_compute(slot)], self.go),
+                            *(self.known, self.numbers_of(work.form), self.go),
                             *(len(members), self.chunks),
                         ),
                     )
                     applies.append(launch)
-        for work, (owner, index, _), _, slot in self._works:
-            own = (owner, index, self._numbers[_compute(slot)], self.keys, self.go)
+        for work, (owner, index, _), *_ in self.works:
+            if work.apply is None:
+                continue
+            own = (owner, index, self.numbers_of(work.form), self.keys, self.go)
             applies.append(Launch(work.apply, len(owner), (rows, gradients, self.layouts, *own)))
         return norms, applies
 
@@ -352,145 +360,3 @@ def _compute(s: Slot) -> torch.dtype:
 
 def _aligned(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0
-
-
-# ---- specs: all that is ever compiled is made here -----------------------------------------------
-
-
-def reduce_spec(dtype: torch.dtype, method: Method, dims: int, aligned: bool) -> Spec:
-    """The pass over gradients of one dtype and layout."""
-    shape = tuning.shape_for(1, strided=dims > 0)
-    wide = dtype == torch.float64
-    return Spec(
-        reduce,
-        (
-            ("T", STORED[dtype]),
-            ("C", tl.float64 if wide else tl.float32),
-            ("KIND", method.kind),
-            ("P", method.norm_type if method.kind == POWER else 0.0),
-            ("DIMS", dims),
-            ("ALIGNED", aligned),
-            ("CHUNK", CHUNK),
-            ("BLOCK", shape.block),
-        ),
-        shape.warps,
-    )
-
-
-def finalize_spec(rule: Rule, method: Method, noisy: bool, *, counts: bool) -> Spec:
-    """What comes between reduce and apply."""
-    asks = method.asks
-    return Spec(
-        finalize,
-        (
-            ("PREPARE", rule.prepare),
-            ("HYPER", len(rule.hyper)),
-            ("NUMBERS", rule.constants),
-            ("ACCUMULATE", rule.accumulate),
-            ("KIND", method.kind),
-            ("P", method.norm_type if method.kind == POWER else 0.0),
-            ("SCOPE", method.scope),
-            ("REDUCES", method.reduces),
-            ("ASKS", asks),
-            ("NAMES", asks and method.names),
-            ("NOISY", noisy),
-            ("COUNTS", counts),
-            ("ROWS", tuning.FINALIZE_ROWS),
-            ("SPAN", tuning.FINALIZE_SPAN),
-            ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),
-        ),
-        tuning.FINALIZE_WARPS,
-    )
-
-
-def apply_spec(
-    rule: Rule,
-    dtypes: tuple[torch.dtype, ...],
-    dims: int,
-    aligned: bool,
-    low: int,
-    zero: bool,
-) -> Spec:
-    """The pass of a rule over operands of these dtypes."""
-    widest = max(d.itemsize for d in dtypes)
-    shape = tuning.shape_for(len(dtypes), strided=dims > 0, wide=widest == 8)
-    reads, writes = rule.applies.of(rule.states, reads_grad=rule.reads_grad)
-    return Spec(
-        apply,
-        (
-            ("TYPES", tuple(STORED[d] for d in dtypes)),
-            ("C", tl.float64 if dtypes[0] == torch.float64 else tl.float32),
-            ("COUNT", len(dtypes)),
-            ("UPDATE", rule.update),
-            ("NUMBERS", rule.constants),
-            ("ALONE", not rule.reads_grad),
-            ("READS", reads),
-            ("WRITES", writes),
-            ("NOISY", low << 2),
-            ("ZERO", zero),
-            ("DIMS", dims),
-            ("ALIGNED", aligned),
-            ("VECTOR", 16 // widest),
-            ("CHUNK", CHUNK),
-            ("BLOCK", shape.block),
-        ),
-        shape.warps,
-    )
-
-
-def pass_specs(
-    rule: Rule,
-    k: int,
-    hyper: Sequence[float],
-    dtypes: tuple[torch.dtype, ...],
-    dims: int,
-    aligned: bool,
-    starts: int,
-    method: Method,
-) -> tuple[Spec, Spec | None]:
-    """Pass number k of a rule, and what makes constants of its sum, if it has one."""
-    widest = max(d.itemsize for d in dtypes)
-    shape = tuning.shape_for(len(dtypes), strided=dims > 0, wide=widest == 8)
-    reads, writes = rule.passes[k].of(rule.states)
-    kind = rule.sums(hyper)[k]
-    run = Spec(
-        source,
-        (
-            ("TYPES", tuple(STORED[d] for d in dtypes)),
-            ("C", tl.float64 if dtypes[0] == torch.float64 else tl.float32),
-            ("COUNT", len(dtypes)),
-            ("SOURCE", rule.sources[k]),
-            ("NUMBERS", rule.constants),
-            ("SUM", kind),
-            ("STARTS", starts if k == 0 else 0),
-            ("READS", reads if rule.reads_param(hyper) else reads & ~1),
-            ("WRITES", writes),
-            ("ZERO", method.zero),
-            ("DIMS", dims),
-            ("ALIGNED", aligned),
-            ("VECTOR", 16 // widest),
-            ("CHUNK", CHUNK),
-            ("BLOCK", shape.block),
-        ),
-        shape.warps,
-    )
-    keeps = rule.keeps_scale and k == 0
-    if kind == NOTHING and not keeps:
-        return run, None
-    finish = Spec(
-        finish_pass,
-        (
-            ("PREPARE", rule.prepare),
-            ("HYPER", len(rule.hyper)),
-            ("NUMBERS", rule.constants),
-            ("PASS", k),
-            ("SUM", kind),
-            ("SCOPE", method.pass_scopes[k]),
-            ("KEEPS", keeps),
-            ("ROWS", tuning.FINALIZE_ROWS),
-            ("SPAN", tuning.FINALIZE_SPAN),
-            ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),
-        ),
-        tuning.FINALIZE_WARPS,
-    )
-    return run, finish

@@ -13,6 +13,12 @@ and, for a method whose scale or clip depends on more than the gradient, a sourc
                         the scope of the pass, then the new parameter and states. prepare() is
                         called again with every sum
 
+A rule that draws random numbers is handed them as a fifth argument where its streams say so. One
+that selects has no update where nothing is left to do, but
+
+    again(g, s)         the value that is selected from, once more after the pass
+    taken(p, s, c, h)   what becomes of a chosen coordinate of value c
+
 The drivers own loading and storing, dtypes, tails and layouts, and what becomes of the gradient
 before a rule sees it; a rule never sees a pointer.
 """
@@ -34,6 +40,7 @@ NORM_AFTER = tl.constexpr(4)
 LAST_SCALE = tl.constexpr(5)  # STAGE of the step before, for rules that keep it
 STAGE = tl.constexpr(6)  # of each pass: the mean magnitude, or the norm, of its values; 0 before
 KNOWN = tl.constexpr(8)
+WIDE = tl.constexpr(8)  # not 0: float64 is computed in
 
 # What a pass sums up. Values as in csrc/core/rule.h.
 NOTHING, ABS, SQUARES = range(3)
@@ -46,10 +53,11 @@ Function = Any  # of triton.jit: a compiled one, or the interpreter's
 
 @dataclass(frozen=True)
 class Streams:
-    """What a pass reads and writes, as bits."""
+    """What a pass reads and writes, as bits, and whether it is handed what draws() says."""
 
     reads: int = EVERYTHING
     writes: int = EVERYTHING & ~GRAD
+    draws: bool = False
 
     def of(self, states: int, *, reads_grad: bool = True) -> tuple[int, int]:
         """The same, as far as there are such streams."""
@@ -77,6 +85,11 @@ class Rule:
         sums: what each pass sums up, given the hyper-parameters.
         reads_param: whether the passes read the parameter, given the hyper-parameters.
         keeps_scale: whether it wants to know the first pass's sum of the step before.
+        keeps_value: whether the first pass's value is its state 0, however that is rounded.
+        draws: what is drawn (draw.py), given the hyper-parameters; a seed's halves come last there.
+        again, taken: see above.
+        looks, takes: the streams that they touch; what `takes` reads is for again(), too.
+        freezes: whether nothing is selected where its first hyper-parameter is 0.
     """
 
     name: str
@@ -95,3 +108,10 @@ class Rule:
     sums: Callable[[Sequence[float]], tuple[int, ...]] = lambda _: ()
     reads_param: Callable[[Sequence[float]], bool] = lambda _: True
     keeps_scale: bool = False
+    keeps_value: bool = False
+    draws: Callable[[Sequence[float]], int] = lambda _: 0
+    again: Function = None
+    taken: Function = None
+    looks: Streams = Streams()
+    takes: Streams = Streams()
+    freezes: bool = False

@@ -1,22 +1,28 @@
-"""source: the passes of a rule before apply. A pass keeps what it changes, sums its values up."""
+"""source: the passes of a rule before apply.
+
+A pass keeps what it changes, and sums its values up or keeps the large ones as candidates of a
+selection.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .apply import CONSTANTS, OWN
-from .operands import TAIL, constants, locate, operands, read, row_of, write
-from .ops import gradient_in
-from .table import ROW_LAYOUT
+from .draw import drawn
+from .how import How  # noqa: F401 - what HOW is
+from .operands import OWN, by_chance, sweep, take, tensor_of, write
+from .ops import magnitude, widen
+from .table import LIST, UNIT_FILTER, UNIT_FOUND, UNIT_WORDS
 
 
 @triton.jit
-def begun(s, g, first, STARTS: tl.constexpr, STATES: tl.constexpr):
-    """States; in a tensor's first step those of STARTS are the gradient."""
+def begun(s, g, first, HOW: tl.constexpr):
+    """States; in a tensor's first step some are the gradient."""
+    COUNT: tl.constexpr = HOW.states
     out = ()
-    for k in tl.static_range(STATES):
-        if (STARTS >> k) & 1:
+    for k in tl.static_range(COUNT):
+        if (HOW.starts >> k) & 1:
             out = out + (tl.where(first != 0, g, s[k]),)
         else:
             out = out + (s[k],)
@@ -24,40 +30,47 @@ def begun(s, g, first, STARTS: tl.constexpr, STATES: tl.constexpr):
 
 
 @triton.jit
-def block(
-    at,
-    o,
-    end,
-    layout,
-    h,
-    key,
-    SOURCE: tl.constexpr,
-    SUM: tl.constexpr,
-    STARTS: tl.constexpr,
-    READS: tl.constexpr,
-    WRITES: tl.constexpr,
-    ZERO: tl.constexpr,
-    COUNT: tl.constexpr,
-    C: tl.constexpr,
-    DIMS: tl.constexpr,
-):
-    """Elements `o`, as far as they are below `end`; returns what each adds to the sum."""
-    mask = o < end
-    where = locate(o, layout, DIMS, COUNT)
-    x = read(at, where, mask, READS, COUNT, C)
-    g = gradient_in(x[1], h[0], h[1], ZERO)
-    s = begun(x[2:], g, h[2], STARTS, COUNT - 2)
-    value, p, s = SOURCE(x[0], g, s, h[OWN:])
-    write(at, where, mask, (p, g) + s, o, key, WRITES, 0, COUNT)
-    if (STARTS << 2) & ~WRITES:
-        if h[2] != 0:  # once: later steps save the stream
-            write(at, where, mask, (p, g) + s, o, key, (STARTS << 2) & ~WRITES, 0, COUNT)
-    # In float64: what was read has been written over, so there is no second look at a sum.
-    value = tl.where(mask, value.to(tl.float64), 0.0)
-    if SUM == 2:
-        return value * value
+def collect(list_, value, o, mask, count, HOW: tl.constexpr):
+    """Keeps those that reach the filter, in order; returns how many there were up to here."""
+    least, keys, places, begin = list_
+    key = magnitude(value, HOW.wide)
+    reaches = (mask & (key >= least)).to(tl.int32)
+    place = count + tl.cumsum(reaches, axis=0) - reaches
+    kept = (reaches != 0) & (place < LIST)
+    tl.store(keys + place, key, mask=kept)
+    tl.store(places + place, (o - begin).to(tl.int32), mask=kept)
+    return count + tl.sum(reaches, axis=0)
+
+
+@triton.jit
+def evaluate(tensor, list_, first, o, limit, sums, count, HOW: tl.constexpr):
+    """Elements `o`, as far as they are below `limit`."""
+    at, _, h, key = tensor
+    mask = o < limit
+    where, p, g, s = take(tensor, o, mask, HOW)
+    s = begun(s, g, h[2], HOW)
+    if HOW.draws:
+        value, p, s = HOW.rule(p, g, s, h[OWN:], drawn(first, key, o.shape[0], HOW))
     else:
-        return tl.abs(value)
+        value, p, s = HOW.rule(p, g, s, h[OWN:])
+    if HOW.keeps:
+        if (HOW.noisy >> 2) & 1:
+            # What is summed up or selected is what is stored. Rounding it again changes nothing.
+            value = widen(by_chance(value, o, key, 2, HOW), HOW.compute)
+            s = (value,) + s[1:]
+    write(at, where, mask, (p, g) + s, o, key, HOW.writes, HOW)
+    if (HOW.starts << 2) & ~HOW.writes:
+        if h[2] != 0:  # once: later steps save the stream
+            write(at, where, mask, (p, g) + s, o, key, (HOW.starts << 2) & ~HOW.writes, HOW)
+    if HOW.collects:
+        count = collect(list_, value, o, mask, count, HOW)
+    # In float64: what was read has been written over, so there is no second look at a sum.
+    if HOW.sum == 1:
+        sums += tl.where(mask, tl.abs(value.to(tl.float64)), 0.0)
+    elif HOW.sum == 2:
+        value = value.to(tl.float64)
+        sums += tl.where(mask, value * value, 0.0)
+    return sums, count
 
 
 @triton.jit
@@ -73,100 +86,38 @@ def source(
     go,
     sums,
     lengths,
-    TYPES: tl.constexpr,
-    C: tl.constexpr,
-    COUNT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    SUM: tl.constexpr,
-    STARTS: tl.constexpr,
-    READS: tl.constexpr,
-    WRITES: tl.constexpr,
-    ZERO: tl.constexpr,
-    DIMS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    units,
+    counts,
+    list_keys,
+    list_places,
+    HOW: tl.constexpr,
+    GLOBAL: tl.constexpr,
 ):
-    """Passes over one chunk; leaves its sum, and how many elements went into it."""
+    """Passes over one chunk; leaves its sum, and how many elements went into it.
+
+    Where it collects, it leaves candidates and how many there are (select.py).
+    """
     c = tl.program_id(0)
     t = tl.load(chunk_tensor + c)
-    number = tl.load(chunk_number + c)
-    address = tl.load(gradients + t)
-    if (address != 0) & (tl.load(go) != 0):
-        row, numel = row_of(tensors, t)
-        begin = tl.load(chunk_index + c).to(tl.int64) * CHUNK
-        layout = layouts + tl.load(row + ROW_LAYOUT)
-        h = constants(numbers + t * CONSTANTS, OWN + NUMBERS, C)
-        key = constants(keys + t * 2, 2, tl.uint32)
-        at = operands(row, address, TYPES, COUNT, ALIGNED, False)
-        end = tl.minimum(begin + CHUNK, numel)
-        total = tl.zeros([BLOCK], tl.float64)
-        rest = tl.zeros([TAIL], tl.float64)
-        if ALIGNED:
-            whole = numel // 16
-            for i in range(0, (end - begin).to(tl.int32), BLOCK):
-                o = tl.max_contiguous(begin + i + tl.arange(0, BLOCK), VECTOR)
-                total += block(
-                    at,
-                    o,
-                    whole * 16,
-                    layout,
-                    h,
-                    key,
-                    SOURCE,
-                    SUM,
-                    STARTS,
-                    READS,
-                    WRITES,
-                    ZERO,
-                    COUNT,
-                    C,
-                    DIMS,
-                )
-            if end > whole * 16:
-                o = whole * 16 + tl.arange(0, TAIL)
-                rest += block(
-                    at,
-                    o,
-                    numel,
-                    layout,
-                    h,
-                    key,
-                    SOURCE,
-                    SUM,
-                    STARTS,
-                    READS,
-                    WRITES,
-                    ZERO,
-                    COUNT,
-                    C,
-                    DIMS,
-                )
-        else:
-            for i in range(0, (end - begin).to(tl.int32), BLOCK):
-                o = begin + i + tl.arange(0, BLOCK)
-                total += block(
-                    at,
-                    o,
-                    numel,
-                    layout,
-                    h,
-                    key,
-                    SOURCE,
-                    SUM,
-                    STARTS,
-                    READS,
-                    WRITES,
-                    ZERO,
-                    COUNT,
-                    C,
-                    DIMS,
-                )
-        if SUM != 0:
-            tl.store(sums + number, tl.sum(total, axis=0) + tl.sum(rest, axis=0))
-            tl.store(lengths + number, (end - begin).to(tl.float64))
-    elif SUM != 0:
-        tl.store(sums + number, 0.0)
-        tl.store(lengths + number, 0.0)
+    number = tl.load(chunk_number + c).to(tl.int64)
+    length = tl.full((), 0.0, tl.float64)
+    total = tl.full((), 0.0, tl.float64)
+    found = tl.full((), 0, tl.int32)
+    if (tl.load(gradients + t) != 0) & (tl.load(go) != 0):
+        index = tl.load(chunk_index + c)
+        tensor, numel = tensor_of(tensors, gradients, layouts, numbers, keys, t, HOW)
+        unit = units + (0 if GLOBAL else t) * UNIT_WORDS
+        begin = index.to(tl.int64) * HOW.chunk
+        list_ = ()
+        if HOW.collects:
+            least = tl.load(unit + UNIT_FILTER)
+            list_ = (least, list_keys + number * LIST, list_places + number * LIST, begin)
+        total, found = sweep(evaluate, tensor, list_, index, numel, HOW)
+        length = tl.minimum(HOW.chunk, numel - begin).to(tl.float64)
+        if HOW.collects:
+            tl.atomic_add(unit + UNIT_FOUND, found.to(tl.int64))
+    if HOW.sum != 0:
+        tl.store(sums + number, total)
+        tl.store(lengths + number, length)
+    if HOW.collects:
+        tl.store(counts + number, found)

@@ -27,6 +27,24 @@ ROW_LAYOUT = tl.constexpr(13)  # where its layout starts
 ROW_GRAD_LAYOUT = tl.constexpr(14)  # that of its gradient alone
 ROW_WORDS = tl.constexpr(16)
 
+# What a tensor's random numbers depend on in a step, in 32-bit words.
+KEY_NOISE = tl.constexpr(0)  # two words, for rounding
+KEY_STEP = tl.constexpr(2)  # steps before this one
+KEY_SEED = tl.constexpr(3)  # two words: of what its rule draws
+KEY_WORDS = tl.constexpr(5)
+
+# A unit of a selection (select.py): 64-bit integers.
+UNIT_K = tl.constexpr(0)  # how many are wanted
+UNIT_FILTER = tl.constexpr(1)  # least magnitude of a candidate
+UNIT_FOUND = tl.constexpr(2)  # candidates
+UNIT_KEY = tl.constexpr(3)  # magnitude of the last one that is chosen, as far as it is known
+UNIT_LEFT = tl.constexpr(4)  # how many of those with this magnitude are chosen
+UNIT_SETTLED = tl.constexpr(5)  # 1: that is all of them
+UNIT_WORDS = tl.constexpr(8)
+
+# Candidates of a chunk that are kept; where there are more, its values are looked at again.
+LIST = tl.constexpr(512)
+
 # A group: 64-bit floats.
 GROUP_HYPER = 16  # at most
 GROUP_MODE = tl.constexpr(16)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .._errors import BackendError, NonFiniteGradientError
-from ..triton_kernels.codec import KINDS
-from ..triton_kernels.plan import STORED, Method, Plan, Slot, group_words
+from ..triton_kernels.how import STORED
+from ..triton_kernels.plan import Plan, Slot, group_words
 from ..triton_kernels.rules import RULES
+from ..triton_kernels.selection import MOST_BLOCK
+from ..triton_kernels.specs import IN_BLOCK, Method
 from .amp import Amp
 from .checks import check_gradient, check_layout, check_memory, check_state
 from .recipe import (
@@ -49,6 +51,8 @@ class TritonEngine:
         # Parameters whose states were allocated, and may yet have had no step; with what their
         # state dict held before, None where there was none.
         self._fresh: dict[Tensor, dict[str, Any] | None] = {}
+        self._begins: set[Tensor] = set()  # those of them whose rule has had no step
+        self._selections = (0, 0)  # of plans that are gone
         self._stateless: set[Tensor] = set()  # parameters that have had no gradient yet
 
     @torch.no_grad()
@@ -121,6 +125,7 @@ class TritonEngine:
 
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
         self._settle_fresh(optimizer)
+        self._selections = self.selections()
         self._plan = None
         try:
             return self._plan_of(optimizer, recipes)
@@ -137,6 +142,7 @@ class TritonEngine:
         labels = optimizer.param_labels()
         mine = [recipes[g].of(p) for g, p in zip(groups, params, strict=True)]
         device = _one_device(params)
+        _check_select(optimizer)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise BackendError(
                 "backend 'triton' cannot prepare a step while a CUDA graph is captured; run the "
@@ -159,9 +165,8 @@ class TritonEngine:
             written += [(f"state {key!r} of parameter {label!r}", t) for key, t in held]
             grad = p if p.grad is None else p.grad.resolve_conj().resolve_neg()
             self._forms.append((grad.dtype, grad.shape, grad.stride(), grad.data_ptr() % 16 == 0))
-            slots.append(
-                _slot(p, grad, dict(held), recipe, g, fresh=p in self._fresh and p.numel() > 0)
-            )
+            fresh = 0 if p.numel() == 0 or p not in self._fresh else 2 - (p in self._begins)
+            slots.append(_slot(p, grad, dict(held), recipe, g, fresh))
         check_memory(written)
         self._plan = Plan(slots, len(recipes), _method(optimizer, recipes), device)
         self._params, self._addresses = params, [p.data_ptr() for p in params]
@@ -209,6 +214,8 @@ class TritonEngine:
             missing = [k for k in recipe.keys if known is None or known.get(k) is None]
             if missing and p.grad is not None:
                 self._fresh[p] = None if known is None else dict(known)
+                if any(key in recipe.rule_keys for key in missing):
+                    self._begins.add(p)
                 lacking += [(p, key, recipe) for key in missing]
         group_of = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         if optimizer.scope != Scope.TENSOR:
@@ -228,7 +235,7 @@ class TritonEngine:
             optimizer.state[p][key] = state
         for p, recipe in zip(params, recipes, strict=True):
             # Counted on the device: the host does not know if a step happened.
-            steps = optimizer.state.get(p, {}).get(STEP) if recipe.counts_steps else None
+            steps = optimizer.state.get(p, {}).get(STEP) if recipe.keeps_step else None
             if steps is not None and steps.device != p.device:
                 optimizer.state[p][STEP] = steps.to(p.device)
 
@@ -274,7 +281,7 @@ class TritonEngine:
                 state.update(before)
                 optimizer.state[p] = state
             self._built_for = ()  # the next step builds a plan
-        self._fresh = {}
+        self._fresh, self._begins = {}, set()
 
     def summed(self) -> int:
         """No sums are taken in backward here."""
@@ -295,8 +302,14 @@ class TritonEngine:
         raise BackendError("the triton backend has no kernel for absorb=True")
 
     def selections(self) -> tuple[int, int]:
-        """How many selections there were, and how many took a second look."""
-        return (0, 0)
+        """How many selections from lists there were, and how many took a second look.
+
+        Blocks and short tensors are looked at as a whole, and not counted. Waits for the device.
+        """
+        if self._plan is None or self._plan.selection is None:
+            return self._selections
+        made, again = self._plan.selection.tallies.tolist()
+        return (self._selections[0] + made, self._selections[1] + again)
 
 
 def lacks(recipe: Recipe) -> str | None:
@@ -304,15 +317,23 @@ def lacks(recipe: Recipe) -> str | None:
     if recipe.rule not in RULES:
         return repr(recipe.rule)
     rule = RULES[recipe.rule]
-    if dict(zip(rule.hyper, recipe.hyper, strict=True)).get("codec", 0.0) >= KINDS:
-        return "a compressor that draws random numbers"
     if any(not rule.low_states >> recipe.states.index(key) & 1 for key in recipe.low_states):
         return f"bfloat16 states of {recipe.rule!r}"
     if recipe.clip.mode == ClipMode.AGC:
         return "clip='agc'"
-    if recipe.param_storage != ParamStorage.PLAIN:
-        return f"param_storage {recipe.param_storage.name.lower()!r}"
+    if recipe.scales_blocks:
+        return "scope='block' of QSGD"
     return None
+
+
+def _check_select(optimizer: FusedOptimizer) -> None:
+    """Blocks are selected from in registers, by one program each."""
+    select = optimizer.select_spec()
+    if select is not None and select[1] == IN_BLOCK and MOST_BLOCK % select[4] != 0:
+        raise BackendError(
+            f"block_size {select[4]} does not divide {MOST_BLOCK}: the triton backend does not "
+            "take it"
+        )
 
 
 def _one_device(params: list[Tensor]) -> torch.device:
@@ -346,15 +367,18 @@ def _takes(param: torch.dtype, grad: torch.dtype, *, reads_grad: bool) -> bool:
 
 
 def _slot(
-    p: Tensor, grad: Tensor, held: dict[str, Tensor], recipe: Recipe, group: int, *, fresh: bool
+    p: Tensor, grad: Tensor, held: dict[str, Tensor], recipe: Recipe, group: int, fresh: int
 ) -> Slot:
     # A parameter without states has had no gradient: it is in the tables, and sits out.
     states = [_real(held[key] if held else p).detach() for key in recipe.states]
     low = sum(1 << i for i, key in enumerate(recipe.states) if held and key in recipe.low_states)
     numbers = (held.get(key) for key in (STEP, NORM_SQ, SCALE))
     starts = sum(1 << i for i, key in enumerate(recipe.states) if recipe.initial(key) == GRADIENT)
+    companion = held.get(recipe.param_storage.companion or "")
     return Slot(
         *(recipe.rule, group, _real(p.detach()), _real(grad.detach()), states, *numbers),
+        companion=companion,
+        kept=int(recipe.param_storage) if held else int(ParamStorage.PLAIN),
         low=low,
         starts=starts,
         fresh=fresh,
@@ -371,6 +395,7 @@ def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
         norm_type=optimizer.norm_type,
         reduces=needs_reduce(optimizer.policy, recipes),
         pass_scopes=tuple(int(scope) for scope in optimizer.stage_scopes),
+        select=optimizer.select_spec(),
     )
 
 
@@ -386,4 +411,6 @@ def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...
 def _passes(recipe: Recipe) -> tuple[object, ...]:
     """What passes before apply are specialised for, of the hyper-parameters."""
     rule = RULES[recipe.rule]
-    return (rule.sums(recipe.hyper), rule.reads_param(recipe.hyper)) if rule.sources else ()
+    if not rule.sources:
+        return ()
+    return rule.sums(recipe.hyper), rule.reads_param(recipe.hyper), rule.draws(recipe.hyper)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..reference.clip import norm_dtype
-from ..triton_kernels.plan import STORED, Method, Plan, Slot, group_words
+from ..triton_kernels.how import STORED
+from ..triton_kernels.plan import Plan, Slot, group_words
+from ..triton_kernels.specs import Method
 from .checks import check_memory
 from .recipe import ClipMode, ClipSpec
 

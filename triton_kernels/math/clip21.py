@@ -5,16 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..draw import NORMAL
 from ..rule import GRAD, PARAM, SQUARES, STAGE, STATE, Rule, Streams
 
 
 @triton.jit
 def prepare(h, x):
-    """1 - beta, beta, min(1, tau / norm), beta_hat, shrink, lr."""
-    lr, tau, beta, beta_hat, weight_decay, _, _, _ = h
+    """1 - beta, beta, min(1, tau / norm), beta_hat, shrink, lr, noise_std."""
+    lr, tau, beta, beta_hat, weight_decay, noise, _, _ = h
     norm = x[STAGE]
     coef = tl.where(norm > tau, tau / norm, tl.where(norm == norm, 1.0, norm))
-    return 1.0 - beta, beta, coef, beta_hat, 1.0 - lr * weight_decay, lr
+    return 1.0 - beta, beta, coef, beta_hat, 1.0 - lr * weight_decay, lr, noise
 
 
 @triton.jit
@@ -51,6 +52,22 @@ def update_momentum(p, g, s, h):
     return p, (estimate, s[1])
 
 
+@triton.jit
+def update_noise(p, g, s, h, drawn):
+    """Along the server's estimate, which receives noise."""
+    u = (g - s[0]) * h[2]
+    server = s[1] + (drawn * h[6] + u) * h[3]
+    return p * h[4] - server * h[5], (s[0] + u * h[3], server)
+
+
+@triton.jit
+def update_momentum_noise(p, g, s, h, drawn):
+    """The same with momentum."""
+    u = (s[1] - s[0]) * h[2]
+    server = s[2] + (drawn * h[6] + u) * h[3]
+    return p * h[4] - server * h[5], (s[0] + u * h[3], s[1], server)
+
+
 HYPER = (
     *("lr", "tau", "beta", "beta_hat", "weight_decay"),
     *("noise_std", "seed_low", "seed_high"),
@@ -63,7 +80,7 @@ RULES = (
         1,
         prepare,
         update,
-        6,
+        7,
         sources=(source,),
         passes=(Streams(GRAD | STATE, 0),),
         applies=Streams(PARAM | GRAD | STATE, PARAM | STATE),
@@ -75,10 +92,38 @@ RULES = (
         2,
         prepare,
         update_momentum,
-        6,
+        7,
         sources=(source_momentum,),
         passes=(Streams(GRAD | 3 * STATE, 2 * STATE),),
         applies=Streams(PARAM | 3 * STATE, PARAM | STATE),
         sums=lambda _: (SQUARES,),
+    ),
+    Rule(
+        "clip21_noise",
+        HYPER,
+        2,
+        prepare,
+        update_noise,
+        7,
+        counts_steps=True,
+        sources=(source,),
+        passes=(Streams(GRAD | STATE, 0),),
+        applies=Streams(PARAM | GRAD | 3 * STATE, PARAM | 3 * STATE, draws=True),
+        sums=lambda _: (SQUARES,),
+        draws=lambda _: NORMAL.value,
+    ),
+    Rule(
+        "clip21_sgd2m_noise",
+        HYPER,
+        3,
+        prepare,
+        update_momentum_noise,
+        7,
+        counts_steps=True,
+        sources=(source_momentum,),
+        passes=(Streams(GRAD | 3 * STATE, 2 * STATE),),
+        applies=Streams(PARAM | 7 * STATE, PARAM | 5 * STATE, draws=True),
+        sums=lambda _: (SQUARES,),
+        draws=lambda _: NORMAL.value,
     ),
 )

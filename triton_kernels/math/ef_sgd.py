@@ -7,15 +7,27 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from ..codec import codec, codec_sum, scaled_sign
-from ..rule import ABS, EVERYTHING, LAST_SCALE, NOTHING, PARAM, STAGE, STATE, Rule, Streams
+from ..codec import codec, codec_draw, codec_sum, scaled_sign, scales
+from ..rule import (
+    ABS,
+    EVERYTHING,
+    LAST_SCALE,
+    NOTHING,
+    PARAM,
+    STAGE,
+    STATE,
+    WIDE,
+    Rule,
+    Streams,
+)
 
 
 @triton.jit
 def prepare(h, x):
-    """lr, momentum, decay, codec, level, scale."""
+    """lr, momentum, decay, codec, level, its scales."""
     lr, momentum, weight_decay, kind, level, _, _ = h
-    return lr, momentum, weight_decay, kind, level, x[STAGE]
+    scale, inverse = scales(kind, level, x[STAGE], x[WIDE])
+    return lr, momentum, weight_decay, kind, level, scale, inverse
 
 
 @triton.jit
@@ -40,23 +52,35 @@ def source_momentum(p, g, s, h):
 
 
 @triton.jit
-def sent(v, h):
+def sent(v, h, drawn):
     """What is sent of v: nothing where lr is 0."""
-    return tl.where(h[0] == 0, 0.0, codec(v, h[3], h[4], h[5]))
+    return tl.where(h[0] == 0, 0.0, codec(v, h[3], h[4], h[5], h[6], drawn))
 
 
 @triton.jit
-def update(p, g, s, h):
+def update(p, g, s, h, drawn=None):
     """p -= C(v); e = v - C(v)."""
-    c = sent(s[0], h)
+    c = sent(s[0], h, drawn)
     return p - c, (s[0] - c,)
 
 
 @triton.jit
-def update_momentum(p, g, s, h):
+def update_momentum(p, g, s, h, drawn=None):
     """The same; m stays."""
-    c = sent(s[0], h)
+    c = sent(s[0], h, drawn)
     return p - c, (s[0] - c, s[1])
+
+
+@triton.jit
+def again(g, s):
+    """v, where e was."""
+    return s[0]
+
+
+@triton.jit
+def taken(p, s, c, h):
+    """Of a chosen coordinate everything is sent."""
+    return p - c, (s[0] - c,) + s[1:]
 
 
 # ---- with the scaled sign: what went into it is kept, and its scale ------------------------------
@@ -104,6 +128,8 @@ def sign_sums(h: Sequence[float]) -> tuple[int, ...]:
     return (NOTHING if h[0] == 0 else ABS,)
 
 
+PASSES = (Streams(EVERYTHING, 3 * STATE),)
+
 RULES = (
     *(
         Rule(
@@ -112,17 +138,46 @@ RULES = (
             states,
             prepare,
             update_,
-            6,
+            7,
             counts_steps=True,
+            low_states=1,
             sources=(source_,),
-            passes=(Streams(EVERYTHING, 3 * STATE),),
-            applies=Streams(PARAM | STATE, PARAM | STATE),
+            passes=PASSES,
+            applies=Streams(PARAM | STATE, PARAM | STATE, draws=True),
             sums=sums,
             reads_param=lambda h: h[2] != 0,
+            keeps_value=True,
+            draws=lambda h: codec_draw(h[3:]),
         )
         for name, states, source_, update_ in (
             ("ef_sgd_dense", 1, source, update),
             ("ef_sgd_dense_momentum", 2, source_momentum, update_momentum),
+        )
+    ),
+    *(
+        Rule(
+            name,
+            HYPER,
+            states,
+            prepare,
+            None,
+            7,
+            counts_steps=True,
+            low_states=1,
+            sources=(source_,),
+            passes=PASSES,
+            sums=lambda _: (NOTHING,),
+            reads_param=lambda h: h[2] != 0,
+            keeps_value=True,
+            again=again,
+            taken=taken,
+            looks=Streams(STATE, 0),
+            takes=Streams(PARAM | STATE, PARAM | STATE),
+            freezes=True,
+        )
+        for name, states, source_ in (
+            ("ef_sgd_select", 1, source),
+            ("ef_sgd_select_momentum", 2, source_momentum),
         )
     ),
     *(
@@ -134,12 +189,14 @@ RULES = (
             update_sign,
             5,
             counts_steps=True,
+            low_states=1,
             sources=(source_,),
-            passes=(Streams(EVERYTHING, 3 * STATE),),
+            passes=PASSES,
             applies=Streams(PARAM | STATE, PARAM),
             sums=sign_sums,
             reads_param=lambda h: h[2] != 0,
             keeps_scale=True,
+            keeps_value=True,
         )
         for name, states, source_ in (
             ("ef_sgd_sign", 1, source_sign),

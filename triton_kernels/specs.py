@@ -1,0 +1,204 @@
+"""Specs: all that is ever compiled is made here, from rules, dtypes and layouts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from . import tuning
+from .apply import apply
+from .finalize import finalize, finish_pass
+from .how import STOCHASTIC, STORED, How
+from .launch import Spec
+from .reduce import reduce
+from .rule import NOTHING, PARAM, STATE, Rule, Streams
+from .source import source
+from .table import CHUNK
+
+SQUARES, ABS, MAX, POWER = 0, 1, 2, 5
+GLOBAL, GROUP, TENSOR = range(3)
+TOP_K, RAND_K = 1, 2
+# Over what is selected. Values as in csrc/core/step.h.
+IN_TENSOR, IN_ALL, IN_BLOCK = range(3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a step is, apart from its tensors."""
+
+    scope: int
+    asks: bool  # it has to know first if all gradients are finite
+    names: bool  # and remembers whose were not
+    zero: bool  # what is not finite counts as 0
+    norm_type: float
+    reduces: bool  # norms are taken
+    pass_scopes: tuple[int, ...] = ()  # over what each pass before apply sums up
+    select: tuple[Any, ...] | None = None  # as compressors say it
+
+    @property
+    def kind(self) -> int:
+        """What the partial sums are of."""
+        return {2.0: SQUARES, 1.0: ABS, float("inf"): MAX}.get(self.norm_type, POWER)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What passes over a tensor are specialised for.
+
+    Attributes:
+        dtypes: of the parameter, the gradient, the states, what goes with the parameter.
+        dims, aligned: see How.
+        low: states in bfloat16, as bits.
+        kept: how the parameter is kept, as in csrc/core/param_storage.h.
+        starts: states that start as the gradient, as bits.
+        wide: its values are compared with float64 ones.
+        listed: candidates are collected in lists: it does not fit into one program.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    dims: int = 0
+    aligned: bool = True
+    low: int = 0
+    kept: int = 0
+    starts: int = 0
+    wide: bool = False
+    listed: bool = False
+
+    def how(self, rule: Rule, function: Any, streams: Streams, zero: bool, **rest: Any) -> How:
+        """A pass with these streams."""
+        wide = max(d.itemsize for d in self.dtypes) == 8
+        shape = tuning.shape_for(len(self.dtypes), strided=self.dims > 0, wide=wide)
+        reads, writes = streams.of(rule.states, reads_grad=rule.reads_grad)
+        how = How(
+            types=tuple(STORED[d] for d in self.dtypes),
+            rule=function,
+            numbers=rule.constants,
+            reads=reads,
+            writes=writes,
+            dims=self.dims,
+            aligned=self.aligned,
+            block=shape.block,
+            zero=zero,
+            kept=self.kept,
+            noisy=self.low * STATE | PARAM * (self.kept == STOCHASTIC.value),
+            alone=not rule.reads_grad,
+        )
+        return replace(how, **rest)
+
+    @property
+    def warps(self) -> int:
+        """For such a pass."""
+        wide = max(d.itemsize for d in self.dtypes) == 8
+        return tuning.shape_for(len(self.dtypes), strided=self.dims > 0, wide=wide).warps
+
+
+def reduce_spec(dtype: torch.dtype, method: Method, dims: int, aligned: bool) -> Spec:
+    """The pass over gradients of one dtype and layout."""
+    shape = tuning.shape_for(1, strided=dims > 0)
+    wide = dtype == torch.float64
+    return Spec(
+        reduce,
+        (
+            ("T", STORED[dtype]),
+            ("C", tl.float64 if wide else tl.float32),
+            ("KIND", method.kind),
+            ("P", method.norm_type if method.kind == POWER else 0.0),
+            ("DIMS", dims),
+            ("ALIGNED", aligned),
+            ("CHUNK", CHUNK),
+            ("BLOCK", shape.block),
+        ),
+        shape.warps,
+    )
+
+
+def finalize_spec(
+    rule: Rule, method: Method, *, noisy: bool = False, seeded: bool = False, counts: bool = False
+) -> Spec:
+    """What comes between reduce and apply."""
+    asks = method.asks
+    return Spec(
+        finalize,
+        (
+            ("PREPARE", rule.prepare),
+            ("HYPER", len(rule.hyper)),
+            ("NUMBERS", rule.constants),
+            ("ACCUMULATE", rule.accumulate),
+            ("KIND", method.kind),
+            ("P", method.norm_type if method.kind == POWER else 0.0),
+            ("SCOPE", method.scope),
+            ("REDUCES", method.reduces),
+            ("ASKS", asks),
+            ("NAMES", asks and method.names),
+            ("NOISY", noisy),
+            ("SEEDED", seeded),
+            ("COUNTS", counts),
+            ("ROWS", tuning.FINALIZE_ROWS),
+            ("SPAN", tuning.FINALIZE_SPAN),
+            ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),
+        ),
+        tuning.FINALIZE_WARPS,
+    )
+
+
+def apply_spec(rule: Rule, form: Form, zero: bool, hyper: Sequence[float] = ()) -> Spec | None:
+    """The pass of a rule over operands of this form; None: nothing is left to do."""
+    if rule.update is None:
+        return None
+    draws = rule.draws(hyper) if rule.applies.draws else 0
+    how = form.how(rule, rule.update, rule.applies, zero, draws=draws)
+    return Spec(apply, (("HOW", how),), form.warps)
+
+
+def pass_how(rule: Rule, k: int, hyper: Sequence[float], form: Form, zero: bool) -> How:
+    """What pass number k of a rule is compiled for."""
+    streams = rule.passes[k]
+    if not rule.reads_param(hyper) and not streams.writes & PARAM:
+        streams = replace(streams, reads=streams.reads & ~PARAM)
+    return form.how(
+        rule,
+        rule.sources[k],
+        streams,
+        zero,
+        # What apply, or a selection, rounds after this is rounded by other noise.
+        turn=8 * (1 + k),
+        draws=rule.draws(hyper) if streams.draws else 0,
+        sum=rule.sums(hyper)[k],
+        starts=form.starts if k == 0 else 0,
+        keeps=rule.keeps_value and k == 0,
+        wide=form.wide,
+        collects=form.listed and k == 0,
+    )
+
+
+def pass_specs(
+    rule: Rule, k: int, hyper: Sequence[float], form: Form, method: Method
+) -> tuple[Spec, Spec | None]:
+    """Pass number k of a rule, and what makes constants of its sum, if it has one."""
+    how = pass_how(rule, k, hyper, form, method.zero)
+    everywhere = method.select is not None and method.select[1] == IN_ALL
+    run = Spec(source, (("HOW", how), ("GLOBAL", everywhere)), form.warps)
+    keeps = rule.keeps_scale and k == 0
+    if how.sum == NOTHING and not keeps:
+        return run, None
+    finish = Spec(
+        finish_pass,
+        (
+            ("PREPARE", rule.prepare),
+            ("HYPER", len(rule.hyper)),
+            ("NUMBERS", rule.constants),
+            ("PASS", k),
+            ("SUM", how.sum),
+            ("SCOPE", method.pass_scopes[k]),
+            ("KEEPS", keeps),
+            ("ROWS", tuning.FINALIZE_ROWS),
+            ("SPAN", tuning.FINALIZE_SPAN),
+            ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),
+        ),
+        tuning.FINALIZE_WARPS,
+    )
+    return run, finish
