@@ -480,6 +480,7 @@ def test_unchanged_addresses_are_not_sent_again(monkeypatch: pytest.MonkeyPatch)
     [
         (pysmooth.EF21Plus, pysmooth.TopK(ratio=0.1), "'ef21_plus'"),
         (pysmooth.EF21Plus, pysmooth.ScaledSign(), "'ef21_plus'"),
+        (pysmooth.EFSGD, pysmooth.QSGD(4, scope="block"), "scope='block' of QSGD"),
     ],
     ids=lambda x: getattr(x, "__name__", None) or repr(x),
 )

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kLine = 16;      // elements of a sampled line
 constexpr int64_t kDirect = 4096;  // a unit of so few elements is selected from as a whole
 constexpr int64_t kMostLines = 512;
+constexpr int64_t kFew = 256;  // keys that are not worth sorting into buckets
 
 double value_of(uint64_t key) {
   double out;
@@ -62,6 +63,16 @@ Kth kth_largest(Each each, const Buckets& buckets, const uint32_t* sizes, int64_
     if (key - first < width && key >= first) scratch->push_back(key);
   });
   return kth_of_few(scratch, k);
+}
+
+// Of keys of any size.
+template <class Each>
+Kth kth_of_any(Each each, int64_t k, std::vector<uint64_t>* scratch) {
+  constexpr Buckets kHalfOctaves{0, 51, 4096};
+  static thread_local std::vector<uint32_t> sizes;
+  sizes.assign(4096, 0);
+  each([&](uint64_t key) { ++sizes[static_cast<size_t>(kHalfOctaves.of(key))]; });
+  return kth_largest(each, kHalfOctaves, sizes.data(), k, scratch);
 }
 
 // Calls body with the values, as what they are.
@@ -141,14 +152,10 @@ void set_filter(SelectUnit* unit, const std::vector<uint64_t>& keys,
   const double expected = static_cast<double>(unit->k) / static_cast<double>(unit->elements) * size;
   const double rank = std::floor(expected + 5.0 * std::sqrt(expected) + 8.0);
   if (rank >= size) return;
-  const Buckets buckets{0, 51, 4096};  // of half an octave
   const auto each = [&](auto body) {
     for (const uint64_t key : keys) body(key);
   };
-  std::vector<uint32_t> sizes(4096, 0);
-  each([&](uint64_t key) { ++sizes[static_cast<size_t>(buckets.of(key))]; });
-  const uint64_t key =
-      kth_largest(each, buckets, sizes.data(), static_cast<int64_t>(rank) + 1, scratch).key;
+  const uint64_t key = kth_of_any(each, static_cast<int64_t>(rank) + 1, scratch).key;
   if (key == 0) return;
   unit->filter = value_of(key);
   unit->complete = false;
@@ -172,12 +179,14 @@ bool choose(SelectUnit* unit, const std::vector<size_t>& chunks, int64_t found,
     for (const size_t i : chunks) each_key((*lists)[i], body);
   };
   Kth kth;
-  if (unit->complete) {
+  if (!unit->complete) {
+    kth = kth_largest(each, tally_buckets(unit->filter), buckets, unit->k, scratch);
+  } else if (found > kFew) {
+    kth = kth_of_any(each, unit->k, scratch);
+  } else {
     scratch->clear();
     each([&](uint64_t key) { scratch->push_back(key); });
     kth = kth_of_few(scratch, unit->k);
-  } else {
-    kth = kth_largest(each, tally_buckets(unit->filter), buckets, unit->k, scratch);
   }
   unit->threshold = value_of(kth.key);
   if (kth.ties == kth.equals) return true;
