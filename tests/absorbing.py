@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backward import backward
-from battery import (
-    all_params,
-    assert_same_snapshot,
-    make_params,
-    record_grads,
-    snapshot,
-)
+from battery import all_params, assert_same_snapshot, make_params, record_grads, snapshot
 
 from pysmooth import EFSGD
 from pysmooth.compressors import (

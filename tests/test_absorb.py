@@ -9,20 +9,11 @@ from typing import Any
 import pytest
 import torch
 from absorbing import compare, every_compressor
-from battery import (
-    assert_same_bits,
-    every_backend,
-    make_params,
-)
+from battery import assert_same_bits, every_backend, make_params
 from torch import Tensor
 
 from pysmooth import EFSGD
-from pysmooth.compressors import (
-    Compressor,
-    Identity,
-    ScaledSign,
-    TopK,
-)
+from pysmooth.compressors import Compressor, Identity, ScaledSign, TopK
 
 # ---- the same bits ------------------------------------------------------------------------------
 

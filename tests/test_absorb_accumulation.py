@@ -21,12 +21,7 @@ from battery import (
 
 import pysmooth
 from pysmooth import EFSGD
-from pysmooth.compressors import (
-    Compressor,
-    Identity,
-    ScaledSign,
-    TopK,
-)
+from pysmooth.compressors import Compressor, Identity, ScaledSign, TopK
 
 # ---- accumulation -------------------------------------------------------------------------------
 

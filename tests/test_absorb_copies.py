@@ -23,12 +23,7 @@ from battery import (
 )
 
 from pysmooth import EFSGD
-from pysmooth.compressors import (
-    Compressor,
-    Identity,
-    ScaledSign,
-    TopK,
-)
+from pysmooth.compressors import Compressor, Identity, ScaledSign, TopK
 
 
 @every_backend

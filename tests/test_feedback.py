@@ -1,4 +1,4 @@
-"""Error feedback, EF21, Clip21 and normalised momentum: what must hold exactly, or to rounding."""
+"""Error feedback and EF21: what must hold exactly, or to rounding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ from pysmooth import (
     RandK,
     ScaledSign,
     TopK,
-    _cpu,
 )
 from pysmooth.compressors import Compressor
 
@@ -105,7 +104,7 @@ def test_fused_equals_eager(cls: Any, kwargs: dict[str, Any], compressor: Compre
         assert_same_bits(states(a, fused), states(b, eager))
 
 
-# ---- error feedback ------------------------------------------------------------------------------
+# ---- error feedback -----------------------------------------------------------------------------
 
 
 @every_backend
@@ -224,87 +223,7 @@ def test_nonfinite_never_reaches_a_residual(make: Any, value: float, backend: st
         make(params, 0.1, *extra, nonfinite="propagate", backend=backend)
 
 
-# ---- selection -----------------------------------------------------------------------------------
-
-
-KINDS = ("all equal", "few", "in one place", "two values", "ties", "heavy")
-
-
-def adversarial(kind: str, n: int) -> Tensor:
-    """Gradients on which a sample misleads, or everything is equal."""
-    gen = torch.Generator().manual_seed(1)
-    if kind == "all equal":
-        return torch.ones(n) * (torch.rand(n, generator=gen) > 0.5).float().mul(2).sub(1)
-    if kind == "few":
-        return torch.where(torch.arange(n) < 100, torch.arange(n).float(), 0.0)
-    if kind == "in one place":
-        g = torch.randn(n, generator=gen) * 1e-4
-        g[1000 : 1000 + n // 50] += 1
-        return g
-    if kind == "ties":  # some dozens at the threshold, over several chunks
-        return torch.randn(n, generator=gen).mul(64).round().div(64)
-    if kind == "two values":
-        return torch.where(torch.rand(n, generator=gen) < 0.02, 1.0, 0.5)
-    return torch.exp(4 * torch.randn(n, generator=gen))  # heavy tails
-
-
-@pytest.mark.parametrize(
-    "kind", ["all equal", "few", "in one place", "two values", "ties", "heavy"]
-)
-@pytest.mark.parametrize("scope", ["tensor", "global"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, None])  # None: some of each
-@pytest.mark.parametrize("cls", [EFSGD, EF21])
-def test_selection_is_exact(cls: Any, kind: str, scope: Any, dtype: torch.dtype | None) -> None:
-    results = []
-    dtypes = [dtype] * 3 if dtype else [torch.float32, torch.float64, torch.float64]
-    best = _cpu.isa()
-    runs = [("eager", 2, best), ("cpu", 3, best), *(("cpu", 1, isa) for isa in _cpu.isa_levels())]
-    for backend, threads, isa in runs:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        _cpu.set_isa(isa)
-        params = [
-            Parameter(torch.zeros(n, dtype=d))
-            for n, d in zip((100_000, 40_001, 70), dtypes, strict=True)
-        ]
-        optimizer = cls(params, 0.1, TopK(ratio=0.01, scope=scope), backend=backend)
-        for _ in range(2):
-            set_grads(params, [adversarial(kind, p.numel()).to(p.dtype) for p in params])
-            optimizer.step()
-        torch.set_num_threads(before)
-        _cpu.set_isa(best)
-        results.append([p.detach() for p in params] + states(optimizer, params))
-        if backend == "cpu":
-            made, again = optimizer.selections()
-            assert made == (2 if scope == "global" else 6)
-            assert again > 0 if kind == "all equal" else again <= made
-            assert again == 0 or kind != "ties"
-    for result in results[1:]:
-        assert_same_bits(results[0], result)
-
-
-def test_ordinary_gradients_need_no_second_look() -> None:
-    params = [Parameter(torch.zeros(60_000)), Parameter(torch.zeros(300, 300))]
-    optimizer = EFSGD(params, 0.1, TopK(ratio=0.01))
-    gen = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=gen)
-        optimizer.step()
-    assert optimizer.selections() == (40, 0)
-
-
-def test_zeros_are_never_selected() -> None:
-    p = Parameter(torch.full((9000,), -0.0))
-    p.grad = torch.zeros(9000)
-    p.grad[5] = 1.0
-    optimizer = EFSGD([p], 0.1, TopK(k=3))
-    optimizer.step()
-    assert torch.count_nonzero(p) == 1
-    assert bool(torch.signbit(p.detach()[:5]).all())
-
-
-# ---- EF21 ----------------------------------------------------------------------------------------
+# ---- EF21 ---------------------------------------------------------------------------------------
 
 
 @every_backend
@@ -450,99 +369,7 @@ def test_feedback_converges(backend: str) -> None:
     assert quadratic(EFSGD, 0.01, 3000, backend=backend)[-1] < 1e-9
 
 
-# ---- Clip21 --------------------------------------------------------------------------------------
-
-
-@every_backend
-def test_clip21_without_a_clip_is_sgd(backend: str) -> None:
-    params, plain = make_params(SHAPES), make_params(SHAPES)
-    rows = record_grads(params, 4)
-    advance(Clip21SGD2M(params, 0.1, math.inf, 1.0, 1.0, backend=backend), params, rows)
-    advance(torch.optim.SGD(plain, 0.1), plain, rows)
-    for p, q in zip(params, plain, strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6)
-
-
-@every_backend
-def test_clip21_stops_clipping(backend: str) -> None:
-    """Each step brings the estimate closer by tau; then it is the gradient."""
-    p = Parameter(torch.zeros(2, dtype=torch.float64))
-    grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    optimizer = Clip21([p], 0.1, 2.0, backend=backend)
-    for expected in (2.0, 4.0, 5.0, 5.0):
-        p.grad = grad.clone()
-        optimizer.step()
-        estimate = optimizer.state[p]["grad_estimate"]
-        assert float(estimate.norm()) == pytest.approx(expected, rel=1e-12)
-    assert torch.equal(optimizer.state[p]["grad_estimate"], grad)
-
-
-@every_backend
-@pytest.mark.parametrize(
-    ("make", "weights", "beta_hat"),
-    [(Clip21SGD2M, {"beta": 0.3, "beta_hat": 0.2}, 0.2), (Clip21, {}, 1.0)],
-    ids=["clip21_sgd2m", "clip21"],
-)
-def test_clip21_noise_stays_with_the_server(
-    make: Any, weights: dict[str, float], beta_hat: float, backend: str
-) -> None:
-    """server - worker is beta_hat times the sum of the noise; without noise they are equal."""
-    params, quiet = make_params(SHAPES, torch.float64), make_params(SHAPES, torch.float64)
-    optimizer = make(params, 0.0, 0.5, noise_std=2.0, seed=7, backend=backend, **weights)
-    plain = make(quiet, 0.0, 0.5, backend=backend, **weights)
-    rows = record_grads(params, 30)
-    advance(optimizer, params, rows)
-    advance(plain, quiet, rows)
-    noise = []
-    for p, q in zip(params, quiet, strict=True):
-        state = optimizer.state[p]
-        torch.testing.assert_close(state["grad_estimate"], plain.state[q]["grad_estimate"])
-        noise.append((state["server_estimate"] - state["grad_estimate"]).flatten())
-    drawn = torch.cat(noise) / (beta_hat * 2.0 * math.sqrt(30))
-    assert abs(float(drawn.std()) - 1) < 5 / math.sqrt(2 * len(drawn))
-    assert abs(float(drawn.mean())) < 5 / math.sqrt(len(drawn))
-
-
-@every_backend
-@pytest.mark.parametrize("noise_std", [0.0, 0.3])
-def test_clip21_is_its_relative_without_momentum(noise_std: float, backend: str) -> None:
-    params, others = make_params(), make_params()
-    kwargs: dict[str, Any] = {"weight_decay": 0.1, "noise_std": noise_std, "backend": backend}
-    optimizer = Clip21(params, 0.1, 2.0, **kwargs)
-    relative = Clip21SGD2M(others, 0.1, 2.0, 1.0, 1.0, **kwargs)
-    rows = record_grads(params, 5)
-    advance(optimizer, params, rows)
-    advance(relative, others, rows)
-    assert_same_bits(params, others)
-    for p, q in zip(params, others, strict=True):
-        for key in optimizer.recipes()[0].states:
-            assert_same_bits([optimizer.state[p][key]], [relative.state[q][key]])
-
-
-# ---- normalised momentum -------------------------------------------------------------------------
-
-
-@every_backend
-@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
-def test_normalized_sgd(scope: Any, backend: str) -> None:
-    params = make_params([(30,), (4, 5), (6,)], torch.float64)
-    plain = [p.detach().clone() for p in params]
-    groups = [{"params": params[:2]}, {"params": params[2:]}]
-    optimizer = NormalizedSGD(groups, 0.1, momentum=0.7, scope=scope, backend=backend)
-    units = {"global": [[0, 1, 2]], "group": [[0, 1], [2]], "tensor": [[0], [1], [2]]}[scope]
-    momentum: list[Tensor] = []
-    for row in record_grads(params, 4):
-        advance(optimizer, params, [row])
-        momentum = [0.7 * m + 0.3 * g for m, g in zip(momentum or row, row, strict=True)]
-        for unit in units:
-            norm = torch.stack([momentum[i].norm() for i in unit]).norm()
-            for i in unit:
-                plain[i] -= 0.1 * momentum[i] / norm
-    for p, q in zip(params, plain, strict=True):
-        torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-13)
-
-
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
