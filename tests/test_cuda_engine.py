@@ -347,6 +347,7 @@ def test_a_learning_rate_that_kernels_cannot_read_is_refused() -> None:
     set_grads(params, record_grads(params, 1)[0])
     with pytest.raises(ValueError, match=r"lr is a torch.bfloat16 tensor on cpu"):
         optimizer.step()
+    assert not optimizer.state
     assert_same_bits(params, make_params())
 
 

@@ -486,6 +486,16 @@ def test_passes(rule: str, codec: float, scale: float) -> None:
                 torch.testing.assert_close(x.detach(), y.detach(), rtol=1e-5, atol=bound)
 
 
+@pytest.mark.parametrize(
+    "rule", [name for name in STAGED if name in RULES and "codec" in INFO[name].hyper]
+)
+@pytest.mark.parametrize("codec", [3.0, 4.0])
+def test_codecs_that_draw_in_double(rule: str, codec: float) -> None:
+    slots = [make_slot(rule, (n,), (F64, F64)) for n in (3, 2048, 9001)]
+    hyper = {"codec": codec, "level": 8.0, "weight_decay": 0.0}
+    assert_same(slots, run_of(rule, hyper=hyper, clip=NO_CLIP), steps=2)
+
+
 # ---- select -------------------------------------------------------------------------------------
 
 SELECTING = [name for name in INFO if INFO[name].selects]

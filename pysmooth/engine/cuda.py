@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._errors import BackendError
 from .amp import Amp
-from .device import DeviceEngine, Told, on_device
+from .device import DeviceEngine, Told, gradient_of, on_device
 from .recipe import GRADIENT, ClipMode, Recipe, needs_reduce
 from .state import version_roots
 
@@ -59,10 +59,15 @@ class CudaEngine(DeviceEngine):
         recipes = optimizer.recipes()
         if self._plan is None or self._built_for != _form(optimizer, recipes):
             self._build(optimizer, recipes, amp)
-        if not self._enqueue(optimizer, recipes, amp):
-            self._build(optimizer, recipes, amp)
+        try:
             if not self._enqueue(optimizer, recipes, amp):
-                raise RuntimeError("parameters or states changed while the step was gathered")
+                self._build(optimizer, recipes, amp)
+                if not self._enqueue(optimizer, recipes, amp):
+                    raise RuntimeError("parameters or states changed while the step was gathered")
+        except BaseException:
+            if not _stream(self._device)[1]:
+                self._settle_fresh(optimizer)
+            raise
         self._reduces = needs_reduce(optimizer.policy, recipes)
         # Gradients that were copied into new states are kept only if the step happened, so that a
         # first step may have to wait.
@@ -125,16 +130,13 @@ class CudaEngine(DeviceEngine):
         try:
             plan: Plan = self._native.Plan(
                 params=[m.param for m in members],
-                grads=[_gradient_of(m.param) for m in members],
+                grads=[gradient_of(m.param) for m in members],
                 state_dicts=[optimizer.state.get(m.param, {}) for m in members],
                 state_keys=[m.recipe.keys for m in members],
                 rules=[m.recipe.rule for m in members],
                 groups=[m.group for m in members],
                 names=[m.label for m in members],
-                first=[
-                    m.fresh and any(key not in self._before(m.param) for key in m.recipe.rule_keys)
-                    for m in members
-                ],
+                first=[m.begins for m in members],
                 param_storage=[int(m.recipe.param_storage) for m in members],
                 state_roots=version_roots([t for m in members for t in m.held.values()]),
                 scope=int(optimizer.scope),
@@ -160,9 +162,9 @@ class CudaEngine(DeviceEngine):
         self._copied = self.copies_gradients()
         self._built_for = _form(optimizer, recipes)
 
-    def _before(self, p: Tensor) -> set[str]:
-        """Keys of states that a parameter had before its last ones were allocated."""
-        return {key for key, value in (self._fresh.get(p) or {}).items() if value is not None}
+    def started(self) -> list[bool]:
+        """Per parameter, whether a step of this plan has used its states. Waits for the device."""
+        return [bool(flag) for flag in self._numbers["started"].tolist()]
 
     def outdate(self) -> None:
         """The next step makes a new plan; what this one has left can still be read."""
@@ -213,11 +215,6 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return nullcontext()
     return torch.cuda.device(device)
-
-
-def _gradient_of(p: Tensor) -> Tensor:
-    """The gradient, or what it will look like."""
-    return p if p.grad is None else p.grad.resolve_conj().resolve_neg()
 
 
 def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:

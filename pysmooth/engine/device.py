@@ -32,7 +32,8 @@ class Member(NamedTuple):
     group: int
     recipe: Recipe
     held: dict[str, Tensor]  # its states; none if it never had a gradient
-    fresh: bool  # they hold nothing yet
+    fresh: bool  # some of them were allocated for the step to come
+    begins: bool  # some of the rule's own among these
 
 
 class Told(NamedTuple):
@@ -40,7 +41,6 @@ class Told(NamedTuple):
 
     skipped: Tensor  # how many steps the policy refused; one number
     spoiled: Tensor  # per parameter: not 0 if its gradient was not finite
-    started: Tensor  # per parameter: not 0 once a step has used its states
 
 
 class DeviceEngine(Engine):
@@ -70,17 +70,22 @@ class DeviceEngine(Engine):
         """False for rules that rewrite a single stream."""
 
     @abstractmethod
+    def started(self) -> list[bool]:
+        """Per parameter, whether a step of this plan has used its states. Waits for the device."""
+
+    @abstractmethod
     def outdate(self) -> None:
         """The next step makes a new plan; what this one has left can still be read."""
 
     # ---- making plans --------------------------------------------------------------------------
 
     def gather(
-        self, optimizer: FusedOptimizer, recipes: list[Recipe], scale: float
+        self, optimizer: FusedOptimizer, recipes: list[Recipe], scale: float | None
     ) -> tuple[list[Member], torch.device]:
         """All parameters, checked, those that have a gradient with states. Waits for the device.
 
-        `scale` is what gradients are multiplied by where they are copied into states.
+        `scale` is what gradients are multiplied by where they are copied into states; None: the
+        kernels do that, into states that are 0.
         """
         self.settled(optimizer)
         self.outdate()
@@ -101,7 +106,10 @@ class DeviceEngine(Engine):
                 state = optimizer.state.get(p, {})
                 has = all(state.get(key) is not None for key in recipe.keys)
                 held = {key: state[key] for key in recipe.keys} if has else {}
-                members.append(Member(p, label, g, recipe, held, p in self._fresh))
+                fresh = p in self._fresh
+                before = self._fresh.get(p) or {}
+                begins = fresh and any(before.get(key) is None for key in recipe.rule_keys)
+                members.append(Member(p, label, g, recipe, held, fresh, begins))
                 written.append((f"parameter {label!r}", p))
                 written += [(f"state {key!r} of parameter {label!r}", t) for key, t in held.items()]
             check_memory(written)
@@ -156,7 +164,7 @@ class DeviceEngine(Engine):
         optimizer: FusedOptimizer,
         params: list[Tensor],
         recipes: list[Recipe],
-        scale: float,
+        scale: float | None,
     ) -> None:
         """Gives the parameters that have a gradient the states they lack, filled."""
         lacking = []
@@ -178,8 +186,11 @@ class DeviceEngine(Engine):
             if key == NORM_SQ and group_of[p] in veterans:
                 state.copy_(veterans[group_of[p]])
             else:
+                start = recipe.initial(key)
+                if start == GRADIENT and scale is None:
+                    start = 0.0
                 sign = -1.0 if recipe.clip.maximize else 1.0
-                fill_state(state, recipe.initial(key), p, sign * scale)
+                fill_state(state, start, p, sign * (scale or 0.0))
             optimizer.state[p][key] = state
         for p, recipe in zip(params, recipes, strict=True):
             # Counted on the device: the host does not know if a step happened.
@@ -227,11 +238,10 @@ class DeviceEngine(Engine):
         """Forgets states that were allocated for steps which then did not happen."""
         if not self._fresh or self._told is None:
             return
-        flags = zip(self._members, self._told.started.tolist(), strict=True)
-        unused = [m.param for m, started in flags if m.param in self._fresh and not started]
-        # Empty ones never have a step of their own: they go where the others go.
-        if all(p.numel() == 0 for p in unused):
-            unused = []
+        used = {m.param for m, flag in zip(self._members, self.started(), strict=True) if flag}
+        unused = [p for p in self._fresh if p.numel() > 0 and p not in used]
+        if unused:  # empty ones never have a step of their own: they go where others go
+            unused += [p for p in self._fresh if p.numel() == 0]
         self.forget(optimizer, unused)
 
     def forget(self, optimizer: FusedOptimizer, unused: Iterable[Tensor]) -> None:
@@ -274,3 +284,8 @@ def takes_pair(param: torch.dtype, grad: torch.dtype, *, reads_grad: bool) -> bo
 def on_device(device: torch.device, t: Tensor | None) -> Tensor | None:
     """A number where kernels can read it, in float32."""
     return None if t is None else t.detach().to(device, torch.float32, non_blocking=True)
+
+
+def gradient_of(p: Tensor) -> Tensor:
+    """The gradient, or what it will look like."""
+    return p if p.grad is None else p.grad.resolve_conj().resolve_neg()

@@ -46,7 +46,8 @@ def library(name: str, kernels: Sequence[Source], others: Sequence[Source] = ())
     Kernels are compiled as if for a thread sanitizer, whose place tests/simt/accesses.cpp takes.
     With PYSMOOTH_SIMT_COVERAGE=1 gcc counts which of their lines run.
     """
-    cover = ["--coverage"] if os.environ.get("PYSMOOTH_SIMT_COVERAGE") == "1" else []
+    # Without optimisation: what is moved about is counted in the wrong lines.
+    cover = ["--coverage", "-O0"] if os.environ.get("PYSMOOTH_SIMT_COVERAGE") == "1" else []
     work = ROOT / "build" / "simt" / f"{name}-{_digest([*FLAGS, *cover])}"
     target = work / f"{name}.so"
     if not target.is_file():
