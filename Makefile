@@ -31,7 +31,7 @@ EMULATED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,cuda_engine bad_i
 	low_precision param_storage state_dict torch_integration))
 
 .PHONY: test
-test: lint $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test
+test: lint tidy $(VENV)/checked ## Lint, types, build with warnings as errors, all tests, wheel smoke test
 	$(BIN)/python -m pytest tests bench -q --benchmark-disable --timeout 600 --ignore $(KERNELS)
 	PYSMOOTH_EMULATED=1 $(BIN)/python -m pytest $(EMULATED) -q --timeout 600
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -q --timeout 600
@@ -52,6 +52,16 @@ lint: $(VENV)/built ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy pysmooth bench triton_kernels
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cu' 'tests/*.h' 'tests/*.cpp')
+
+# What is compiled once; not the kernels, which are templates compiled once per instruction set.
+TIDIED := $(wildcard csrc/bindings/*.cpp) $(addprefix csrc/cpu/,$(addsuffix .cpp,dispatch rows run select staged))
+# Where the compiler keeps omp.h, which clang-tidy does not bring.
+OMP_INCLUDE = $(shell $(or $(CXX),g++) -print-file-name=include)
+
+.PHONY: tidy
+tidy: $(VENV)/checked ## clang-tidy
+	$(BIN)/ninja -C build/pysmooth._cpu-* -t compdb compile > build/compile_commands.json
+	printf '%s\n' $(TIDIED) | xargs -P $$(nproc) -n 1 $(BIN)/clang-tidy -p build --quiet --extra-arg=-idirafter$(OMP_INCLUDE)
 
 .PHONY: build
 build: $(VENV)/built ## Build the extension and install the package in .venv, editable

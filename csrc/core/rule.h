@@ -206,6 +206,7 @@ struct GradientIn {
   template <class V>
   PYSMOOTH_HD V operator()(V grad) const {
     // The difference is 0 for finite numbers, NaN for all others.
+    // NOLINTNEXTLINE(misc-redundant-expression)
     if (zero) grad = ops<V>::select(grad - grad == V{}, grad, V{});
     const V g = grad * coef;
     return clamp ? clamp_magnitude<V>(g, V{} + bound) : g;
