@@ -7,6 +7,9 @@ from torch import Tensor
 
 device_type: str
 
+def set_direct_enabled(enabled: bool) -> None: ...
+def uses_direct() -> bool: ...
+
 class UnsupportedError(TypeError): ...
 
 class RuleInfo(TypedDict):

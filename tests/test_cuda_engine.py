@@ -69,6 +69,26 @@ def test_the_cpu_backends_bits(entry: Entry, kwargs: Kwargs) -> None:
         assert x is None or torch.equal(x, y)
 
 
+def test_tensors_with_and_without_python_objects() -> None:
+    module = emulated.module()
+    assert module.uses_direct()
+    results = []
+    for direct in (True, False):
+        module.set_direct_enabled(direct)
+        try:
+            params = make_params()
+            optimizer = AdamW(params, 0.1, max_norm=1.0, backend="cuda")
+            for row in record_grads(params, 3):
+                set_grads(params, row)
+                optimizer.step()
+            assert all(p._version >= 3 for p in params if p.numel() > 0)
+            results.append((snapshot(optimizer), [p._version for p in params]))
+        finally:
+            module.set_direct_enabled(True)
+    assert_same_snapshot(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
 def test_rules_are_the_cpu_backends() -> None:
     ours = {rule["name"]: rule for rule in emulated.module().rules()}
     published = {rule["name"]: rule for rule in _cpu.rules()}

@@ -19,6 +19,11 @@ namespace py = pybind11;
 
 bool enabled = true;
 
+constexpr std::pair<const char*, DLDataType> kKinds[] = {
+    {"float32", {kDLFloat, 32, 1}},     {"float64", {kDLFloat, 64, 1}},
+    {"float16", {kDLFloat, 16, 1}},     {"bfloat16", {kDLBfloat, 16, 1}},
+    {"complex64", {kDLComplex, 64, 1}}, {"complex128", {kDLComplex, 128, 1}}};
+
 // Finds functions in torch's extension module and everything that it is linked to.
 class Library {
  public:
@@ -59,6 +64,7 @@ bool Direct::find() {
       !get("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &bump_version_) ||
       !get("aoti_torch_is_defined", &is_defined_) || !get("aoti_torch_get_layout", &get_layout_) ||
       !get("aoti_torch_get_device_type", &get_device_) ||
+      !get("aoti_torch_get_device_index", &get_index_) ||
       !get("aoti_torch_get_dtype", &get_dtype_) || !get("aoti_torch_get_dim", &get_dim_) ||
       !get("aoti_torch_get_sizes", &get_sizes_) || !get("aoti_torch_get_strides", &get_strides_) ||
       !get("aoti_torch_get_data_ptr", &get_data_) ||
@@ -72,14 +78,12 @@ bool Direct::find() {
     *out = ask();
     return true;
   };
-  if (!number("layout_strided", &strided_) || !number("device_type_cpu", &cpu_)) return false;
-  const std::pair<const char*, DLDataType> kinds[] = {
-      {"dtype_float32", {kDLFloat, 32, 1}},     {"dtype_float64", {kDLFloat, 64, 1}},
-      {"dtype_float16", {kDLFloat, 16, 1}},     {"dtype_bfloat16", {kDLBfloat, 16, 1}},
-      {"dtype_complex64", {kDLComplex, 64, 1}}, {"dtype_complex128", {kDLComplex, 128, 1}}};
-  for (const auto& [name, dtype] : kinds) {
+  if (!number("layout_strided", &strided_) || !number("device_type_cpu", &device_) ||
+      !number("device_type_cuda", &other_device_))
+    return false;
+  for (const auto& [name, dtype] : kKinds) {
     int32_t at = -1;
-    if (!number(name, &at) || at < 0 || at >= kDtypes) return false;
+    if (!number(std::string("dtype_") + name, &at) || at < 0 || at >= kDtypes) return false;
     dtypes_[static_cast<size_t>(at)] = dtype;
   }
 
@@ -93,37 +97,41 @@ bool Direct::find() {
   return true;
 }
 
-// Whether a tensor looks the same as through DLPack or Python.
-bool Direct::agrees_on(py::handle tensor, Handle by) const {
-  DLTensor told{}, seen{};
-  shared_reader().read(tensor.ptr(), &told, [] { return std::string("tensor"); });
-  return by != nullptr && read(by, &seen) && seen.data == told.data && seen.ndim == told.ndim &&
-         std::memcmp(&seen.dtype, &told.dtype, sizeof seen.dtype) == 0 &&
-         std::equal(seen.shape, seen.shape + seen.ndim, told.shape) &&
-         std::equal(seen.strides, seen.strides + seen.ndim, told.strides);
+// Whether a tensor looks the same as from Python.
+bool Direct::agrees_on(py::handle tensor, Handle by, DLDataType dtype) const {
+  DLTensor seen{};
+  if (by == nullptr || !read(by, &seen)) return false;
+  const auto shape = py::cast<std::vector<int64_t>>(tensor.attr("shape"));
+  const auto strides = py::cast<std::vector<int64_t>>(tensor.attr("stride")());
+  return reinterpret_cast<uintptr_t>(seen.data) == py::cast<uintptr_t>(tensor.attr("data_ptr")()) &&
+         std::memcmp(&seen.dtype, &dtype, sizeof dtype) == 0 &&
+         std::equal(shape.begin(), shape.end(), seen.shape, seen.shape + seen.ndim) &&
+         std::equal(strides.begin(), strides.end(), seen.strides, seen.strides + seen.ndim);
 }
 
 // The names found above promise what these functions take, not what they mean in a torch to come.
 bool Direct::agrees() const {
   const py::module_ torch = py::module_::import("torch");
-  for (const char* const dtype : {"float32", "float64", "float16", "bfloat16", "complex64"}) {
+  for (const auto& [name, dtype] : kKinds) {
+    const py::object kind = torch.attr(name);
     const auto tensor = [&] {  // strides (1, 4), an offset into its memory
       const py::object flat =
-          torch.attr("zeros")(14, py::arg("dtype") = torch.attr(dtype), py::arg("device") = "cpu");
+          torch.attr("zeros")(14, py::arg("dtype") = kind, py::arg("device") = "cpu");
       return flat.attr("as_strided")(py::make_tuple(3, 4), py::make_tuple(1, 3), 2);
     };
     const py::object param = torch.attr("nn").attr("Parameter")(tensor());
     const void* const impl = impl_of_plain(param.ptr());
-    if (impl == nullptr || !agrees_on(param, &impl) || grad_of(impl) != nullptr) return false;
+    if (impl == nullptr || !agrees_on(param, &impl, dtype) || grad_of(impl) != nullptr)
+      return false;
     const py::object grad = tensor();
     param.attr("grad") = grad;
-    if (!agrees_on(grad, grad_of(impl))) return false;
+    if (!agrees_on(grad, grad_of(impl), dtype)) return false;
     const auto version = [&] { return py::cast<int64_t>(param.attr("_version")); };
     const int64_t before = version();
     count_write(&impl);
     if (version() != before + 1) return false;
     const Handle held = hold(grad_of(impl));
-    const bool same = agrees_on(grad, held);
+    const bool same = agrees_on(grad, held, dtype);
     release(held);
     param.attr("grad") = py::none();
     if (!same || grad_of(impl) != nullptr) return false;
@@ -138,7 +146,9 @@ const Direct* Direct::get() {
     if (wanted != nullptr && std::string(wanted) == "0") return nullptr;
     auto direct = std::make_unique<Direct>();
     try {
-      return direct->find() && direct->agrees() ? direct.release() : nullptr;
+      if (!direct->find() || !direct->agrees()) return nullptr;
+      if (PYSMOOTH_DEVICE != kDLCPU) direct->device_ = direct->other_device_;
+      return direct.release();
     } catch (const std::exception&) {  // a torch that has other names for things
       return nullptr;
     }

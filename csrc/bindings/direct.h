@@ -50,13 +50,14 @@ class Direct {
     return is_defined_(grad, &defined) == 0 && defined ? grad : nullptr;
   }
 
-  // False for a tensor that is not strided, not on a CPU, or of no dtype known here. Sizes and
+  // False for a tensor that is not strided, not on this
+  // module's device, or of no dtype known here. Sizes and
   // strides are torch's own.
   bool read(Handle tensor, DLTensor* out) const {
     int32_t layout = 0, device = 0, dtype = 0;
     int64_t ndim = 0;
     if (get_layout_(tensor, &layout) != 0 || layout != strided_ ||
-        get_device_(tensor, &device) != 0 || device != cpu_ || get_dtype_(tensor, &dtype) != 0)
+        get_device_(tensor, &device) != 0 || device != device_ || get_dtype_(tensor, &dtype) != 0)
       return false;
     if (dtype < 0 || dtype >= kDtypes || dtypes_[static_cast<size_t>(dtype)].lanes == 0)
       return false;
@@ -65,7 +66,8 @@ class Direct {
       return false;
     out->ndim = static_cast<int32_t>(ndim);
     out->dtype = dtypes_[static_cast<size_t>(dtype)];
-    out->device = {kDLCPU, 0};
+    out->device = {PYSMOOTH_DEVICE, 0};
+    if (PYSMOOTH_DEVICE != kDLCPU && get_index_(tensor, &out->device.device_id) != 0) return false;
     out->byte_offset = 0;
     return out->data != nullptr;
   }
@@ -89,7 +91,7 @@ class Direct {
 
   bool find();
   bool agrees() const;
-  bool agrees_on(pybind11::handle tensor, Handle by) const;
+  bool agrees_on(pybind11::handle tensor, Handle by, DLDataType dtype) const;
 
   // Where in a tensor's object its TensorImpl is: the first field, perhaps behind a flag. What
   // impl_of() finds there is what Python says when a tensor is first met, or it is not plain.
@@ -98,13 +100,14 @@ class Direct {
   const void* (*grad_)(const void* impl) = nullptr;
   void (*bump_version_)(Handle tensor) = nullptr;
   Getter<bool> is_defined_ = nullptr;
-  Getter<int32_t> get_layout_ = nullptr, get_device_ = nullptr, get_dtype_ = nullptr;
+  Getter<int32_t> get_layout_ = nullptr, get_device_ = nullptr, get_index_ = nullptr,
+                  get_dtype_ = nullptr;
   Getter<int64_t> get_dim_ = nullptr;
   Getter<int64_t*> get_sizes_ = nullptr, get_strides_ = nullptr;
   Getter<void*> get_data_ = nullptr;
   int32_t (*new_handle_)(Handle tensor, Handle* out) = nullptr;
   int32_t (*delete_handle_)(Handle held) = nullptr;
-  int32_t strided_ = -1, cpu_ = -1;
+  int32_t strided_ = -1, device_ = -1, other_device_ = -1;
   std::array<DLDataType, kDtypes> dtypes_{};  // by torch's number; no lanes: not taken
 };
 

@@ -14,12 +14,6 @@
 #include "core/dtype.h"
 #include "core/layout.h"
 
-// Whose tensors this module takes. pysmooth._cuda is compiled with values of its own (setup.py).
-#ifndef PYSMOOTH_BACKEND
-#define PYSMOOTH_BACKEND "cpu"
-#define PYSMOOTH_DEVICE kDLCPU
-#endif
-
 namespace pysmooth {
 
 namespace py = pybind11;

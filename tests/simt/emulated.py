@@ -112,7 +112,8 @@ def kernels() -> ctypes.CDLL:
     plain = [(str(HERE / name), []) for name in ("harness.cpp", "runtime.cpp")]
     plain += [(str(cuda / name), []) for name in ("device_plan.cpp", "launch.cu")]
     bindings = ROOT / "csrc" / "bindings"
-    bound = [*sorted(bindings.glob("cuda/*.cpp")), bindings / "tensor_reader.cpp"]
+    bound = [*sorted(bindings.glob("cuda/*.cpp"))]
+    bound += [bindings / f"{name}.cpp" for name in ("direct", "tensor_reader")]
     plain += [(str(path), BINDING_FLAGS) for path in bound]
     lib = library("kernels", sources, plain)
     for name in ("rule_name", "rule_hyper"):

@@ -45,6 +45,9 @@ PYBIND11_MODULE(_cuda, m) {
   // Local: the CPU module throws a type of that name too.
   py::register_local_exception<Unsupported>(m, "UnsupportedError", PyExc_TypeError);
   m.attr("device_type") = PYSMOOTH_DEVICE == kDLCPU ? "cpu" : "cuda";
+  Direct::get();  // while no mode of torch is on
+  m.def("set_direct_enabled", &Direct::enable, py::arg("enabled"));
+  m.def("uses_direct", [] { return Direct::get() != nullptr; });
   m.def("rules", &rules);
   m.def("missing", &missing);
   py::class_<StepPlan>(m, "Plan")

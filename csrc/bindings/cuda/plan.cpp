@@ -90,8 +90,12 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
 void StepPlan::track(size_t /*t*/, PyObject* tensor, const std::string& what) {
   DLTensor d;
   shared_reader().read(tensor, &d, [&] { return what; });
-  tracked_.push_back({tensor, {}});
-  tracked_.back().form.assign(d);
+  Tracked& x = tracked_.emplace_back();
+  x.tensor = tensor;
+  x.impl = direct_ == nullptr ? nullptr : direct_->impl_of_plain(tensor);
+  DLTensor seen;
+  if (x.impl != nullptr && !direct_->read(&x.impl, &seen)) x.impl = nullptr;
+  x.form.assign(x.impl != nullptr ? seen : d);
 }
 
 void StepPlan::read_states(size_t t, Tensor* out) {
@@ -185,12 +189,18 @@ bool StepPlan::same_lists(const py::list& param_lists) const {
 // One kind of question for many tensors, then the next kind: asking all of them about one tensor
 // and then about the next takes half as long again, because torch's code for each fills the caches
 // of instructions and branches.
+bool StepPlan::same(size_t t, int k) const {
+  const Tracked& x = known(t, k);
+  DLTensor d;
+  if (x.impl != nullptr)
+    return direct_->impl_of(x.tensor) == x.impl && direct_->read(&x.impl, &d) && x.form.same(d);
+  shared_reader().read(x.tensor, &d, [&] { return (k == 0 ? "" : "a state of ") + label(t); });
+  return x.form.same(d);
+}
+
 bool StepPlan::unmoved(size_t begin, size_t end) const {
   const auto asked = [&](size_t t, int k) {
     return k <= entries_[t].held && (active_[t] || entries_[t].held > 0);
-  };
-  const auto known = [&](size_t t, int k) -> const Tracked& {
-    return tracked_[entries_[t].tracked + static_cast<size_t>(k)];
   };
   for (int k = 0; k <= most_states_; ++k) {
     // A state's object is alive if its dict still holds it.
@@ -199,32 +209,51 @@ bool StepPlan::unmoved(size_t begin, size_t end) const {
       PyObject* const key = PyTuple_GET_ITEM(item(state_keys_, t), k - 1);
       if (PyDict_GetItemWithError(item(state_dicts_, t), key) != known(t, k).tensor) return false;
     }
-    for (size_t t = begin; t < end; ++t) {
-      if (!asked(t, k)) continue;
-      DLTensor d;
-      shared_reader().read(known(t, k).tensor, &d,
-                           [&] { return (k == 0 ? "" : "a state of ") + label(t); });
-      if (!known(t, k).form.same(d)) return false;
-    }
+    for (size_t t = begin; t < end; ++t)
+      if (asked(t, k) && !same(t, k)) return false;
   }
   return true;
 }
 
 bool StepPlan::read_gradient(size_t t) {
   DLTensor d;
-  const auto what = [&] { return "gradient of " + label(t); };
-  shared_reader().read(grads_[t].ptr(), &d, what);
   const Signature& form = entries_[t].grad;
-  if (!form.same_form(d) || d.device.device_id != device_) return false;
-  // See the CPU module's Plan::read_gradient: asking all of them would cost too much.
-  const bool may_be_lazy = d.dtype.code == kDLComplex || d.ndim == 0 ||
-                           d.strides[d.ndim - 1] != 1 || d.shape[d.ndim - 1] == 1;
-  if (may_be_lazy && has_lazy_bits(grads_[t].ptr())) {
-    grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
-    shared_reader().read(grads_[t].ptr(), &d, what);
-    if (!form.same_form(d)) return false;
+  const auto fits = [&] { return form.same_form(d) && d.device.device_id == device_; };
+  // See the CPU module's Plan::may_be_lazy.
+  const auto may_be_lazy = [&] {
+    return d.dtype.code == kDLComplex || d.ndim == 0 || d.strides[d.ndim - 1] != 1 ||
+           d.shape[d.ndim - 1] == 1;
+  };
+  const bool seen = entries_[t].given != nullptr && direct_->read(entries_[t].given, &d);
+  if (!seen || !fits() || may_be_lazy()) {
+    if (entries_[t].given != nullptr) grads_[t] = grad_of_(item(params_, t));
+    const auto read = [&] {
+      shared_reader().read(grads_[t].ptr(), &d, [&] { return "gradient of " + label(t); });
+      return fits();
+    };
+    if (!read()) return false;
+    if (may_be_lazy() && has_lazy_bits(grads_[t].ptr())) {
+      grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
+      if (!read()) return false;
+    }
   }
   addresses_[t] = d.data;
+  return true;
+}
+
+// False: the parameter is not what it was.
+bool StepPlan::find_gradient(size_t t) {
+  const Tracked& param = known(t, 0);
+  addresses_[t] = nullptr;
+  entries_[t].given = nullptr;
+  if (param.impl != nullptr) {
+    if (direct_->impl_of(param.tensor) != param.impl) return false;
+    entries_[t].given = direct_->grad_of(param.impl);
+    active_[t] = entries_[t].given != nullptr ? 1 : 0;
+  } else {
+    grads_[t] = grad_of_(param.tensor);
+    active_[t] = grads_[t].is_none() ? 0 : 1;
+  }
   return true;
 }
 
@@ -234,12 +263,9 @@ bool StepPlan::gather() {
   for (size_t begin = 0; begin < entries_.size(); begin += kBlock) {
     const size_t end = std::min(entries_.size(), begin + kBlock);
     for (size_t t = begin; t < end; ++t) {
-      grads_[t] = grad_of_(item(params_, t));
-      addresses_[t] = nullptr;
-      const char active = grads_[t].is_none() ? 0 : 1;
-      same = same && written_for_[t] == active;
-      active_[t] = active;
-      if (active && entries_[t].held != entries_[t].expected) return false;
+      if (!find_gradient(t)) return false;
+      same = same && written_for_[t] == active_[t];
+      if (active_[t] && entries_[t].held != entries_[t].expected) return false;
     }
     if (!unmoved(begin, end)) return false;
     for (size_t t = begin; t < end; ++t)
@@ -253,7 +279,7 @@ bool StepPlan::gather() {
 void StepPlan::note_written() {
   written_ = py::list();
   for (size_t t = 0; t < entries_.size(); ++t)
-    if (active_[t]) written_.append(py::handle(item(params_, t)));
+    if (active_[t] && known(t, 0).impl == nullptr) written_.append(py::handle(item(params_, t)));
   for (const py::handle root : state_roots_) written_.append(root);
   written_for_ = active_;
 }
@@ -301,6 +327,8 @@ bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const p
                    inputs_.data(), numbers, reinterpret_cast<void*>(stream)),
         "launch");
   increment_version(written_);
+  for (size_t t = 0; t < entries_.size(); ++t)
+    if (active_[t] && known(t, 0).impl != nullptr) direct_->count_write(&known(t, 0).impl);
   return true;
 }
 

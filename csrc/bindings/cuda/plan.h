@@ -10,6 +10,7 @@
 #include <deque>
 #include <optional>
 
+#include "bindings/direct.h"
 #include "bindings/tensor_reader.h"
 #include "cuda/launch.h"
 
@@ -38,12 +39,14 @@ class StepPlan {
  private:
   struct Tracked {
     PyObject* tensor;  // a parameter's is owned by params_; a state's is looked up first
+    const void* impl;  // behind `tensor`, if it still is; null: not to be asked directly
     Signature form;
   };
   struct Entry {
     size_t tracked = 0;  // into tracked_: the parameter, then its states
     int expected = 0, held = 0;
     Signature grad;
+    Handle given = nullptr;  // the gradient in this step, where it is asked directly
   };
 
   std::string label(size_t t) const { return "parameter '" + names_[t] + "'"; }
@@ -51,6 +54,11 @@ class StepPlan {
   void read_states(size_t t, Tensor* out);
   void read_layouts(size_t t, Tensor* out);
   bool same_lists(const py::list& param_lists) const;
+  const Tracked& known(size_t t, int k) const {
+    return tracked_[entries_[t].tracked + static_cast<size_t>(k)];
+  }
+  bool same(size_t t, int k) const;
+  bool find_gradient(size_t t);
   bool unmoved(size_t begin, size_t end) const;
   bool read_gradient(size_t t);
   bool gather();
@@ -59,6 +67,7 @@ class StepPlan {
 
   py::list params_, state_dicts_, state_keys_, state_roots_, written_;
   AttributeGetter grad_of_{"grad"};
+  const Direct* direct_ = Direct::get();
   std::vector<std::string> names_;
   std::vector<Entry> entries_;
   std::vector<Tracked> tracked_;
