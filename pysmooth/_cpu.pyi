@@ -19,6 +19,18 @@ class BackwardSums:
     def __init__(self, norm_type: float) -> None: ...
     def __call__(self, param: Tensor, /) -> None: ...
 
+class Watch:
+    def __init__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state: dict[Any, Any],
+        keys: list[str],
+    ) -> None: ...
+    def look(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bytes | None: ...
+    @property
+    def all_present(self) -> bool: ...
+
 class Plan:
     def __init__(
         self,

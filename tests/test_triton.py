@@ -422,7 +422,7 @@ class Recorded:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     record = Recorded()
-    monkeypatch.setattr(Launch, "__call__", lambda launch: record(launch))
+    monkeypatch.setattr(Launch, "__call__", lambda launch, _: record(launch))
     return record
 
 
@@ -519,3 +519,69 @@ def test_specs_are_compiled_for_what_they_say() -> None:
     b = plan.reduce_spec(torch.float32, method, 0, True)
     assert a == b
     assert hash(a) == hash(b)
+
+
+# ---- what the host does --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_changes_between_steps_are_noticed(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the native module, or in Python where there is none: the same steps."""
+    if not native:
+        monkeypatch.setattr("pysmooth.engine.triton._watch", lambda *_: None)
+
+    def run(backend: str) -> list[Tensor]:
+        params = make_params([(5, 4), (33,), (1,), (0, 2)])
+        optimizer: Any = pysmooth.ClipSGD(params, 0.1, momentum=0.9, backend=backend)
+        rows = record_grads(params, 7)
+        set_grads(params, rows[0])
+        params[1].grad = None
+        optimizer.step()  # one joins later
+        for step, row in enumerate(rows[1:]):
+            set_grads(params, row)
+            if step == 1:
+                params[0].grad = row[0].float().t().contiguous().t()  # another layout
+            elif step == 2:
+                optimizer.state[params[0]]["momentum_buffer"] = torch.ones(5, 4)
+            elif step == 3:
+                params[1].data = params[1].detach().clone()
+            elif step == 4:
+                params[2].grad = torch.complex(row[2].float(), row[2].float()).conj().imag
+            optimizer.step()
+        return tensors(optimizer)
+
+    assert_same_bits(run("triton"), run("cpu"))
+
+
+def test_a_usual_step_asks_nothing_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    optimizer = pysmooth.Adam(params, max_norm=1.0, backend="triton")
+    rows = record_grads(params, 3)
+    advance(optimizer, params, rows[:1])
+    monkeypatch.delattr(TritonEngine, "_gathered")
+    advance(optimizer, params, rows[1:])
+    params[0].grad = None
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 3
+    assert optimizer.state[params[1]]["step"] == 4
+
+
+def test_a_learning_rate_on_the_device_is_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pysmooth.engine.triton.LATE", ("cpu",))
+    params, plain = make_params(), make_params()
+    lr = torch.tensor(0.1)
+    optimizer = pysmooth.AdamW(params, lr=lr, weight_decay=0.1, backend="triton")
+    twin = pysmooth.AdamW(plain, lr=0.1, weight_decay=0.1, backend="triton")
+    rows = record_grads(params, 3)
+    for step, row in enumerate(rows):
+        lr.fill_(0.1 / (1 + step))
+        twin.param_groups[0]["lr"] = float(lr)
+        with monkeypatch.context() as patched:
+            if step:  # the first one looks at the arguments
+                patched.setattr(Tensor, "__float__", lambda _: pytest.fail("the host waited"))
+            advance(optimizer, params, [row])
+        advance(twin, plain, [row])
+    assert_same_bits(params, plain)
+    optimizer.param_groups[0]["lr"] = torch.tensor(1, dtype=torch.int64)
+    with pytest.raises((ValueError, TypeError), match="lr"):
+        optimizer.step()

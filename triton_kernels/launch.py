@@ -36,22 +36,35 @@ class Spec:
 
 
 class Launch:
-    """One launch of a step."""
+    """One launch of a step.
+
+    The first call compiles, and finds out that all tables lie at 16-byte boundaries. After that
+    tables go by their addresses: a tensor would be asked for its own, and the driver if it is on
+    the device, at every launch.
+    """
 
     def __init__(self, spec: Spec, programs: int, arguments: Sequence[torch.Tensor | int]) -> None:
         self.spec = spec
         self.grid = (programs, 1, 1)
         self.arguments = tuple(arguments)
-        self._all = (*self.arguments, *(value for _, value in spec.constants))
+        constants = tuple(value for _, value in spec.constants)
+        self._first = (*self.arguments, *constants)
+        addresses = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in self.arguments)
+        self._bound = (*addresses, *constants)
         self._compiled: Any = None
 
-    def __call__(self) -> None:
-        """Launches on the current stream."""
+    def __call__(self, stream: int | None = None) -> None:
+        """Launches on a stream of the current device; None: the current one."""
         if self.grid[0] == 0:  # nothing but empty tensors
             return
         if self._compiled is not None:
-            self._compiled(*self._all)
+            self._compiled(*self._bound, stream=stream)
             return
-        made = self.spec.kernel[self.grid](*self._all, **self.spec.options)
+        made = self.spec.kernel[self.grid](*self._first, **self.spec.options)
         if not INTERPRETED:
             self._compiled = made[self.grid]
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream that torch works on; CUDA's and ROCm's."""
+    return torch.cuda.current_stream(device).cuda_stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import tuning
 from .how import STOCHASTIC
-from .launch import Launch, Spec
+from .launch import Launch, Spec, current_stream
 from .operands import CONSTANTS
 from .rule import KNOWN
 from .rules import RULES
@@ -29,6 +30,7 @@ from .table import (
     is_linear,
     merge_layout,
 )
+from .tuning import INTERPRETED
 
 
 @dataclass
@@ -104,14 +106,15 @@ class Words:
         """Addresses of the loss scale and of its overflow flag; 0: none."""
         return self.device_words[self._amp :]
 
-    def send(self, gradients: list[int], hypers: list[float], amp: tuple[int, int]) -> None:
+    def send(self, gradients: bytes, hypers: list[float], amp: tuple[int, int]) -> None:
         """Sends what changed: all of it or, usually, nothing."""
         news = (gradients, hypers, amp)
         if news == self.sent:
             return
         pinned = self.device.type == "cuda"
         host = torch.zeros(self._amp + 2, dtype=torch.int64, pin_memory=pinned)
-        host[: self.tensors] = torch.tensor(gradients, dtype=torch.int64)
+        if self.tensors:
+            host[: self.tensors] = torch.frombuffer(bytearray(gradients), dtype=torch.int64)
         host[self._floats : self._amp].view(torch.float64).copy_(
             torch.tensor(hypers, dtype=torch.float64)
         )
@@ -309,7 +312,7 @@ class Plan:
 
     def run(
         self,
-        gradients: list[int],
+        gradients: bytes,
         hypers: list[float],
         amp: tuple[int, int] = (0, 0),
         *,
@@ -319,7 +322,7 @@ class Plan:
         """One step, with these addresses and numbers.
 
         Args:
-            gradients: an address per slot; 0: it sits out the step.
+            gradients: an address per slot, as `packed` makes them; 0: it sits out the step.
             hypers: a row per group, as `group_words` makes it.
             amp: addresses of the loss scale and of its overflow flag; 0: none.
             held: places in `hypers` whose numbers are on the device, and these.
@@ -333,9 +336,15 @@ class Plan:
         words.send(gradients, hypers, amp)
         for place, number in held:
             words.hypers[place].copy_(number.reshape(()), non_blocking=True)
+        stream = None if INTERPRETED else current_stream(self.device)
         for part in passes:
             for launch in launches[part]:
-                launch()
+                launch(stream)
+
+
+def packed(addresses: Iterable[int]) -> bytes:
+    """Addresses as words."""
+    return array("q", addresses).tobytes()
 
 
 def group_words(hyper: Sequence[float], clip: Sequence[float], counts: bool) -> list[float]:

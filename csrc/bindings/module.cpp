@@ -1,6 +1,7 @@
 // The extension module pysmooth._cpu.
 
 #include "bindings/plan.h"
+#include "bindings/watch.h"
 
 namespace pysmooth {
 namespace {
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_backward_sums(m);
   bind_plan(m);
   bind_functional(m);
+  bind_watch(m);
   m.def("rules", &rules);
   m.def("isa", [] { return std::string(kernels().isa); });
   m.def("isa_levels", &isa_levels);

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .._errors import BackendError
-from ..triton_kernels.plan import Plan, Slot, group_words
+from ..triton_kernels.plan import Plan, Slot, group_words, packed
 from ..triton_kernels.rules import RULES
 from ..triton_kernels.selection import MOST_BLOCK
 from ..triton_kernels.specs import IN_BLOCK, Method
+from ..triton_kernels.table import GROUP_WORDS
 from .amp import Amp
+from .backends import native_module
 from .device import DeviceEngine, Member, Told, gradient_of, on_device
 from .recipe import (
     GRADIENT,
@@ -28,8 +30,10 @@ from .recipe import (
 from .state import version_roots
 
 if TYPE_CHECKING:
+    from .._cpu import Watch
     from ..optim._base import FusedOptimizer
 
+LATE = ("cuda",)  # devices that work behind the host's back
 Form = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
@@ -46,20 +50,20 @@ class TritonEngine(DeviceEngine):
         self._addresses: list[int] = []
         self._forms: list[Form] = []
         self._roots: list[Tensor] = []
+        self._params: list[Tensor] = []
+        self._watch: Watch | None = None  # where the native module can tell
+        self._resolved: list[Tensor | None] = []
         self._selections = (0, 0)  # of plans that are gone
 
     @torch.no_grad()
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step: reduce where norms are needed, finalize, apply."""
         recipes = optimizer.recipes()
+        addresses, written = self._quick(optimizer, recipes)
+        if addresses is None:
+            addresses, written = self._gathered(optimizer, recipes)
         plan = self._plan
-        if plan is None or not self._fits(optimizer, recipes):
-            plan = self._build(optimizer, recipes)
-        grads = self._gradients()
-        if grads is None:  # of another dtype or layout than before
-            plan = self._build(optimizer, recipes)
-            grads = self._gradients()
-            assert grads is not None
+        assert plan is not None
         held = [on_device(plan.device, t) for t in amp]
         words = [
             word
@@ -67,11 +71,58 @@ class TritonEngine(DeviceEngine):
             for word in group_words(recipe.hyper, recipe.clip, recipe.accumulates)
         ]
         scale, found_inf = (0 if t is None else t.data_ptr() for t in held)
-        plan.run([address for _, address in grads], words, (scale, found_inf))
-        written = [m.param for m, (g, _) in zip(self._members, grads, strict=True) if g is not None]
+        rates = [
+            (index * GROUP_WORDS.value + RULES[recipe.rule].hyper.index("lr"), self._rate(lr))
+            for index, (recipe, group) in enumerate(
+                zip(recipes, optimizer.param_groups, strict=True)
+            )
+            if isinstance(lr := group.get("lr"), Tensor) and self.reads(lr)
+        ]
+        plan.run(addresses, words, (scale, found_inf), held=rates)
         torch.autograd.graph.increment_version([*written, *self._roots])
         if plan.device.type == "cpu":  # the interpreter: there is nothing to wait for
             self.settled(optimizer)
+
+    def reads(self, value: object) -> bool:
+        """Whether kernels read this learning rate where it is: on the device."""
+        return isinstance(value, Tensor) and value.device.type in LATE
+
+    def _rate(self, lr: Tensor) -> Tensor:
+        plan = self._plan
+        assert plan is not None
+        if lr.device != plan.device or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"lr is a {lr.dtype} tensor on {lr.device}; the triton backend reads float32 and "
+                f"float64 on the parameters' device, {plan.device}"
+            )
+        return lr.detach()
+
+    def _quick(
+        self, optimizer: FusedOptimizer, recipes: list[Recipe]
+    ) -> tuple[bytes | None, list[Tensor]]:
+        """Addresses of gradients, and who has one; None where anything is not as it was."""
+        if self._watch is None or self._built_for != _form(optimizer, recipes):
+            return None, []
+        addresses = self._watch.look(optimizer.param_groups, optimizer.state)
+        if addresses is None or self._watch.all_present:
+            return addresses, self._params
+        return addresses, [p for p in self._params if p.grad is not None]
+
+    def _gathered(
+        self, optimizer: FusedOptimizer, recipes: list[Recipe]
+    ) -> tuple[bytes, list[Tensor]]:
+        """The same in Python, with a new plan where one is needed."""
+        if self._plan is None or not self._fits(optimizer, recipes):
+            self._build(optimizer, recipes)
+        grads = self._gradients()
+        if grads is None:  # of another dtype or layout than before
+            self._build(optimizer, recipes)
+            grads = self._gradients()
+            assert grads is not None
+        # Kept until the step is enqueued: what was resolved lives nowhere else.
+        self._resolved = [g for g, _ in grads]
+        written = [p for p, (g, _) in zip(self._params, grads, strict=True) if g is not None]
+        return packed(address for _, address in grads), written
 
     # ---- what a step reads ---------------------------------------------------------------------
 
@@ -137,6 +188,8 @@ class TritonEngine(DeviceEngine):
         self._states = [[(k, t, t.data_ptr()) for k, t in m.held.items()] for m in members]
         self._forms = [(g.dtype, g.shape, g.stride(), g.data_ptr() % 16 == 0) for g in grads]
         self._addresses = [m.param.data_ptr() for m in members]
+        self._params = [m.param for m in members]
+        self._watch = _watch(optimizer, members)
         self._roots = version_roots([t for m in members for t in m.held.values()])
         self._built_for = _form(optimizer, recipes)
         return plan
@@ -192,6 +245,23 @@ def lacks(recipe: Recipe) -> str | None:
     if recipe.scales_blocks:
         return "scope='block' of QSGD"
     return None
+
+
+def _watch(optimizer: FusedOptimizer, members: list[Member]) -> Watch | None:
+    """What tells quickly if all is where it was; None without the native module."""
+    try:
+        module = native_module()
+    except BackendError:
+        return None
+    # One that lacks states is to have no gradient.
+    lacking = [bool(m.recipe.keys) and not m.held for m in members]
+    grads = [
+        None if lacks_states else gradient_of(m.param)
+        for m, lacks_states in zip(members, lacking, strict=True)
+    ]
+    keys = dict.fromkeys(key for m in members for key in m.recipe.keys)
+    watch: Watch = module.Watch([m.param for m in members], grads, optimizer.state, list(keys))
+    return watch
 
 
 def _check_select(optimizer: FusedOptimizer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference.clip import norm_dtype
 from ..triton_kernels.how import STORED
-from ..triton_kernels.plan import Plan, Slot, group_words
+from ..triton_kernels.plan import Plan, Slot, group_words, packed
 from ..triton_kernels.specs import Method
 from .checks import check_memory
 from .recipe import ClipMode, ClipSpec
@@ -54,7 +54,8 @@ def clip(tensors: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor
 
 def _run(plan: Plan, tensors: Sequence[Tensor], max_norm: float, part: int) -> None:
     row = group_words((1.0,), ClipSpec(ClipMode.HARD, max_norm, 1e-6), counts=False)
-    plan.run([t.data_ptr() if t.numel() else 0 for t in tensors], row, passes=(part,))
+    addresses = packed(t.data_ptr() if t.numel() else 0 for t in tensors)
+    plan.run(addresses, row, passes=(part,))
 
 
 def _real(t: Tensor) -> Tensor:
