@@ -1,6 +1,6 @@
 """Types of the native CPU module (csrc/bindings)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -30,6 +30,10 @@ class Watch:
     def look(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bytes | None: ...
     @property
     def all_present(self) -> bool: ...
+
+class StateSnapshot:
+    def __init__(self, state: Mapping[Tensor, Any]) -> None: ...
+    def same(self, state: Mapping[Tensor, Any]) -> bool: ...
 
 class Plan:
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import tracemalloc
 
@@ -215,6 +216,27 @@ def test_states_replaced_by_the_user(entry: Entry, backend: str) -> None:
     advance(plain, expected, rows[2:])
     assert_same_snapshot(snapshot(optimizer), snapshot(plain))
     assert_same_bits(old, kept)
+
+
+@every_backend
+@every_entry
+def test_dicts_of_states_replaced_by_the_user(entry: Entry, backend: str) -> None:
+    """As an offloader does: equal states in another dict, and nothing may write to the old ones."""
+    params, expected = make_params(), make_params()
+    rows = record_grads(params, 4)
+    optimizer, plain = entry.build(params, backend), entry.build(expected, backend)
+    advance(optimizer, params, rows[:2])
+    advance(plain, expected, rows[:2])
+    old = [dict(optimizer.state[p]) for p in params]
+    kept = copy.deepcopy(old)
+    for p, held in zip(params, kept, strict=True):
+        optimizer.state[p] = copy.deepcopy(held)
+    advance(optimizer, params, rows[2:])
+    advance(plain, expected, rows[2:])
+    assert_same_snapshot(snapshot(optimizer), snapshot(plain))
+    for before, after in zip(kept, old, strict=True):
+        for key, value in before.items():
+            assert torch.equal(torch.as_tensor(after[key]), torch.as_tensor(value)), key
 
 
 @every_backend

@@ -1,6 +1,7 @@
 // The extension module pysmooth._cpu.
 
 #include "bindings/plan.h"
+#include "bindings/state_snapshot.h"
 #include "bindings/watch.h"
 
 namespace pysmooth {
@@ -42,6 +43,9 @@ PYBIND11_MODULE(_cpu, m) {
   bind_plan(m);
   bind_functional(m);
   bind_watch(m);
+  py::class_<StateSnapshot>(m, "StateSnapshot")
+      .def(py::init<const py::dict&>(), py::arg("state"))
+      .def("same", &StateSnapshot::same, py::arg("state"));
   m.def("rules", &rules);
   m.def("isa", [] { return std::string(kernels().isa); });
   m.def("isa_levels", &isa_levels);

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .._errors import BackendError
 from .amp import Amp
+from .backends import native_module
 from .device import DeviceEngine, Told, gradient_of, on_device
 from .recipe import GRADIENT, ClipMode, Recipe, needs_reduce
 from .state import version_roots
 
 if TYPE_CHECKING:
+    from .._cpu import StateSnapshot
     from .._cuda import Plan, RuleInfo
     from ..optim._base import FusedOptimizer
 
@@ -46,6 +48,7 @@ class CudaEngine(DeviceEngine):
         self._rules: Mapping[str, RuleInfo] = {rule["name"]: rule for rule in native.rules()}
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
+        self._states: StateSnapshot | None = None
         self._device = torch.device("cpu")
         self._stream = 0
         self._memory = self._inputs = torch.empty(0, dtype=torch.uint8)
@@ -57,7 +60,8 @@ class CudaEngine(DeviceEngine):
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step, enqueued."""
         recipes = optimizer.recipes()
-        if self._plan is None or self._built_for != _form(optimizer, recipes):
+        known = self._states is not None and self._states.same(optimizer.state)
+        if self._plan is None or not known or self._built_for != _form(optimizer, recipes):
             self._build(optimizer, recipes, amp)
         try:
             if not self._enqueue(optimizer, recipes, amp):
@@ -161,6 +165,7 @@ class CudaEngine(DeviceEngine):
         self._told = Told(*(self._numbers[name] for name in Told._fields))
         self._copied = self.copies_gradients()
         self._built_for = _form(optimizer, recipes)
+        self._states = native_module().StateSnapshot(optimizer.state)
 
     def started(self) -> list[bool]:
         """Per parameter, whether a step of this plan has used its states. Waits for the device."""

@@ -14,7 +14,7 @@ from .recipe import SCALARS, ClipMode, Recipe
 from .state import fill_state, new_states, version_roots
 
 if TYPE_CHECKING:
-    from .._cpu import Plan
+    from .._cpu import Plan, StateSnapshot
     from ..optim._base import FusedOptimizer
 
 APPLIED, SKIPPED, NONFINITE, STALE = range(4)
@@ -29,6 +29,8 @@ class NativeEngine:
         self._native = native
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
+        self._states: StateSnapshot | None = None
+        self._state_dicts: list[dict[str, Any]] = []
         self._unscale = 1.0
         # Parameters whose states were allocated for a step that has not happened yet, with what
         # their state dict held before; None where there was none.
@@ -53,7 +55,7 @@ class NativeEngine:
         wanted = _form(optimizer, recipes)
         numbers = (hypers, clips, threads, unscale, not optimizer.unscaled_by_scaler)
         plan = self._plan
-        if plan is None or wanted != self._built_for:
+        if plan is None or wanted != self._built_for or not self._holds(optimizer):
             plan = self._build(optimizer, recipes)
         try:
             outcome = plan.step(lists, *numbers)
@@ -86,6 +88,7 @@ class NativeEngine:
                     plan is None
                     or len(optimizer.state) != self._built_for[0]
                     or p not in self._places
+                    or optimizer.state.get(p) is not self._state_dicts[self._places[p][0]]
                 ):
                     plan = self._build(optimizer, optimizer.recipes())
                 place, g = self._places[p]
@@ -103,6 +106,10 @@ class NativeEngine:
             self._discard_fresh(optimizer)
         self._fresh = []
         return bool(outcome == APPLIED)
+
+    def _holds(self, optimizer: FusedOptimizer) -> bool:
+        """Whether the optimizer's states are in the dicts that the plan knows."""
+        return self._states is not None and self._states.same(optimizer.state)
 
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
         self._selections = self.selections()
@@ -156,6 +163,8 @@ class NativeEngine:
         except BaseException:
             self._discard_fresh(optimizer)
             raise
+        self._state_dicts = state_dicts
+        self._states = self._native.StateSnapshot(optimizer.state)
         self._places = {p: (i, g) for i, (p, g) in enumerate(zip(params, groups, strict=True))}
         self._built_for = _form(optimizer, recipes)
         return self._plan
