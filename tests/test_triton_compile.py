@@ -14,11 +14,20 @@ if triton_interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from pysmooth.triton_kernels import compile as aot
-from pysmooth.triton_kernels.plan import apply_spec
+from pysmooth.triton_kernels.launch import Spec
 from pysmooth.triton_kernels.rules import RULES
+from pysmooth.triton_kernels.specs import Form, apply_spec
 
 PLAIN = (torch.float32,) * 4
-ADAM = apply_spec(RULES["adam"], PLAIN, 0, True, 0, False)
+
+
+def adam(*, aligned: bool) -> Spec:
+    spec = apply_spec(RULES["adam"], Form(PLAIN, aligned=aligned), zero=False)
+    assert spec is not None
+    return spec
+
+
+ADAM = adam(aligned=True)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
@@ -30,7 +39,7 @@ def test_adam_is_exact_and_in_whole_vectors(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
 def test_narrow_accesses_are_seen(target: str) -> None:
-    unaligned = apply_spec(RULES["adam"], PLAIN, 0, False, 0, False)
+    unaligned = adam(aligned=False)
     report = aot.compile_spec("adam", unaligned, target)
     assert aot.faults(report, unaligned) == []
     assert any("accesses of 16 bytes" in fault for fault in aot.faults(report, ADAM))

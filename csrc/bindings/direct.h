@@ -50,9 +50,8 @@ class Direct {
     return is_defined_(grad, &defined) == 0 && defined ? grad : nullptr;
   }
 
-  // False for a tensor that is not strided, not on this
-  // module's device, or of no dtype known here. Sizes and
-  // strides are torch's own.
+  // False for a tensor that is not strided, not on this module's device, or of no dtype known here.
+  // Sizes and strides are torch's own.
   bool read(Handle tensor, DLTensor* out) const {
     int32_t layout = 0, device = 0, dtype = 0;
     int64_t ndim = 0;
