@@ -1,4 +1,5 @@
-// Whose states lie in which dict: an optimizer's `state`, as it was when a plan was made.
+// Whose states lie in which dict: an optimizer's `state`, as it was when a plan was made. Its order
+// is kept and walked, since tensors hash slowly.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -23,7 +23,8 @@ bool may_be_lazy(const DLTensor& t, int64_t numel) {
 }  // namespace
 
 Watch::Watch(const py::list& params, const py::list& grads, const py::dict& state,
-             const std::vector<std::string>& keys) {
+             const std::vector<std::string>& keys)
+    : dicts_(state) {
   for (size_t i = 0; i < params.size(); ++i) {
     Member m{params[i], address_of(params[i]), {}};
     DLTensor t;
@@ -38,14 +39,11 @@ Watch::Watch(const py::list& params, const py::list& grads, const py::dict& stat
     members_.push_back(std::move(m));
   }
   for (const auto& item : state) {
-    Entry e{py::reinterpret_borrow<py::object>(item.first),
-            py::reinterpret_borrow<py::object>(item.second),
-            {}};
-    const auto held = py::reinterpret_borrow<py::dict>(item.second);
+    Entry e{py::reinterpret_borrow<py::dict>(item.second), {}};
     for (const std::string& key : keys)
-      if (held.contains(key.c_str())) {
+      if (e.states.contains(key.c_str())) {
         PyObject* const interned = PyUnicode_InternFromString(key.c_str());
-        const py::object tensor = held[key.c_str()];
+        const py::object tensor = e.states[key.c_str()];
         e.held.push_back({py::reinterpret_steal<py::str>(interned), tensor, address_of(tensor)});
       }
     entries_.push_back(std::move(e));
@@ -67,18 +65,14 @@ bool Watch::same_params(const py::list& groups) const {
 }
 
 bool Watch::same_states(const py::dict& state) const {
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t at = 0;
-  for (const Entry& e : entries_) {
-    if (PyDict_Next(state.ptr(), &at, &key, &value) == 0) return false;
-    if (key != e.param.ptr() || value != e.states.ptr()) return false;
+  if (!dicts_.same(state)) return false;
+  for (const Entry& e : entries_)
     for (const Held& held : e.held) {
       DLTensor t;
-      if (PyDict_GetItem(value, held.key.ptr()) != held.tensor.ptr()) return false;
+      if (PyDict_GetItem(e.states.ptr(), held.key.ptr()) != held.tensor.ptr()) return false;
       if (!shared_reader().peek(held.tensor.ptr(), &t) || t.data != held.address) return false;
     }
-  }
-  return PyDict_Next(state.ptr(), &at, &key, &value) == 0;
+  return true;
 }
 
 bool Watch::same_grad(const Member& m, int64_t* address) {

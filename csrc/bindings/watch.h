@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/state_snapshot.h"
 #include "bindings/tensor_reader.h"
 
 namespace pysmooth {
@@ -34,9 +35,8 @@ class Watch {
     Signature grad;  // ndim -1: none
     bool aligned = false, empty = false, lazy = false;
   };
-  // In the order of the optimizer's dict: tensors hash slowly.
   struct Entry {
-    py::object param, states;
+    py::dict states;  // the optimizer's, of one parameter
     std::vector<Held> held;
   };
   bool same_params(const py::list& groups) const;
@@ -45,6 +45,7 @@ class Watch {
 
   std::vector<Member> members_;
   std::vector<Entry> entries_;
+  StateSnapshot dicts_;
   size_t present_ = 0;
   AttributeGetter grad_of_{"grad"};
 };
