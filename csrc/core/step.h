@@ -13,6 +13,15 @@ namespace pysmooth {
 enum class Reduction : int { sum_squares, sum_abs, max_abs, min_abs, count_nonzero, sum_power };
 constexpr int kReductions = 6;
 
+// What a norm of this order is made of.
+inline Reduction reduction_of(double norm_type) {
+  if (norm_type == 2.0) return Reduction::sum_squares;
+  if (norm_type == 1.0) return Reduction::sum_abs;
+  if (norm_type == 0.0) return Reduction::count_nonzero;
+  if (std::isinf(norm_type)) return norm_type > 0 ? Reduction::max_abs : Reduction::min_abs;
+  return Reduction::sum_power;
+}
+
 // Over which gradients a clip norm is taken; block: SelectSpec::block consecutive elements, in
 // passes before apply alone.
 enum class Scope : int { global = 0, group = 1, tensor = 2, block = 3 };

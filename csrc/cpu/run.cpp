@@ -20,14 +20,6 @@ namespace {
 
 std::atomic<bool> forked{false};
 
-Reduction reduction_of(double norm_type) {
-  if (norm_type == 2.0) return Reduction::sum_squares;
-  if (norm_type == 1.0) return Reduction::sum_abs;
-  if (norm_type == 0.0) return Reduction::count_nonzero;
-  if (std::isinf(norm_type)) return norm_type > 0 ? Reduction::max_abs : Reduction::min_abs;
-  return Reduction::sum_power;
-}
-
 double combine(Reduction kind, double a, double b) {
   if (kind == Reduction::max_abs) return a > b || a != a ? a : b;
   if (kind == Reduction::min_abs) return a < b || a != a ? a : b;

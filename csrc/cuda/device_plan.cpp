@@ -30,14 +30,6 @@ Access access_of(const Tensor& tensor) {
 constexpr int teams_of(int group) { return kWarp / (kRow / group); }
 constexpr int teams_of(Access access) { return teams_of(access == kMixed ? 8 : 4); }
 
-Reduction reduction_of(double norm_type) {
-  if (norm_type == 2.0) return Reduction::sum_squares;
-  if (norm_type == 1.0) return Reduction::sum_abs;
-  if (norm_type == 0.0) return Reduction::count_nonzero;
-  if (std::isinf(norm_type)) return norm_type > 0 ? Reduction::max_abs : Reduction::min_abs;
-  return Reduction::sum_power;
-}
-
 template <class T>
 void write(std::vector<char>* image, size_t at, const std::vector<T>& values) {
   if (!values.empty()) std::memcpy(image->data() + at, values.data(), sizeof(T) * values.size());
