@@ -39,8 +39,9 @@ def default_out() -> Path:
     return root / "results" / "local" if in_checkout else Path("pysmooth-bench-results")
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def run(
+    context: typer.Context,
     methods: Annotated[str | None, typer.Option(help="Default: all on named models.")] = None,
     models: Annotated[str | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
@@ -54,6 +55,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Where the files go.")] = None,
 ) -> None:
     """Measures pysmooth against every rival that is installed, and writes a report."""
+    if context.invoked_subcommand is not None:
+        return
     set_threads(threads)
     if dtype not in DTYPES:
         raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}", param_hint="--dtype")
