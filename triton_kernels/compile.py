@@ -28,9 +28,11 @@ from .apply import apply
 from .finalize import finalize, finish_pass
 from .how import KAHAN, MASTER, STOCHASTIC, How
 from .launch import Spec
+from .rand_k import rand_k
 from .rule import Rule
 from .rules import RULES
-from .select import narrow, rand_k, sample, select_block, selected, ties
+from .sample import sample
+from .select import narrow, select_block, selected, ties
 from .selection import SETTLE, begin_spec, select_specs
 from .source import source
 from .specs import (

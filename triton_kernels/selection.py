@@ -1,4 +1,4 @@
-"""The launches of a selection (select.py), and their tables."""
+"""The launches of a selection (sample.py, select.py, rand_k.py), and their tables."""
 
 from __future__ import annotations
 
@@ -12,22 +12,11 @@ from torch import Tensor
 from . import tuning
 from .how import How
 from .launch import Launch, Spec
+from .rand_k import rand_k
 from .rule import Rule
 from .rules import RULES
-from .select import (
-    DIGIT_BITS,
-    DIGITS,
-    LINE,
-    SAMPLE,
-    begin_select,
-    narrow,
-    rand_k,
-    sample,
-    select_block,
-    selected,
-    settle,
-    ties,
-)
+from .sample import DIGIT_BITS, DIGITS, LINE, SAMPLE, begin_select, sample
+from .select import narrow, select_block, selected, settle, ties
 from .specs import IN_ALL, IN_BLOCK, TOP_K, Form, Method, pass_how
 from .table import CHUNK, LIST, UNIT_WORDS
 
