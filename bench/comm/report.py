@@ -1,0 +1,167 @@
+"""Tables and pictures of `comm`, and the files they are kept in."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from pysmooth.distributed.network import Network
+
+from .contestants import CONTESTANTS
+from .link import bytes_per_second
+from .predict import packing, predicted
+
+RANKS = (2, 8, 64, 1024, 16384)
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A link's race, a row per contestant: times, bytes, packing, the model's word."""
+    race = found["race"]
+    dense = race["dense"]["seconds"]
+    out = []
+    for name in (n for n in race if n != "alone"):
+        seconds = race[name]["seconds"]
+        work = packing(race, name)
+        saved = statistics.median(dense) - statistics.median(seconds) + work
+        out.append(
+            {
+                "contestant": name,
+                "seconds": statistics.median(seconds),
+                "speedup": statistics.median(d / s for d, s in zip(dense, seconds, strict=True)),
+                "sent": race[name]["sent"],
+                "packing": work,
+                # Of the time of dense communication that it saves; 0 for nothing done.
+                "packing_share": work / saved if saved > 0 else None,
+                "predicted": predicted(found, name, found["ranks"]),
+            }
+        )
+    return out
+
+
+def print_race(found: dict[str, Any], console: Console) -> None:
+    """One link's table."""
+    title = f"{found['description']}, {found['ranks']} ranks, {found['rate']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "ms / step", "x dense", "MiB sent", "packing ms", "of saved", "model ms"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows(found):
+        share, model = row["packing_share"], row["predicted"]
+        table.add_row(
+            row["contestant"],
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['sent'] / 2**20:.3f}",
+            f"{1e3 * row['packing']:.1f}",
+            "-" if share is None else f"{share:.0%}",
+            "-" if model is None else f"{1e3 * model:.1f}",
+        )
+    console.print(table)
+
+
+def print_quality(found: dict[str, Any], console: Console) -> None:
+    """The losses after the same number of steps."""
+    table = Table(title=f"{found['description']}, loss after {found['steps']} steps")
+    for column in ("", "training, last tenth", "held out", "against dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    dense = found["quality"]["dense"]["held_out"]
+    for name, row in found["quality"].items():
+        tail = row["losses"][-max(1, len(row["losses"]) // 10) :]
+        table.add_row(
+            name,
+            f"{statistics.mean(tail):.4f}",
+            f"{row['held_out']:.4f}",
+            f"{row['held_out'] / dense - 1:+.1%}",
+        )
+    console.print(table)
+
+
+def write(results: dict[str, Any], out: Path) -> list[Path]:
+    """Writes JSON and pictures, and names them."""
+    out.mkdir(parents=True, exist_ok=True)
+    for found in results["races"]:
+        found["rows"] = rows(found)
+    path = out / "comm.json"
+    path.write_text(json.dumps(results, indent=1))
+    files = [path]
+    shaped = [f for f in results["races"] if f["rate"] != "loopback"]
+    for workload in dict.fromkeys(f["workload"] for f in shaped):
+        mine = [f for f in shaped if f["workload"] == workload]
+        files.append(_steps(mine, out / f"comm-{workload}.png"))
+        files.append(_when(mine[-1], out / f"comm-{workload}-ranks.png"))
+    for found in results["qualities"]:
+        files.append(_losses(found, out / f"comm-{found['workload']}-losses.png"))
+    return files
+
+
+def _save(path: Path) -> Path:
+    plt.tight_layout()
+    plt.savefig(path, dpi=110)
+    plt.close()
+    return path
+
+
+def _steps(races: list[dict[str, Any]], path: Path) -> Path:
+    names = [row["contestant"] for row in races[0]["rows"]]
+    _, axes = plt.subplots(
+        1, len(races), figsize=(2.2 + 3 * len(races), 1 + 0.3 * len(names)), sharey=True
+    )
+    for axis, found in zip([axes] if len(races) == 1 else axes, races, strict=True):
+        values = {row["contestant"]: row["speedup"] for row in found["rows"]}
+        bars = axis.barh(names[::-1], [values[name] for name in names[::-1]], color="#2a9d6f")
+        axis.bar_label(bars, fmt="%.2g", padding=2, fontsize=8)
+        axis.axvline(1, color="#555555", linewidth=0.8)
+        axis.set_title(found["rate"], fontsize=10)
+        axis.set_xlabel("dense step / this step")
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _save(path)
+
+
+def _when(found: dict[str, Any], path: Path) -> Path:
+    """By the model: this workload on more ranks and other links."""
+    rates = ("100mbit", "1gbit", "10gbit", "100gbit")
+    names = [n for n in found["race"] if n not in ("alone", "dense")]
+    names = [n for n in names if CONTESTANTS[n].scheme is not None]
+    _, axes = plt.subplots(1, len(rates), figsize=(3.2 * len(rates), 3.6), sharey=True)
+    for axis, rate in zip(axes, rates, strict=True):
+        net = Network(bytes_per_second(rate), 50e-6)
+        for name in names:
+            ratios = []
+            for ranks in RANKS:
+                dense = predicted(found, "dense", ranks, net)
+                ours = predicted(found, name, ranks, net)
+                assert dense is not None
+                assert ours is not None
+                ratios.append(dense / ours)
+            axis.plot(RANKS, ratios, marker="o", markersize=3, label=name)
+        axis.axhline(1, color="#555555", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS], fontsize=7)
+        axis.set_xticks([], minor=True)
+        axis.set_title(rate, fontsize=10)
+        axis.set_xlabel("ranks")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("dense step / compressed step (model)")
+    axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    return _save(path)
+
+
+def _losses(found: dict[str, Any], path: Path) -> Path:
+    _, axis = plt.subplots(figsize=(7, 4))
+    for name, row in found["quality"].items():
+        losses = row["losses"]
+        width = max(1, len(losses) // 20)
+        means = [statistics.mean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))]
+        axis.plot(means, linewidth=1.2, label=name)
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss, running mean")
+    axis.legend(fontsize=7, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(path)
