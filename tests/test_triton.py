@@ -475,23 +475,6 @@ def test_unchanged_addresses_are_not_sent_again(monkeypatch: pytest.MonkeyPatch)
 # ---- what cannot be done -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("make", "compressor", "lack"),
-    [
-        (pysmooth.EF21Plus, pysmooth.TopK(ratio=0.1), "'ef21_plus'"),
-        (pysmooth.EF21Plus, pysmooth.ScaledSign(), "'ef21_plus'"),
-        (pysmooth.EFSGD, pysmooth.QSGD(4, scope="block"), "scope='block' of QSGD"),
-    ],
-    ids=lambda x: getattr(x, "__name__", None) or repr(x),
-)
-def test_compressors_that_it_lacks_are_refused_at_construction(
-    make: Any, compressor: pysmooth.compressors.Compressor, lack: str
-) -> None:
-    params = make_params([(3,)])
-    with pytest.raises(pysmooth.BackendError, match=f"triton backend has no kernel for {lack}"):
-        make(params, 0.1, compressor=compressor, backend="triton")
-
-
 def test_refusals_name_what_they_refuse() -> None:
     p = Parameter(torch.zeros(3, dtype=torch.float8_e4m3fn))
     p.grad = torch.zeros(3, dtype=torch.float8_e4m3fn)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .draw import drawn
 from .how import How  # noqa: F401 - what HOW is
-from .operands import CONSTANTS, OWN, sweep, take, tensor_of, write
+from .operands import CONSTANTS, OWN, constants_at, sweep, take, tensor_of, write
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def change(tensor, more, first, o, limit, sums, count, HOW: tl.constexpr):
     """Elements `o`, as far as they are below `limit`."""
     mask = o < limit
     where, p, g, s = take(tensor, o, mask, HOW)
-    h = tensor[2][OWN:]
+    h = constants_at(tensor, o, mask, HOW)
     if HOW.draws:
         p, s = HOW.rule(p, g, s, h, drawn(first, tensor[3], o.shape[0], HOW))
     else:

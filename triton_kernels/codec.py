@@ -10,8 +10,8 @@ import triton.language as tl
 from .draw import BITS
 from .rule import ABS, NOTHING, SQUARES
 
-# identity, scaled sign, hard threshold, QSGD, natural
-SIGN, THRESHOLD, DITHERED, NATURAL = (tl.constexpr(n) for n in range(1, 5))
+# identity, scaled sign, hard threshold, QSGD, natural; in a codec's place, that some are selected
+SIGN, THRESHOLD, DITHERED, NATURAL, MARKED = (tl.constexpr(n) for n in range(1, 6))
 
 
 @triton.jit
@@ -63,10 +63,12 @@ def dithered(x, drawn, step, inverse, levels):
 
 @triton.jit
 def codec(x, kind, level, scale, inverse, drawn):
-    """C(x). `drawn`: random bits, or None for those that draw none."""
+    """C(x). `drawn`: random bits; for MARKED a number, 0 where x is not sent; or None."""
     if drawn is None:
         kept = tl.where(tl.abs(x) >= level, x, 0.0)
         return tl.where(kind == SIGN, scaled_sign(x, scale), tl.where(kind == THRESHOLD, kept, x))
+    elif drawn.dtype.is_floating():
+        return tl.where(drawn != 0, x * scale, 0.0)
     else:
         rounded = dithered(x, drawn, scale, inverse, level)
         return tl.where(kind == DITHERED, rounded, natural(x, drawn))

@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .apply import apply
+from .block_scales import block_scales
 from .finalize import finalize, finish_pass
 from .how import KAHAN, MASTER, STOCHASTIC, How
 from .launch import Spec
@@ -36,6 +37,7 @@ from .select import narrow, select_block, selected, ties
 from .selection import SETTLE, begin_spec, select_specs
 from .source import source
 from .specs import (
+    BLOCK,
     IN_TENSOR,
     TOP_K,
     Form,
@@ -47,7 +49,7 @@ from .specs import (
 )
 
 # Kernels that change parameters or states, or choose what is changed.
-EXACT = (apply, source, sample, narrow, selected, ties, select_block, rand_k)
+EXACT = (apply, source, block_scales, sample, narrow, selected, ties, select_block, rand_k)
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
     "cuda:90": GPUTarget("cuda", 90, 32),
@@ -86,9 +88,10 @@ def method(**kwargs: Any) -> Method:
 
 def forms(rule: Rule) -> Iterator[tuple[str, Form]]:
     """What tensors of a rule look like, in the ways that make another kernel."""
-    states = (F32,) * rule.states
+    marks = (torch.uint8,) * rule.marks
+    states = (*(F32,) * (rule.states - rule.marks), *marks)
     yield "float32", Form((F32, F32, *states))
-    yield "float64", Form((F64,) * (2 + rule.states))
+    yield "float64", Form((*(F64,) * (2 + rule.states - rule.marks), *marks))
     yield "bfloat16", Form((BF16, BF16, *states))
     if rule.low_states:
         low = (BF16 if rule.low_states >> k & 1 else F32 for k in range(rule.states))
@@ -125,30 +128,47 @@ def specs_of(rule: Rule) -> Iterator[tuple[str, Spec]]:
     hyper = [1.0] * len(rule.hyper)  # with weight decay, normalised, by scaled signs
     drawing = [4.0 if name == "codec" else 1.0 for name in rule.hyper]
     for what, form in forms(rule):
-        if rule.taken is not None:
+        if rule.taken:
             form = dataclasses.replace(form, listed=True, wide=form.dtypes[0] == F64)
         if (spec := apply_spec(rule, form, False, hyper)) is not None:
             yield f"{rule.name} {what}", spec
         if "codec" in rule.hyper and (spec := apply_spec(rule, form, False, drawing)) is not None:
             if rule.draws(drawing) and rule.applies.draws:
                 yield f"{rule.name} {what}, drawing", spec
-        how = method(pass_scopes=(0, 2))
+        how = method(pass_scopes=(0, 2, 2, 2, 0))
         for k in range(len(rule.sources)):
             run, finish = pass_specs(rule, k, hyper, form, how)
-            yield f"{rule.name} {what}, pass {k}", run
+            if run is not None:
+                yield f"{rule.name} {what}, pass {k}", run
             if finish is not None and what == "float32":
                 yield f"{rule.name} after pass {k}", finish
-            if rule.draws(drawing) and rule.passes[k].draws:
-                run, _ = pass_specs(rule, k, drawing, form, how)
+            run, _ = pass_specs(rule, k, drawing, form, how)
+            if run is not None and rule.draws(drawing) and rule.passes[k].draws:
                 yield f"{rule.name} {what}, pass {k}, drawing", run
-        if rule.taken is not None and what in ("float32", "float64", "kahan"):
+        if rule.scales and what in ("float32", "float64"):
+            yield from blocks(rule, what, dataclasses.replace(form, span=1024))
+        if rule.taken and what in ("float32", "float64", "kahan"):
             yield from selection(rule, what, form)
+
+
+def blocks(rule: Rule, what: str, form: Form) -> Iterator[tuple[str, Spec]]:
+    """What a compressor with a scale per block takes: the scales, and who reads them."""
+    dithering = [3.0 if name == "codec" else 1.0 for name in rule.hyper]
+    how = method(pass_scopes=(BLOCK,) * len(rule.scales) + (0,) * 3)
+    for k in range(len(rule.sources)):
+        run, finish = pass_specs(rule, k, dithering, form, how)
+        if run is not None and rule.passes[k].draws:
+            yield f"{rule.name} {what}, pass {k}, blocks", run
+        if finish is not None and k < len(rule.scales):
+            yield f"{rule.name} {what}, pass {k}, scales", finish
+    if rule.applies.draws and (spec := apply_spec(rule, form, False, dithering)) is not None:
+        yield f"{rule.name} {what}, blocks", spec
 
 
 def selection(rule: Rule, what: str, form: Form) -> Iterator[tuple[str, Spec]]:
     """The kernels of a selection."""
     select = (TOP_K, IN_TENSOR, 0.01, 0, 1024, False, 0)
-    kernels = select_specs(rule, [1.0] * len(rule.hyper), form, method(select=select))
+    kernels = select_specs(rule, 0, [1.0] * len(rule.hyper), form, method(select=select))
     if rule.name not in ("ef_sgd_select", "ef21_select"):
         kernels = {"selected": kernels["selected"]}
     elif what != "kahan":

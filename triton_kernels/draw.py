@@ -14,6 +14,8 @@ from .ops import philox, root, word
 # What is drawn. Values as in csrc/core/rule.h.
 BITS = tl.constexpr(1)  # as many as there are in what is computed in, as an unsigned integer
 NORMAL = tl.constexpr(2)  # standard normal numbers, the same float32 numbers in float64
+# Not drawn, but handed to a rule in the same place: the marks of coordinates, as numbers.
+MARKS = tl.constexpr(3)
 
 
 @triton.jit

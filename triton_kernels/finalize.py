@@ -33,6 +33,7 @@ from .table import (
     ROW_GROUP,
     ROW_NORM,
     ROW_NUMEL,
+    ROW_PICKED,
     ROW_SCALE,
     ROW_STEPS,
     ROW_WORDS,
@@ -301,7 +302,9 @@ def finalize(
         after = tl.where(moves != 0, ACCUMULATE(h, before, summed), before)
     _, _, scale = number_at(tl.load(row + ROW_SCALE), mask, tl.float64)
     none = tl.zeros([ROWS], tl.float64)
-    x = (first.to(tl.float64), steps + 1.0, coef, before, after, scale, none, none)
+    picked = tl.load(row + ROW_PICKED).to(tl.float64, bitcast=True)
+    sums = (none, none, none, none, none)
+    x = (first.to(tl.float64), steps + 1.0, coef, before, after, scale, picked) + sums
     for i in tl.static_range(KNOWN):
         tl.store(known + t * KNOWN + i, x[i], mask=mask)
     keep_constants(numbers, t, mask, x, coef, bound, h, PREPARE, NUMBERS)
@@ -376,10 +379,7 @@ def finish_pass(
     tl.store(known + t * KNOWN + STAGE + PASS, value, mask=mask)
     # In registers: what was just stored is not yet to be read.
     x = gather(known, t * KNOWN, KNOWN)
-    if PASS == 0:
-        x = (x[0], x[1], x[2], x[3], x[4], x[5], value, x[7])
-    else:
-        x = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], value)
+    x = x[: STAGE + PASS] + (value,) + x[STAGE + PASS + 1 :]
     h = gather(hypers, g * GROUP_WORDS, HYPER)
     bound = tl.load(hypers + g * GROUP_WORDS + GROUP_VALUE)
     keep_constants(numbers, t, mask, x, x[COEF], bound, h, PREPARE, NUMBERS)

@@ -17,6 +17,7 @@ STORED = {
     torch.float64: tl.float64,
     torch.float16: tl.float16,
     torch.bfloat16: tl.uint16,  # as bits, see ops.py
+    torch.uint8: tl.uint8,  # marks
 }
 # How a 16-bit parameter is kept. Values as in csrc/core/param_storage.h.
 PLAIN, MASTER, KAHAN, STOCHASTIC = (tl.constexpr(n) for n in range(4))
@@ -38,14 +39,16 @@ class How:
         kept: how the parameter is kept, PLAIN to STOCHASTIC.
         noisy: operands, as bits, that are rounded at random.
         turn: number of the first of them: passes of one step have noise of their own.
-        draws: what is drawn for each element: NOTHING, BITS or NORMAL (draw.py).
+        draws: what is drawn for each element: NOTHING, BITS or NORMAL (draw.py); or MARKS.
         alone: the gradient is all there is, and is what the rule changes.
         sum: what the values of a pass are summed up as.
         starts: states, as bits, that are the gradient in a tensor's first step.
         keeps: the value of a pass is its state 0, as that is stored.
         collects: values that reach a filter are kept in lists (select.py).
         wide: magnitudes are compared as float64.
-        again: gives a selecting rule's value once more, after the pass.
+        again: gives the value of a pass once more, after it.
+        span: elements that share a compressor's scale; 0: all of a unit.
+        per_block: constants, as bits, that are the block's own.
     """
 
     types: tuple[Any, ...]
@@ -68,6 +71,8 @@ class How:
     collects: bool = False
     wide: bool = False
     again: Any = None
+    span: int = 0
+    per_block: int = 0
 
     @property
     def count(self) -> int:

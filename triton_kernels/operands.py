@@ -16,7 +16,15 @@ import triton.language as tl
 
 from .how import KAHAN, MASTER
 from .ops import gradient_in, narrow, narrow_noisy, noise, widen, word
-from .table import KEY_WORDS, ROW_LAYOUT, ROW_NUMEL, ROW_PARAM, ROW_WORDS
+from .table import (
+    BLOCK_NUMBERS,
+    KEY_WORDS,
+    ROW_BLOCKS,
+    ROW_LAYOUT,
+    ROW_NUMEL,
+    ROW_PARAM,
+    ROW_WORDS,
+)
 
 TAIL = tl.constexpr(16)
 # A row of constants: what gradient_in() takes, if this is the first step, what prepare() returned.
@@ -170,12 +178,15 @@ def row_of(tensors, t):
 
 @triton.jit
 def tensor_of(tensors, gradients, layouts, numbers, keys, t, HOW: tl.constexpr):
-    """All that there is to know of a tensor: operands, layout, constants, noise; and its size."""
+    """All there is to know of a tensor: operands, layout, constants, noise, blocks; its size."""
     row, numel = row_of(tensors, t)
     at = operands(row, tl.load(gradients + t), HOW)
     h = constants(numbers + t * CONSTANTS, OWN + HOW.numbers, HOW.compute)
     key = constants(keys + t * KEY_WORDS, KEY_WORDS, tl.uint32) + (word(t),)
-    return (at, layouts + tl.load(row + ROW_LAYOUT), h, key), numel
+    blocks = ()
+    if HOW.span != 0:
+        blocks = (tl.load(row + ROW_BLOCKS).to(tl.pointer_type(HOW.compute)),)
+    return (at, layouts + tl.load(row + ROW_LAYOUT), h, key, blocks), numel
 
 
 @triton.jit
@@ -185,6 +196,24 @@ def take(tensor, o, mask, HOW: tl.constexpr):
     x = read(tensor[0], where, mask, HOW)
     g = gradient_in(x[1], tensor[2][0], tensor[2][1], HOW.zero)
     return where, x[0], g, x[2:]
+
+
+@triton.jit
+def constants_at(tensor, o, mask, HOW: tl.constexpr):
+    """A rule's constants, for elements `o`."""
+    if HOW.per_block == 0:
+        return tensor[2][OWN:]
+    else:
+        COUNT: tl.constexpr = HOW.numbers
+        at = tensor[4][0] + o // HOW.span * BLOCK_NUMBERS
+        out = ()
+        for i in tl.static_range(COUNT):
+            if (HOW.per_block >> i) & 1:
+                place = at + before(HOW.per_block, i)
+                out = out + (tl.load(place, mask=mask, other=0),)
+            else:
+                out = out + (tensor[2][OWN + i],)
+        return out
 
 
 @triton.jit

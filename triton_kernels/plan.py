@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from . import tuning
+from .block_scales import block_scales
 from .how import STOCHASTIC
 from .launch import Launch, Spec, current_stream
 from .operands import CONSTANTS
 from .rule import KNOWN
 from .rules import RULES
-from .selection import Selection, lists
+from .selection import Selection, lists, picked_scale
 from .specs import Form, Method, apply_spec, finalize_spec, pass_specs, reduce_spec
 from .table import (
+    BLOCK_NUMBERS,
+    CHUNK,
     GROUP_HYPER,
     GROUP_WORDS,
     KEY_WORDS,
     MAX_DIMS,
+    ROW_BLOCKS,
     ROW_WORDS,
     Dimension,
     cut,
@@ -69,7 +73,7 @@ class Work(NamedTuple):
     form: Form
     apply: Spec | None
     finalize: Spec
-    passes: tuple[tuple[Spec, Spec | None], ...]  # and what makes constants of their sums
+    passes: tuple[tuple[Spec | None, Spec | None], ...]  # and what makes constants of their sums
 
 
 @dataclass
@@ -137,14 +141,24 @@ class Plan:
         self.wide = any(s.param.dtype == torch.float64 for s in slots)
         passes = [self._work_of(s) for s in slots]
         reads = [self._reduce_of(s) for s in slots]
-        rows = [
-            self._row(s, first[i], first[i + 1] - first[i], passes[i][1], reads[i][1])
-            for i, s in enumerate(slots)
-        ]
         self._first = first
 
         def ints(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.as_tensor(values, dtype=dtype).to(device)
+
+        self._ints = ints
+        # What each block scales by, in what is computed in: there are as many of each chunk.
+        per_chunk = BLOCK_NUMBERS.value * max(1, CHUNK // (method.span or CHUNK))
+        self._blocks = {
+            c: torch.zeros(self.chunks * per_chunk, dtype=c, device=device)
+            for c in {_compute(s) for s in slots if method.span}
+        }
+        rows = []
+        for i, s in enumerate(slots):
+            row = self._row(s, first[i], first[i + 1] - first[i], passes[i][1], reads[i][1])
+            if method.span:
+                row[ROW_BLOCKS.value] = self._blocks[_compute(s)][first[i] * per_chunk :].data_ptr()
+            rows.append(row)
 
         def floats(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
@@ -232,6 +246,7 @@ class Plan:
             starts=s.starts,
             wide=self.wide and method.select is not None,
             listed=lists(method, s.param.numel()),
+            span=method.span,
         )
         noisy = bool(s.low) or s.kept == STOCHASTIC.value
         draws = rule.draws(s.hyper) != 0
@@ -249,8 +264,20 @@ class Plan:
         states += [0] * (4 - len(states))
         numbers = [0 if t is None else t.data_ptr() for t in (s.steps, s.norm_sq, s.scale)]
         row = [s.param.numel(), s.param.data_ptr(), 0, *states, *numbers]
-        row += [s.group, first, chunks, layout, grad_layout]
+        picked = array("d", [picked_scale(self.method, s.param.numel())]).tobytes()
+        row += [s.group, first, chunks, layout, grad_layout, *array("q", picked)]
         return row + [0] * (ROW_WORDS.value - len(row))
+
+    def tiles(self, work: Work, size: int) -> tuple[Tensor, ...]:
+        """What programs that take `size` elements of a tensor take: it, and which."""
+        counts = [
+            (t, -(-s.param.numel() // size))
+            for t, s in enumerate(self.slots)
+            if self.work_of[t] == work
+        ]
+        owner = [t for t, n in counts for _ in range(n)]
+        index = [i for _, n in counts for i in range(n)]
+        return self._ints(owner, torch.int32), self._ints(index, torch.int32)
 
     def numbers_of(self, form: Form) -> Tensor:
         """The constants of tensors of a form, in what is computed in."""
@@ -280,19 +307,28 @@ class Plan:
             norms.append(launch)
         for k, (sums, lengths) in enumerate(self._passes):
             mine = [w for w in self.works if k < len(w[0].passes)]
-            selection = self.selection if k == 0 else None
+            chooses = any(k < len(RULES[w[0].rule].taken) for w in mine)
+            selection = self.selection if chooses else None
             if selection is not None:
-                applies += selection.before(words)
+                applies += selection.before(words, k)
             for work, (owner, index, number), *_ in mine:
+                if (run := work.passes[k][0]) is None:
+                    continue
                 chunks = (rows, gradients, self.layouts, owner, index, number)
                 own = (self.numbers_of(work.form), self.keys, self.go, sums, lengths)
                 room = (self.flags,) * 4 if selection is None else selection.room()
-                applies.append(Launch(work.passes[k][0], len(owner), (*chunks, *own, *room)))
+                applies.append(Launch(run, len(owner), (*chunks, *own, *room)))
             if selection is not None:
-                applies += selection.after(words)
+                applies += selection.after(words, k)
             for work, _, members, _ in mine:
                 finish = work.passes[k][1]
-                if finish is not None:
+                if finish is not None and finish.kernel is block_scales:
+                    how = dict(finish.constants)["HOW"]
+                    tiles = self.tiles(work, max(how.span, how.block))
+                    made = (*tiles, self.numbers_of(work.form), self.keys, self.go)
+                    given = (rows, gradients, self.layouts, *made)
+                    applies.append(Launch(finish, len(tiles[0]), given))
+                elif finish is not None:
                     launch = Launch(
                         finish,
                         -(-len(members) // tuning.FINALIZE_ROWS),

@@ -13,11 +13,13 @@ and, for a method whose scale or clip depends on more than the gradient, a sourc
                         the scope of the pass, then the new parameter and states. prepare() is
                         called again with every sum
 
-A rule that draws random numbers is handed them as a fifth argument where its streams say so. One
-that selects has no update where nothing is left to do, but
+A rule that draws random numbers is handed them as a fifth argument where its streams say so. For
+passes whose values are selected from, or scaled by blocks, it has
 
-    again(g, s)         the value that is selected from, once more after the pass
+    again(g, s)         the value once more, after the pass
     taken(p, s, c, h)   what becomes of a chosen coordinate of value c
+
+and no update where nothing is left to do.
 
 The drivers own loading and storing, dtypes, tails and layouts, and what becomes of the gradient
 before a rule sees it; a rule never sees a pointer.
@@ -38,9 +40,10 @@ COEF = tl.constexpr(2)  # what its gradient is multiplied by
 NORM_BEFORE = tl.constexpr(3)  # accumulated squared norm, without and with this step's
 NORM_AFTER = tl.constexpr(4)
 LAST_SCALE = tl.constexpr(5)  # STAGE of the step before, for rules that keep it
-STAGE = tl.constexpr(6)  # of each pass: the mean magnitude, or the norm, of its values; 0 before
-KNOWN = tl.constexpr(8)
-WIDE = tl.constexpr(8)  # not 0: float64 is computed in
+PICKED = tl.constexpr(6)  # what chosen coordinates are multiplied by: unbiased rand-k
+STAGE = tl.constexpr(7)  # of each pass: the mean magnitude, or the norm, of its values; 0 before
+KNOWN = tl.constexpr(12)
+WIDE = tl.constexpr(12)  # not 0: float64 is computed in
 
 # What a pass sums up. Values as in csrc/core/rule.h.
 NOTHING, ABS, SQUARES = range(3)
@@ -87,8 +90,12 @@ class Rule:
         keeps_scale: whether it wants to know the first pass's sum of the step before.
         keeps_value: whether the first pass's value is its state 0, however that is rounded.
         draws: what is drawn (draw.py), given the hyper-parameters; a seed's halves come last there.
-        again, taken: see above.
+        again, taken: see above; for each of the first passes.
         looks, takes: the streams that they touch; what `takes` reads is for again(), too.
+        scales: for each of the first passes, the place of the two constants that a compressor with
+            a scale per block has in place of the pass's sum.
+        marking: name of its form for compressors that select, where that is a rule of its own.
+        marks: whether the last state is a byte per element that the plan provides, for a step.
         freezes: whether nothing is selected where its first hyper-parameter is 0.
     """
 
@@ -110,8 +117,11 @@ class Rule:
     keeps_scale: bool = False
     keeps_value: bool = False
     draws: Callable[[Sequence[float]], int] = lambda _: 0
-    again: Function = None
-    taken: Function = None
-    looks: Streams = Streams()
-    takes: Streams = Streams()
+    again: tuple[Function, ...] = ()
+    taken: tuple[Function, ...] = ()
+    looks: tuple[Streams, ...] = ()
+    takes: tuple[Streams, ...] = ()
+    scales: tuple[int, ...] = ()
+    marking: str = ""
+    marks: bool = False
     freezes: bool = False

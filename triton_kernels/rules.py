@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from .codec import MARKED
 from .math import (
     accumulator,
     adagrad,
     adam,
     clip21,
     ef21,
+    ef21_plus,
     ef_sgd,
     normalized_sgd,
     scale,
@@ -20,7 +24,15 @@ RULES: dict[str, Rule] = {
     rule.name: rule
     for family in (
         *(scale, sgd, adagrad, adam, sign, accumulator),
-        *(normalized_sgd, clip21, ef_sgd, ef21),
+        *(normalized_sgd, clip21, ef_sgd, ef21, ef21_plus),
     )
     for rule in family.RULES
 }
+
+
+def rule_for(name: str, hyper: Sequence[float]) -> str:
+    """The rule of this name, or its form that marks coordinates, for compressors that select."""
+    rule = RULES[name]
+    if rule.marking and hyper[rule.hyper.index("codec")] == MARKED.value:
+        return rule.marking
+    return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,15 @@ def lists(method: Method, numel: int) -> bool:
     if method.select is None or method.select[0] != TOP_K:
         return False
     return method.select[1] == IN_ALL or (method.select[1] != IN_BLOCK and numel > CHUNK)
+
+
+def picked_scale(method: Method, numel: int) -> float:
+    """What chosen coordinates of a tensor of this size are multiplied by."""
+    if method.select is None or not method.select[5] or numel == 0:
+        return 1.0
+    _, _, ratio, k, *_ = method.select
+    wanted = math.ceil(ratio * numel) if ratio > 0 else int(k)
+    return numel / min(max(wanted, 1), numel)
 
 
 def mix32(x: int) -> int:
@@ -111,14 +121,18 @@ class Selection:
         self.list_keys = torch.zeros(room, dtype=key, device=device)
         self.list_places = torch.zeros(room, dtype=torch.int32, device=device)
 
-        self._works: list[tuple[Work, dict[str, Spec], tuple[Tensor, ...]]] = []
+        self._works: list[tuple[Work, list[dict[str, Spec]], tuple[Tensor, ...]]] = []
         for work, _, _, slot in plan.works:
-            specs = select_specs(RULES[work.rule], slot.hyper, work.form, method)
+            rule = RULES[work.rule]
+            specs = [
+                select_specs(rule, k, slot.hyper, work.form, method) for k in range(len(rule.taken))
+            ]
             tables: tuple[Tensor, ...] = ()
             if work.form.listed:
                 tables = self._sampled(work, samples)
             elif self.tops:
-                tables = self._blocks(work, specs["block"])
+                size = dict(specs[0]["block"].constants)["HOW"].block
+                tables = plan.tiles(work, size)
             self._works.append((work, specs, tables))
 
     @classmethod
@@ -143,29 +157,17 @@ class Selection:
         ]
         return tuple(self._ints(list(column)) for column in zip(*items, strict=True))
 
-    def _blocks(self, work: Work, spec: Spec) -> tuple[Tensor, ...]:
-        """What programs of select_block() take: a tensor, and the number of a block there."""
-        size = dict(spec.constants)["HOW"].block
-        plan = self.plan
-        counts = [
-            (t, -(-s.param.numel() // size))
-            for t, s in enumerate(plan.slots)
-            if plan.work_of[t] == work
-        ]
-        owner = [t for t, n in counts for _ in range(n)]
-        return self._ints(owner), self._ints([i for _, n in counts for i in range(n)])
-
     # ---- launches ------------------------------------------------------------------------------
 
-    def before(self, words: Words) -> list[Launch]:
-        """What comes before the pass that evaluates the values: samples, filters."""
+    def before(self, words: Words, k: int) -> list[Launch]:
+        """What comes before pass number k, which evaluates the values: samples, filters."""
         plan, out = self.plan, []
         listed = [work for work in self._works if work[0].form.listed]
         for work, specs, tables in listed:
             if tables:
                 tensor = (plan.rows, words.gradients, plan.layouts, *tables, self.places)
                 rest = (plan.numbers_of(work.form), plan.keys, plan.go, self.samples)
-                out.append(Launch(specs["sample"], len(tables[0]), (*tensor, *rest)))
+                out.append(Launch(specs[k]["sample"], len(tables[0]), (*tensor, *rest)))
         if listed:
             given = (plan.rows, words.gradients, words.hypers, self.members, self.bounds)
             own = (self.spec, plan.go, self.samples, self.units, self.histogram)
@@ -173,11 +175,12 @@ class Selection:
             out.append(Launch(spec, len(self.members), (*given, *own, len(plan.slots))))
         return out
 
-    def after(self, words: Words) -> list[Launch]:
+    def after(self, words: Words, k: int) -> list[Launch]:
         """What comes after it: who is chosen, and what becomes of that."""
         plan, out = self.plan, []
         listed = []
-        for (work, specs, tables), (_, chunks, *_) in zip(self._works, plan.works, strict=True):
+        for (work, stages, tables), (_, chunks, *_) in zip(self._works, plan.works, strict=True):
+            specs = stages[k]
             numbers = (plan.numbers_of(work.form), plan.keys, plan.go)
             tensors = (plan.rows, words.gradients, plan.layouts, words.hypers)
             given: tuple[Any, ...]
@@ -215,23 +218,25 @@ def begin_spec(rule: Rule, everywhere: bool, wide: bool) -> Spec:
     return Spec(begin_select, tuple(constants.items()), 16)
 
 
-def select_specs(rule: Rule, hyper: Sequence[float], form: Form, method: Method) -> dict[str, Spec]:
-    """The kernels that a rule's selection from tensors of this form may take."""
+def select_specs(
+    rule: Rule, k: int, hyper: Sequence[float], form: Form, method: Method
+) -> dict[str, Spec]:
+    """The kernels that a rule's selection after pass k, from tensors of this form, may take."""
     assert method.select is not None
     _, scope, *_, block, _, _ = method.select
     few = tuning.shape_for(1, strided=True).block  # as many as a list holds
-    first = pass_how(rule, 0, hyper, form, method.zero)
+    first = pass_how(rule, k, hyper, form, method.zero)
     first = replace(first, writes=0, collects=False, sum=0, noisy=0, keeps=False)
 
     def how(streams: Any, **rest: Any) -> How:
-        given = {"again": rule.again, "wide": form.wide, "block": few, **rest}
-        return form.how(rule, rule.taken, streams, method.zero, **given)
+        given = {"again": rule.again[k], "wide": form.wide, "block": few, **rest}
+        return form.how(rule, rule.taken[k], streams, method.zero, **given)
 
     freezes = ("FREEZES", rule.freezes)
-    looks = (("HOW", how(rule.looks, noisy=0)), ("GLOBAL", scope == IN_ALL), freezes)
-    takes = (("HOW", how(rule.takes)), *looks[1:])
+    looks = (("HOW", how(rule.looks[k], noisy=0)), ("GLOBAL", scope == IN_ALL), freezes)
+    takes = (("HOW", how(rule.takes[k])), *looks[1:])
     size = block if scope == IN_BLOCK else CHUNK
-    one = how(rule.looks, noisy=0, block=size), how(rule.takes, block=size)
+    one = how(rule.looks[k], noisy=0, block=size), how(rule.takes[k], block=size)
     warps = min(32, max(4, size // (256 if form.wide else 512)))
     return {
         "sample": Spec(sample, (("LINES", LINES), ("HOW", first)), 4),
@@ -239,5 +244,5 @@ def select_specs(rule: Rule, hyper: Sequence[float], form: Form, method: Method)
         "ties": Spec(ties, looks, 4),
         "selected": Spec(selected, (*takes, ("SPAN", 1024)), 4),
         "block": Spec(select_block, (("LOOKS", one[0]), ("HOW", one[1]), freezes), warps),
-        "rand_k": Spec(rand_k, (("HOW", how(rule.takes, block=512)), freezes), 4),
+        "rand_k": Spec(rand_k, (("HOW", how(rule.takes[k], block=512)), freezes), 4),
     }

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .draw import drawn
+from .draw import MARKS, drawn
 from .how import How  # noqa: F401 - what HOW is
-from .operands import OWN, by_chance, sweep, take, tensor_of, write
+from .operands import by_chance, constants_at, sweep, take, tensor_of, write
 from .ops import magnitude, widen
 from .table import LIST, UNIT_FILTER, UNIT_FOUND, UNIT_WORDS
 
@@ -45,14 +45,20 @@ def collect(list_, value, o, mask, count, HOW: tl.constexpr):
 @triton.jit
 def evaluate(tensor, list_, first, o, limit, sums, count, HOW: tl.constexpr):
     """Elements `o`, as far as they are below `limit`."""
-    at, _, h, key = tensor
+    at, key, starting = tensor[0], tensor[3], tensor[2][2]
     mask = o < limit
     where, p, g, s = take(tensor, o, mask, HOW)
-    s = begun(s, g, h[2], HOW)
-    if HOW.draws:
-        value, p, s = HOW.rule(p, g, s, h[OWN:], drawn(first, key, o.shape[0], HOW))
+    s = begun(s, g, starting, HOW)
+    h = constants_at(tensor, o, mask, HOW)
+    if HOW.draws == MARKS:
+        OWNED: tl.constexpr = HOW.states - 1
+        marks = s[OWNED]
+        value, p, s = HOW.rule(p, g, s[:OWNED], h, marks)
+        s = s + (marks,)
+    elif HOW.draws:
+        value, p, s = HOW.rule(p, g, s, h, drawn(first, key, o.shape[0], HOW))
     else:
-        value, p, s = HOW.rule(p, g, s, h[OWN:])
+        value, p, s = HOW.rule(p, g, s, h)
     if HOW.keeps:
         if (HOW.noisy >> 2) & 1:
             # What is summed up or selected is what is stored. Rounding it again changes nothing.
@@ -60,7 +66,7 @@ def evaluate(tensor, list_, first, o, limit, sums, count, HOW: tl.constexpr):
             s = (value,) + s[1:]
     write(at, where, mask, (p, g) + s, o, key, HOW.writes, HOW)
     if (HOW.starts << 2) & ~HOW.writes:
-        if h[2] != 0:  # once: later steps save the stream
+        if starting != 0:  # once: later steps save the stream
             write(at, where, mask, (p, g) + s, o, key, (HOW.starts << 2) & ~HOW.writes, HOW)
     if HOW.collects:
         count = collect(list_, value, o, mask, count, HOW)

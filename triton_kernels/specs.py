@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import tuning
 from .apply import apply
+from .block_scales import block_scales
 from .finalize import finalize, finish_pass
 from .how import STOCHASTIC, STORED, How
 from .launch import Spec
@@ -20,8 +21,8 @@ from .source import source
 from .table import CHUNK
 
 SQUARES, ABS, MAX, POWER = 0, 1, 2, 5
-GLOBAL, GROUP, TENSOR = range(3)
-TOP_K, RAND_K = 1, 2
+GLOBAL, GROUP, TENSOR, BLOCK = range(4)
+NO_SELECTION, TOP_K, RAND_K = range(3)
 # Over what is selected. Values as in csrc/core/step.h.
 IN_TENSOR, IN_ALL, IN_BLOCK = range(3)
 
@@ -38,6 +39,7 @@ class Method:
     reduces: bool  # norms are taken
     pass_scopes: tuple[int, ...] = ()  # over what each pass before apply sums up
     select: tuple[Any, ...] | None = None  # as compressors say it
+    span: int = 0  # elements that share a compressor's scale; 0: all of a unit
 
     @property
     def kind(self) -> int:
@@ -57,6 +59,7 @@ class Form:
         starts: states that start as the gradient, as bits.
         wide: its values are compared with float64 ones.
         listed: candidates are collected in lists: it does not fit into one program.
+        span: see How.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -67,12 +70,14 @@ class Form:
     starts: int = 0
     wide: bool = False
     listed: bool = False
+    span: int = 0
 
     def how(self, rule: Rule, function: Any, streams: Streams, zero: bool, **rest: Any) -> How:
         """A pass with these streams."""
         wide = max(d.itemsize for d in self.dtypes) == 8
         shape = tuning.shape_for(len(self.dtypes), strided=self.dims > 0, wide=wide)
         reads, writes = streams.of(rule.states, reads_grad=rule.reads_grad)
+        per_block = sum(3 << at for at in rule.scales) if self.span else 0
         how = How(
             types=tuple(STORED[d] for d in self.dtypes),
             rule=function,
@@ -86,6 +91,8 @@ class Form:
             kept=self.kept,
             noisy=self.low * STATE | PARAM * (self.kept == STOCHASTIC.value),
             alone=not rule.reads_grad,
+            span=self.span,
+            per_block=per_block,
         )
         return replace(how, **rest)
 
@@ -167,24 +174,42 @@ def pass_how(rule: Rule, k: int, hyper: Sequence[float], form: Form, zero: bool)
         # What apply, or a selection, rounds after this is rounded by other noise.
         turn=8 * (1 + k),
         draws=rule.draws(hyper) if streams.draws else 0,
-        sum=rule.sums(hyper)[k],
+        sum=NOTHING if summed_by_block(rule, k, form) else rule.sums(hyper)[k],
         starts=form.starts if k == 0 else 0,
         keeps=rule.keeps_value and k == 0,
         wide=form.wide,
-        collects=form.listed and k == 0,
+        collects=form.listed and k < len(rule.taken),
     )
+
+
+def summed_by_block(rule: Rule, k: int, form: Form) -> bool:
+    """Whether blocks have scales of their own in place of what pass k sums up."""
+    return form.span > 0 and k < len(rule.scales)
+
+
+def blocks_spec(rule: Rule, k: int, form: Form, zero: bool) -> Spec:
+    """What makes the scales of blocks, after pass number k."""
+    block = tuning.shape_for(1, strided=True).block
+    how = form.how(
+        rule, None, rule.looks[k], zero, again=rule.again[k], noisy=0, per_block=0, block=block
+    )
+    constants = (("HOW", how), ("LEVEL", rule.scales[0] - 1), ("PLACE", 2 * k))
+    return Spec(block_scales, constants, 4)
 
 
 def pass_specs(
     rule: Rule, k: int, hyper: Sequence[float], form: Form, method: Method
-) -> tuple[Spec, Spec | None]:
-    """Pass number k of a rule, and what makes constants of its sum, if it has one."""
+) -> tuple[Spec | None, Spec | None]:
+    """Pass number k of a rule, and what makes constants of its values; None: nothing to do."""
     how = pass_how(rule, k, hyper, form, method.zero)
     everywhere = method.select is not None and method.select[1] == IN_ALL
     run = Spec(source, (("HOW", how), ("GLOBAL", everywhere)), form.warps)
     keeps = rule.keeps_scale and k == 0
+    if summed_by_block(rule, k, form) and rule.sums(hyper)[k] != NOTHING:
+        finish = blocks_spec(rule, k, form, method.zero)
+        return run if how.writes or how.starts else None, finish
     if how.sum == NOTHING and not keeps:
-        return run, None
+        return run if how.writes or how.starts or how.collects else None, None
     finish = Spec(
         finish_pass,
         (

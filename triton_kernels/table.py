@@ -25,7 +25,9 @@ ROW_FIRST = tl.constexpr(11)  # its first chunk, and how many there are
 ROW_CHUNKS = tl.constexpr(12)
 ROW_LAYOUT = tl.constexpr(13)  # where its layout starts
 ROW_GRAD_LAYOUT = tl.constexpr(14)  # that of its gradient alone
-ROW_WORDS = tl.constexpr(16)
+ROW_PICKED = tl.constexpr(15)  # what chosen coordinates are multiplied by; a float64 number
+ROW_BLOCKS = tl.constexpr(16)  # address of the constants of its blocks
+ROW_WORDS = tl.constexpr(24)
 
 # What a tensor's random numbers depend on in a step, in 32-bit words.
 KEY_NOISE = tl.constexpr(0)  # two words, for rounding
@@ -56,6 +58,9 @@ GROUP_VALUE = tl.constexpr(21)
 GROUP_SIGN = tl.constexpr(22)
 GROUP_COUNTS = tl.constexpr(23)  # 1 where its rule accumulates norms
 GROUP_WORDS = tl.constexpr(24)
+
+# What a compressor with a scale per block has for each: its scale and the inverse, of two passes.
+BLOCK_NUMBERS = tl.constexpr(4)
 
 MAX_DIMS = 16
 

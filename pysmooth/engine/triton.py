@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .._errors import BackendError
 from ..triton_kernels.plan import Plan, Slot, group_words, packed
-from ..triton_kernels.rules import RULES
+from ..triton_kernels.rules import RULES, rule_for
 from ..triton_kernels.selection import MOST_BLOCK
-from ..triton_kernels.specs import IN_BLOCK, Method
+from ..triton_kernels.specs import IN_BLOCK, NO_SELECTION, Method
 from ..triton_kernels.table import GROUP_WORDS
 from .amp import Amp
 from .backends import native_module
@@ -242,8 +242,6 @@ def lacks(recipe: Recipe) -> str | None:
         return f"bfloat16 states of {recipe.rule!r}"
     if recipe.clip.mode == ClipMode.AGC:
         return "clip='agc'"
-    if recipe.scales_blocks:
-        return "scope='block' of QSGD"
     return None
 
 
@@ -265,7 +263,7 @@ def _watch(optimizer: FusedOptimizer, members: list[Member]) -> Watch | None:
 
 
 def _check_select(optimizer: FusedOptimizer) -> None:
-    """Blocks are selected from in registers, by one program each."""
+    """Blocks are selected from, or summed up, by one program each."""
     select = optimizer.select_spec()
     if select is not None and select[1] == IN_BLOCK and MOST_BLOCK % select[4] != 0:
         raise BackendError(
@@ -283,12 +281,15 @@ def _slot(member: Member, grad: Tensor) -> Slot:
     fresh = 0 if p.numel() == 0 or not member.fresh else 2 - member.begins
     # A parameter without states has had no gradient: it is in the tables, and sits out.
     states = [_real(held[key] if held else p).detach() for key in recipe.states]
+    name = rule_for(recipe.rule, recipe.hyper)
+    if RULES[name].marks:
+        states.append(torch.empty_like(_real(p.detach()), dtype=torch.uint8))
     low = sum(1 << i for i, key in enumerate(recipe.states) if held and key in recipe.low_states)
     numbers = (held.get(key) for key in (STEP, NORM_SQ, SCALE))
     starts = sum(1 << i for i, key in enumerate(recipe.states) if recipe.initial(key) == GRADIENT)
     companion = held.get(recipe.param_storage.companion or "")
     return Slot(
-        *(recipe.rule, member.group, _real(p.detach()), _real(grad.detach()), states, *numbers),
+        *(name, member.group, _real(p.detach()), _real(grad.detach()), states, *numbers),
         companion=companion,
         kept=int(recipe.param_storage) if held else int(ParamStorage.PLAIN),
         low=low,
@@ -299,6 +300,8 @@ def _slot(member: Member, grad: Tensor) -> Slot:
 
 
 def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
+    select = optimizer.select_spec()
+    selects = select is not None and select[0] != NO_SELECTION
     return Method(
         scope=int(optimizer.scope),
         asks=optimizer.policy.asks_first,
@@ -307,7 +310,8 @@ def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
         norm_type=optimizer.norm_type,
         reduces=needs_reduce(optimizer.policy, recipes),
         pass_scopes=tuple(int(scope) for scope in optimizer.stage_scopes),
-        select=optimizer.select_spec(),
+        select=select if selects else None,
+        span=0 if select is None or selects else select[4],
     )
 
 
@@ -322,7 +326,8 @@ def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...
 
 def _passes(recipe: Recipe) -> tuple[object, ...]:
     """What passes before apply are specialised for, of the hyper-parameters."""
-    rule = RULES[recipe.rule]
+    rule = RULES[rule_for(recipe.rule, recipe.hyper)]
     if not rule.sources:
         return ()
-    return rule.sums(recipe.hyper), rule.reads_param(recipe.hyper), rule.draws(recipe.hyper)
+    numbers = rule.sums(recipe.hyper), rule.reads_param(recipe.hyper), rule.draws(recipe.hyper)
+    return (rule.name, *numbers)

@@ -12,14 +12,19 @@ from ..rule import GRAD, NOTHING, PARAM, SQUARES, STAGE, STATE, WIDE, Rule, Stre
 
 
 @triton.jit
-def prepare(h, x):
+def constants(h, summed, norm, wide):
     """1 - eta, eta, shrink, lr or lr / norm, codec, level, its scales, lr."""
     lr, eta, weight_decay, normalize, kind, level, _, _ = h
-    norm = x[STAGE + 1]
     step = tl.where(norm == 0, 0.0, lr / norm)
     step = tl.where(normalize == 0, lr, step)
-    scale, inverse = scales(kind, level, x[STAGE], x[WIDE])
+    scale, inverse = scales(kind, level, summed, wide)
     return 1.0 - eta, eta, 1.0 - lr * weight_decay, step, kind, level, scale, inverse, lr
+
+
+@triton.jit
+def prepare(h, x):
+    """Of the codec's scale and the norm."""
+    return constants(h, x[STAGE], x[STAGE + 1], x[WIDE])
 
 
 @triton.jit
@@ -166,6 +171,9 @@ def rules() -> Iterator[Rule]:
             passes=(first, Streams(given | STATE, STATE, draws=True)),
             applies=applies,
             sums=sums,
+            again=AGAIN[k : k + 1],
+            looks=(Streams(given | STATE, 0),),
+            scales=(6,),
             draws=lambda h: codec_draw(h[4:]),
         )
         yield Rule(
@@ -179,10 +187,10 @@ def rules() -> Iterator[Rule]:
             sources=(ONE_PASS[k],),
             passes=(Streams(PARAM | GRAD | 7 * STATE, PARAM | 6 * STATE),),
             sums=lambda _: (NOTHING,),
-            again=AGAIN[k],
-            taken=taken_repaired,
-            looks=Streams(given | STATE, 0),
-            takes=Streams(PARAM | given | STATE, PARAM | STATE),
+            again=AGAIN[k : k + 1],
+            taken=(taken_repaired,),
+            looks=(Streams(given | STATE, 0),),
+            takes=(Streams(PARAM | given | STATE, PARAM | STATE),),
         )
         yield Rule(
             f"ef21_select_normalized{momenta}",
@@ -196,10 +204,10 @@ def rules() -> Iterator[Rule]:
             passes=(first, Streams(STATE, 0)),
             applies=applies,
             sums=lambda h: (NOTHING, sums(h)[1]),
-            again=AGAIN[k],
-            taken=taken,
-            looks=Streams(given | STATE, 0),
-            takes=Streams(given | STATE, STATE),
+            again=AGAIN[k : k + 1],
+            taken=(taken,),
+            looks=(Streams(given | STATE, 0),),
+            takes=(Streams(given | STATE, STATE),),
         )
 
 

@@ -147,6 +147,9 @@ RULES = (
             sums=sums,
             reads_param=lambda h: h[2] != 0,
             keeps_value=True,
+            again=(again,),
+            looks=(Streams(STATE, 0),),
+            scales=(5,),
             draws=lambda h: codec_draw(h[3:]),
         )
         for name, states, source_, update_ in (
@@ -169,10 +172,10 @@ RULES = (
             sums=lambda _: (NOTHING,),
             reads_param=lambda h: h[2] != 0,
             keeps_value=True,
-            again=again,
-            taken=taken,
-            looks=Streams(STATE, 0),
-            takes=Streams(PARAM | STATE, PARAM | STATE),
+            again=(again,),
+            taken=(taken,),
+            looks=(Streams(STATE, 0),),
+            takes=(Streams(PARAM | STATE, PARAM | STATE),),
             freezes=True,
         )
         for name, states, source_ in (
