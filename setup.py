@@ -126,7 +126,8 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         if not (CSRC / "bindings" / "module.cpp").is_file():
             sys.exit("pysmooth: csrc/ is missing; this source distribution is incomplete")
-        lines = self.cuda_lines(target) if ext.name.endswith("_cuda") else self.cpu_lines(target)
+        cuda = ext.name.endswith("_cuda")
+        lines = self.cuda_lines(target) if cuda else self.cpu_lines(target, work)
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([ninja(), "-C", str(work)], check=True)
 
@@ -149,7 +150,7 @@ class NinjaBuild(build_ext):
             "  description = compile $out",
         ]
 
-    def cpu_lines(self, target: Path) -> list[str]:
+    def cpu_lines(self, target: Path, work: Path) -> list[str]:
         """build.ninja for the CPU module."""
         lines = [
             *self.compile_rule(f"-DPYSMOOTH_ISA_LEVELS={len(ISA_FLAGS)}"),
@@ -158,7 +159,7 @@ class NinjaBuild(build_ext):
             "  description = link $out",
         ]
         objects = []
-        for source in sorted(CSRC.glob("bindings/*.cpp")):
+        for source in self.bindings(work):
             objects.append(f"{source.stem}.o")
             lines.append(f"build {objects[-1]}: compile {escape(source)}")
         for source in sorted(CSRC.glob("cpu/*.cpp")):
@@ -169,6 +170,20 @@ class NinjaBuild(build_ext):
                 lines.append(f"  isa = -DPYSMOOTH_ISA={level} {' '.join(extra)}")
         lines.append(f"build {escape(target)}: link {' '.join(objects)}")
         return lines
+
+    def bindings(self, work: Path) -> list[Path]:
+        """What binds the CPU module; but for development, where files change, in two pieces.
+
+        Every file that uses pybind11 compiles the same four seconds of it.
+        """
+        sources = sorted(CSRC.glob("bindings/*.cpp"))
+        if self.editable_mode:
+            return sources
+        pieces = []
+        for i, part in enumerate((sources[::2], sources[1::2])):
+            pieces.append(work / f"bindings{i}.cpp")
+            pieces[-1].write_text("".join(f'#include "{source}"\n' for source in part))
+        return pieces
 
     def cuda_lines(self, target: Path) -> list[str]:
         """build.ninja for the CUDA module: it links the runtime statically, and no libcuda."""
