@@ -40,6 +40,8 @@ from .optim import (
     NormEF21SGDM,
     SignSGD,
     Signum,
+    swap,
+    unswap,
 )
 
 __version__ = "0.1.0"
@@ -85,4 +87,6 @@ __all__ = [
     "doctor",
     "get_total_norm",
     "parts",
+    "swap",
+    "unswap",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._swap import swap, unswap
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adaptive_norm import AdagradNorm, AdamDNorm, AdamNorm, ClipRAdaGradD, MAdagradNorm
@@ -35,4 +36,6 @@ __all__ = [
     "NormalizedSGD",
     "SignSGD",
     "Signum",
+    "swap",
+    "unswap",
 ]
