@@ -79,7 +79,7 @@ $(VENV)/made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -U 'pip>=25.1' 'setuptools>=77' wheel
 	$(PIP) install $(TORCH)
-	$(PIP) install 'pybind11>=3.0' 'ninja>=1.11' 'apache-tvm-ffi>=0.1.5' --group dev
+	$(PIP) install 'pybind11>=3.0' 'ninja>=1.11' 'apache-tvm-ffi>=0.1.5' --group dev --group integrations
 	touch $@
 
 # The package, editable. The extension is compiled incrementally by ninja (setup.py).

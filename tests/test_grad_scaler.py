@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from battery import BACKENDS, make_params, record_grads, set_grads
+from battery import BACKENDS, assert_same_bits, make_params, record_grads, set_grads
 from torch import Tensor
 
 from pysmooth import EF21, AdagradNorm, AdamW, ClipSGD, TopK
@@ -119,3 +120,32 @@ def test_an_overflow_leaves_everything(backend: str) -> None:
     assert optimizer.skipped_steps() == 0  # the scaler's decision, not the policy's
     for p, q in zip(params, before, strict=True):
         assert torch.equal(p, q)
+
+
+@every_backend
+def test_external_lets_the_scaler_unscale(backend: str) -> None:
+    """As for an optimizer that knows nothing of scales: callers may clip what they see."""
+    params, expected = make_params(SHAPES), make_params(SHAPES)
+    optimizer = AdamW(params, 0.01, backend=backend, amp="external")
+    plain = AdamW(expected, 0.01, backend=backend)
+    copied = copy.deepcopy(optimizer)
+    assert not getattr(copied, "_step_supports_amp_scaling")  # noqa: B009 - torch's private name
+    scaler = scaler_of(4.0)
+    for row in record_grads(params, 3):
+        set_grads(params, scaled(row, 4.0))
+        set_grads(expected, row)
+        scaler.step(optimizer)
+        assert_same_bits([p.grad for p in params], [p.grad for p in expected])
+        scaler.update()
+        plain.step()
+    assert_same_bits(params, expected)
+    set_grads(params, [torch.full_like(p, math.inf) for p in params])
+    scaler.step(optimizer)  # which does not come to the optimizer
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert_same_bits(params, expected)
+
+
+def test_amp_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="amp must be one of fused, external; got 'none'"):
+        ClipSGD(make_params(SHAPES), 0.1, amp="none")  # type: ignore[typeddict-item]

@@ -37,6 +37,7 @@ from ._validate import check_choice, check_number
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
 _NORMS = ("in_step", "in_backward")
+_AMP = ("fused", "external")
 _POLICIES = {
     "propagate": Policy.PROPAGATE,
     "skip": Policy.SKIP,
@@ -66,7 +67,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     unscaled_by_scaler = False
     # torch.amp.GradScaler then sets `grad_scale` and `found_inf` before a step, and deletes them
     # after it: the step divides gradients by the one, unless that is None because they are unscaled
-    # already, and does not happen if the other is not 0.
+    # already, and does not happen if the other is not 0. It does so for those who say this.
     _step_supports_amp_scaling = True
     # Whether hooks take gradients into states, and free them; see `EFSGD`.
     absorbs = False
@@ -85,10 +86,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         master_weights: bool = False,
         kahan: bool = False,
         stochastic_rounding: bool = False,
+        amp: str = "fused",
     ) -> None:
         self.scope = check_scope(scope)
         self.policy = _POLICIES[check_choice("nonfinite", nonfinite, self.policies)]
         self.norm_type = check_number("norm_type", norm_type, strict=True)
+        self._step_supports_amp_scaling = check_choice("amp", amp, _AMP) == "fused"
         self._backend = backend
         self._engine: Engine | None = None
         self._skipped = 0
@@ -394,6 +397,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = dict(super().__getstate__())
         fused = (self.scope, self.policy, self.norm_type, self._backend, self._skipped)
         state["_norm_in_backward"] = self._norm_in_backward
+        state["_step_supports_amp_scaling"] = self._step_supports_amp_scaling
         state["absorbs"] = self.absorbs
         state["_passes"] = (self.stage_scopes, getattr(self, "compressor", None))
         state["_fused"] = fused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ._validate import check_choice, check_flag
 
 
 class Precision(TypedDict, total=False):
-    """Arguments of every optimizer: at most one, for the group's parameters of 16 bits.
+    """Arguments of every optimizer: at most one of the first three, for parameters of 16 bits.
 
     Attributes:
         master_weights: a float32 copy is what steps change, `state[p]["master_param"]`; the
@@ -22,6 +22,10 @@ class Precision(TypedDict, total=False):
             `state[p]["compensation"]`. 2 bytes per parameter.
         stochastic_rounding: bfloat16 parameters are rounded up or down at random, right in the
             mean. No memory but `state[p]["step"]`.
+        amp: who divides gradients by the scale of `torch.amp.GradScaler`. "fused": the step, in
+            registers. "external": GradScaler, as for an optimizer that knows nothing of it, for
+            callers that clip or look at gradients in between and refuse the former (Lightning's
+            `gradient_clip_val`).
 
     See docs/methods/low-precision.md.
     """
@@ -29,6 +33,7 @@ class Precision(TypedDict, total=False):
     master_weights: bool
     kahan: bool
     stochastic_rounding: bool
+    amp: Literal["fused", "external"]
 
 
 _STORAGE = {

@@ -87,6 +87,10 @@ class ClipSGD(FusedOptimizer):
               rounding lost; the value is the sum of both. 2 bytes per parameter.
             - `stochastic_rounding=True`: bfloat16 only: rounded up or down at random, right in the
               mean. By a hash of step, tensor and element: runs are reproducible. No memory.
+
+            And `amp="external"`: `torch.amp.GradScaler` unscales gradients before the step, instead
+            of the step in registers ("fused"). For callers that refuse to clip the gradients of
+            optimizers that unscale for themselves, as Lightning does.
         foreach: accepted, because torch.optim.SGD has it; without effect.
         fused: likewise.
         differentiable: only False.
