@@ -45,7 +45,7 @@ CUDA_LACKS = (
     *map(repr, sorted(CUDA_LACKS_RULES)),
     *("clip='agc'", "absorb=True", "scope='block' of QSGD"),
 )
-TRITON_LACKS = ("clip='agc'", "absorb=True")
+TRITON_LACKS = ("absorb=True",)
 
 # Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.
 SHAPES = ((7, 5), (), (33,), (0, 4), (5003,), (3, 2, 3, 3), (1,))

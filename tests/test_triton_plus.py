@@ -1,4 +1,4 @@
-"""EF21+, and scales per block, on the Triton backend: the CPU backend's bits."""
+"""EF21+, scales per block, clips by rows on the Triton backend: the CPU backend's bits."""
 
 from __future__ import annotations
 
@@ -194,3 +194,41 @@ def test_launches_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         set_grads(params, record_grads(params, 1)[0])
         optimizer.step()
         assert calls == want
+
+
+# ---- clip="agc" ----------------------------------------------------------------------------------
+
+CLIPPED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "momentum": (pysmooth.ClipSGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    "ascent": (pysmooth.ClipSGD, {"maximize": True}),
+    "adam": (pysmooth.AdamW, {"lr": 1e-3}),
+    "top_k": (EFSGD, {"compressor": TopK(ratio=0.02)}),
+    "block": (EFSGD, {"compressor": TopK(k=3, scope="block", block_size=512)}),
+    "rand_k": (EFSGD, {"compressor": RandK(k=9)}),
+    "threshold": (EFSGD, {"compressor": pysmooth.HardThreshold(0.01), "momentum": 0.9}),
+}
+ROWS = ((5000, 3), (3, CHUNK + 1), (2, 16, 9), (CHUNK + 5,), (40,), (), (0, 4))
+
+
+@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.parametrize("name", CLIPPED)
+def test_rows_have_the_coefficients_of_cpu(name: str) -> None:
+    """One step of whole numbers, whose squares add up to the same in any order."""
+    make, kwargs = CLIPPED[name]
+
+    def params() -> list[Parameter]:
+        (start,) = whole_numbers(ROWS)
+        out = [Parameter((3 * g).float()) for g in start]
+        out[2] = Parameter(out[2].detach().transpose(0, 2).contiguous().transpose(0, 2))
+        return out
+
+    rows = whole_numbers(ROWS)
+    rows[0][2] = rows[0][2].transpose(0, 1).contiguous().transpose(0, 1)
+    both(make, rows, params, clip="agc", agc_factor=0.5, nonfinite="skip", **kwargs)
+
+
+def test_rows_of_a_transposed_matrix_lie_across() -> None:
+    start = lambda: [Parameter(torch.arange(60.0).view(12, 5).t())]  # noqa: E731
+    rows = [[torch.arange(60.0).view(5, 12).double() - 30]]
+    out = both(pysmooth.ClipSGD, rows, start, clip="agc", nonfinite="skip")
+    assert (out[0] != start()[0]).any(dim=1).all()

@@ -43,9 +43,11 @@ from .specs import (
     Form,
     Method,
     apply_spec,
+    coefs_spec,
     finalize_spec,
     pass_specs,
     reduce_spec,
+    rows_spec,
 )
 
 # Kernels that change parameters or states, or choose what is changed.
@@ -59,10 +61,25 @@ F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat1
 
 # What a kernel's arguments are; all others point to 32-bit integers.
 WIDE = {
+    "parts",
     *("tensors", "gradients", "layouts", "amp", "counters"),
     *("units", "histogram", "samples", "places", "tallies"),
 }
-FLOATS = {"partials", "norms", "coefs", "known", "hypers", "sums", "lengths", "spec"}
+FLOATS = {
+    "param_sums",
+    "grad_sums",
+    "smallest",
+    "squares",
+    "squares_of",
+    "partials",
+    "norms",
+    "coefs",
+    "known",
+    "hypers",
+    "sums",
+    "lengths",
+    "spec",
+}
 UNSIGNED = {"keys", "seeds"}
 COUNTS = {"count", "shift", "width"}  # and, of finalize and finish_pass:
 MORE_COUNTS = {"members", "chunks", "groups"}
@@ -100,6 +117,8 @@ def forms(rule: Rule) -> Iterator[tuple[str, Form]]:
         yield "master", Form((BF16, BF16, *states, F32), kept=MASTER.value)
         yield "kahan", Form((BF16, BF16, *states, BF16), kept=KAHAN.value)
         yield "stochastic", Form((BF16, BF16, *states), kept=STOCHASTIC.value)
+    if rule.name in ("sgd", "ef_sgd_select"):
+        yield "rows", Form((F32, F32, *states), rows=True)
     if rule.name in ("adam", "sgd"):
         yield "unaligned", Form((F32, F32, *states), aligned=False)
         yield "strided", Form((F32, F32, *states), dims=4, aligned=False)
@@ -114,10 +133,14 @@ def specs(rules: list[str]) -> Iterator[tuple[str, Spec]]:
         yield f"reduce L{norm_type:g}", reduce_spec(F32, method(norm_type=norm_type), 0, True)
     yield "reduce unaligned", reduce_spec(F32, method(), 0, False)
     yield "reduce strided", reduce_spec(F32, method(), 4, False)
+    for dtype, length, dims in ((F32, 9, 0), (BF16, 100, 4), (F32, 5000, 0), (F64, 5000, 0)):
+        for of_grad in (False, True):
+            yield f"rows of {length}", rows_spec(dtype, dims, length, of_grad=of_grad)
+        yield f"coefficients {dtype}", coefs_spec(dtype)
     for name in rules:
         yield from specs_of(RULES[name])
     for scope in (1, 2):
-        how = method(scope=scope, asks=True, names=True, norm_type=3.0)
+        how = method(scope=scope, asks=True, names=True, norm_type=3.0, by_rows=True)
         spec = finalize_spec(RULES["adam"], how, noisy=True, seeded=True, counts=True)
         yield f"adam finalize scope {scope}", spec
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .fold import any_flag, any_flag_rows, fold, fold_rows, least_rows
 from .operands import CONSTANTS, OWN
 from .ops import noise_key
-from .reduce import MAX, POWER, PRESENT, SPOILED, SQUARES, larger, largest
+from .reduce import POWER, PRESENT, SPOILED, SQUARES
 from .rule import COEF, FIRST, KNOWN, STAGE
 from .table import (
     GROUP_COUNTS,
@@ -44,62 +45,8 @@ GLOBAL = tl.constexpr(0)
 GROUP = tl.constexpr(1)
 TENSOR = tl.constexpr(2)
 
-
-@triton.jit
-def fold(values, first, last, KIND: tl.constexpr, SPAN: tl.constexpr):
-    """Combines the partials of chunks [first, last)."""
-    total = tl.zeros([SPAN], tl.float64)
-    for i in range(first, last, SPAN):
-        o = i + tl.arange(0, SPAN)
-        x = tl.load(values + o, mask=o < last, other=0)
-        if KIND == MAX:
-            total = larger(x, total)
-        else:
-            total += x
-    if KIND == MAX:
-        return largest(total)
-    else:
-        return tl.sum(total, axis=0)
-
-
-@triton.jit
-def fold_rows(values, first, count, KIND: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-    """The same for chunks [first, first + count) of several tensors at once."""
-    total = tl.zeros([ROWS, SPAN], tl.float64)
-    for i in range(0, tl.max(count, axis=0), SPAN):
-        o = i + tl.arange(0, SPAN)[None, :]
-        x = tl.load(values + first[:, None] + o, mask=o < count[:, None], other=0)
-        if KIND == MAX:
-            total = larger(x, total)
-        else:
-            total += x
-    if KIND == MAX:
-        spoiled = tl.max((total != total).to(tl.int32), axis=1)
-        return tl.where(
-            spoiled != 0, float("nan"), tl.max(tl.where(total == total, total, 0.0), axis=1)
-        )
-    else:
-        return tl.sum(total, axis=1)
-
-
-@triton.jit
-def any_flag(flags, first, last, BIT: tl.constexpr, SPAN: tl.constexpr):
-    """Whether a flag is set for one of the chunks [first, last)."""
-    found = tl.zeros([SPAN], tl.int32)
-    for i in range(first, last, SPAN):
-        o = i + tl.arange(0, SPAN)
-        found |= tl.load(flags + o, mask=o < last, other=0)
-    return tl.max(found & BIT, axis=0)
-
-
-@triton.jit
-def any_flag_rows(flags, first, count, BIT: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-    """The same for chunks of several tensors at once."""
-    found = tl.zeros([ROWS, SPAN], tl.int32)
-    for i in range(0, tl.max(count, axis=0), SPAN):
-        o = i + tl.arange(0, SPAN)[None, :]
-        found |= tl.load(flags + first[:, None] + o, mask=o < count[:, None], other=0)
-    return tl.max(found & BIT, axis=1)
+# A group's mode, where its clip has a coefficient per row (rows.py). As in csrc/core/math/clip.h.
+MODE_ROWS = tl.constexpr(5.0)
 
 
 @triton.jit
@@ -110,6 +57,21 @@ def norm_of(total, unscale, KIND: tl.constexpr, P: tl.constexpr):
     if KIND == POWER:
         total = tl.where(total == 0, 0.0, tl.exp2(tl.log2(total) / P))
     return total * unscale
+
+
+@triton.jit
+def loss_scale(amp):
+    """What undoes the loss scale, and its overflow flag; 1 and 0 where there are none."""
+    unscale = tl.full((), 1.0, tl.float64)
+    overflow = tl.full((), 0.0, tl.float32)
+    scale_at = tl.load(amp)
+    overflow_at = tl.load(amp + 1)
+    if scale_at != 0:
+        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32)))
+        unscale = (1.0 / scale.to(tl.float64)).to(tl.float32).to(tl.float64)
+    if overflow_at != 0:
+        overflow = tl.load(overflow_at.to(tl.pointer_type(tl.float32)))
+    return unscale, overflow
 
 
 @triton.jit
@@ -182,6 +144,8 @@ def finalize(
     go,
     counters,
     spoiled,
+    smallest,
+    squares_of,
     members,
     chunks,
     groups,
@@ -198,6 +162,7 @@ def finalize(
     NOISY: tl.constexpr,
     SEEDED: tl.constexpr,
     COUNTS: tl.constexpr,
+    BY_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
     ROW_SPAN: tl.constexpr,
@@ -211,18 +176,8 @@ def finalize(
     group = hypers + g * GROUP_WORDS
     active = tl.load(gradients + t) != 0
 
-    # Loss scale and its overflow flag, where there are any.
-    unscale = tl.full((), 1.0, tl.float64)
-    overflow = tl.full((), 0.0, tl.float32)
-    scale_at = tl.load(amp)
-    overflow_at = tl.load(amp + 1)
-    if scale_at != 0:
-        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32)))
-        unscale = (1.0 / scale.to(tl.float64)).to(tl.float32).to(tl.float64)
-    if overflow_at != 0:
-        overflow = tl.load(overflow_at.to(tl.pointer_type(tl.float32)))
-
     # Does the step happen?
+    unscale, overflow = loss_scale(amp)
     happens = (overflow == 0).to(tl.int32)  # a number: the interpreter cannot spread a truth value
     if ASKS:
         bad = any_flag(flags, 0, chunks, SPOILED, SPAN)
@@ -251,6 +206,9 @@ def finalize(
             tl.store(norms + t, norm, mask=mask)
             coef = clip_coefficient(group, norm)
             summed = coef * unscale * (coef * unscale) * total
+            if BY_ROWS:
+                squares = fold_rows(squares_of, first, count, SQUARES, ROWS, ROW_SPAN)
+                summed = tl.where(tl.load(group + GROUP_MODE) == MODE_ROWS, squares, summed)
         else:
             moves = g * 0
             low = 0
@@ -283,15 +241,26 @@ def finalize(
                             a = tl.load(ranges + v)
                             b = tl.load(ranges + v + 1)
                             factor = clip_coefficient(other, norm) * unscale
-                            squares += factor * factor * fold(partials, a, b, KIND, SPAN)
+                            more = factor * factor * fold(partials, a, b, KIND, SPAN)
+                            if BY_ROWS:
+                                if tl.load(other + GROUP_MODE) == MODE_ROWS:
+                                    more = fold(squares_of, a, b, SQUARES, SPAN)
+                            squares += more
                             found = found | any_flag(flags, a, b, PRESENT, SPAN)
                     summed = tl.where(here, squares, summed)
                     moves = tl.where(here, found, moves)
+        if BY_ROWS:
+            first = tl.load(row + ROW_FIRST)
+            least = least_rows(smallest, first, tl.load(row + ROW_CHUNKS), ROWS, ROW_SPAN)
+            coef = tl.where(tl.load(group + GROUP_MODE) == MODE_ROWS, least, coef)
         tl.store(coefs + t, tl.where(active, coef, 1.0), mask=mask)
 
     # What rules may ask for.
     h = gather(hypers, g * GROUP_WORDS, HYPER)
-    coef = coef * unscale * tl.load(group + GROUP_SIGN)
+    coef = coef * unscale
+    if BY_ROWS:  # each row has its own, which undoes the scale as well
+        coef = tl.where(tl.load(group + GROUP_MODE) == MODE_ROWS, 1.0, coef)
+    coef = coef * tl.load(group + GROUP_SIGN)
     bound = tl.load(group + GROUP_VALUE)
     # Not 0: what was allocated for it waits for a step that happens.
     first = tl.load(fresh + t, mask=mask, other=0) == 1

@@ -49,6 +49,7 @@ class How:
         again: gives the value of a pass once more, after it.
         span: elements that share a compressor's scale; 0: all of a unit.
         per_block: constants, as bits, that are the block's own.
+        rows: the gradient has a coefficient per row, beside the tensor's.
     """
 
     types: tuple[Any, ...]
@@ -73,6 +74,7 @@ class How:
     again: Any = None
     span: int = 0
     per_block: int = 0
+    rows: bool = False
 
     @property
     def count(self) -> int:

@@ -20,9 +20,12 @@ from .table import (
     BLOCK_NUMBERS,
     KEY_WORDS,
     ROW_BLOCKS,
+    ROW_COEFS,
     ROW_LAYOUT,
     ROW_NUMEL,
     ROW_PARAM,
+    ROW_ROWS,
+    ROW_RUN,
     ROW_WORDS,
 )
 
@@ -178,7 +181,7 @@ def row_of(tensors, t):
 
 @triton.jit
 def tensor_of(tensors, gradients, layouts, numbers, keys, t, HOW: tl.constexpr):
-    """All there is to know of a tensor: operands, layout, constants, noise, blocks; its size."""
+    """All there is to know of a tensor: operands, layout, constants, noise ...; and its size."""
     row, numel = row_of(tensors, t)
     at = operands(row, tl.load(gradients + t), HOW)
     h = constants(numbers + t * CONSTANTS, OWN + HOW.numbers, HOW.compute)
@@ -186,7 +189,11 @@ def tensor_of(tensors, gradients, layouts, numbers, keys, t, HOW: tl.constexpr):
     blocks = ()
     if HOW.span != 0:
         blocks = (tl.load(row + ROW_BLOCKS).to(tl.pointer_type(HOW.compute)),)
-    return (at, layouts + tl.load(row + ROW_LAYOUT), h, key, blocks), numel
+    rows = ()
+    if HOW.rows:
+        coefs = tl.load(row + ROW_COEFS).to(tl.pointer_type(HOW.compute))
+        rows = (coefs, tl.load(row + ROW_RUN), tl.load(row + ROW_ROWS))
+    return (at, layouts + tl.load(row + ROW_LAYOUT), h, key, blocks, rows), numel
 
 
 @triton.jit
@@ -194,7 +201,11 @@ def take(tensor, o, mask, HOW: tl.constexpr):
     """Elements `o` as a rule sees them: where they are, parameter, gradient, states."""
     where = locate(o, tensor[1], HOW.dims, HOW.count)
     x = read(tensor[0], where, mask, HOW)
-    g = gradient_in(x[1], tensor[2][0], tensor[2][1], HOW.zero)
+    g = x[1]
+    if HOW.rows:
+        coefs, run, rows = tensor[5]
+        g = g * tl.load(coefs + o // run % rows, mask=mask, other=0)
+    g = gradient_in(g, tensor[2][0], tensor[2][1], HOW.zero)
     return where, x[0], g, x[2:]
 
 

@@ -16,6 +16,7 @@ from .block_scales import block_scales
 from .how import STOCHASTIC
 from .launch import Launch, Spec, current_stream
 from .operands import CONSTANTS
+from .row_cuts import Rows
 from .rule import KNOWN
 from .rules import RULES
 from .selection import Selection, lists, picked_scale
@@ -57,6 +58,7 @@ class Slot:
     low: int = 0  # states in bfloat16, as bits
     starts: int = 0  # states that start as the gradient, as bits
     fresh: int = 0  # 1: this is its first step; 2: some of what it has is new; see finalize.py
+    rows: int = 0  # that it is clipped by; 0: it is clipped as a whole
     hyper: Sequence[float] = ()
 
     @property
@@ -141,7 +143,11 @@ class Plan:
         self.wide = any(s.param.dtype == torch.float64 for s in slots)
         passes = [self._work_of(s) for s in slots]
         reads = [self._reduce_of(s) for s in slots]
-        self._first = first
+        counts = torch.tensor([b - a for a, b in pairwise(first)], dtype=torch.int64)
+        # Of every chunk: its tensor, and which of its chunks it is.
+        owner = torch.repeat_interleave(torch.arange(len(slots)), counts) if slots else counts
+        self._cut = owner, torch.arange(self.chunks) - torch.tensor(first[:-1] or [0])[owner]
+        self._tiles: dict[tuple[Work, int], tuple[Tensor, ...]] = {}
 
         def ints(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.as_tensor(values, dtype=dtype).to(device)
@@ -159,6 +165,7 @@ class Plan:
             if method.span:
                 row[ROW_BLOCKS.value] = self._blocks[_compute(s)][first[i] * per_chunk :].data_ptr()
             rows.append(row)
+        self.rows_of = Rows.of(self, rows)
 
         def floats(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
@@ -186,20 +193,10 @@ class Plan:
             c: torch.zeros(count * CONSTANTS.value, dtype=c, device=device)
             for c in {_compute(s) for s in slots}
         }
-        counts = torch.tensor([b - a for a, b in pairwise(first)], dtype=torch.int64)
-        owner = torch.repeat_interleave(torch.arange(len(slots)), counts) if slots else counts
-        index = torch.arange(self.chunks) - torch.tensor(first[:-1] or [0])[owner]
-
-        def chunks_of(members: list[int]) -> tuple[Tensor, ...]:
-            chosen = torch.zeros(len(slots), dtype=torch.bool)
-            chosen[members] = True
-            which = chosen[owner].nonzero().flatten()
-            return tuple(ints(x, torch.int32) for x in (owner[which], index[which], which))
-
-        self._reduces = [(spec, chunks_of(m)) for spec, m in _grouped(r[0] for r in reads)]
+        self._reduces = [(spec, self.chunks_of(m)) for spec, m in _grouped(r[0] for r in reads)]
         self.work_of = [work for work, _ in passes]
         self.works = [
-            (work, chunks_of(m), ints(m, torch.int32), slots[m[0]])
+            (work, self.chunks_of(m), ints(m, torch.int32), slots[m[0]])
             for work, m in _grouped(p[0] for p in passes)
         ]
         most = max((len(work.passes) for work, *_ in self.works), default=0)
@@ -214,9 +211,11 @@ class Plan:
 
     # ---- what is specialised for what ----------------------------------------------------------
 
-    def _layout(self, shape: Sequence[int], tensors: Sequence[Tensor]) -> tuple[int, int]:
+    def lay_out(
+        self, shape: Sequence[int], tensors: Sequence[Tensor], *, rows_first: bool = False
+    ) -> tuple[int, int]:
         """How many dimensions there are to walk, and where the layout is; (0, 0) if linear."""
-        layout = merge_layout(shape, [t.stride() for t in tensors])
+        layout = merge_layout(shape, [t.stride() for t in tensors], rows_first=rows_first)
         if is_linear(layout):
             return 0, 0
         if len(layout) > MAX_DIMS:
@@ -231,11 +230,11 @@ class Plan:
     def _reduce_of(self, s: Slot) -> tuple[Spec | None, int]:
         if not self.method.reduces or s.param.numel() == 0:
             return None, 0
-        dims, at = self._layout(s.grad.shape, [s.grad])
+        dims, at = self.lay_out(s.grad.shape, [s.grad])
         return reduce_spec(s.grad.dtype, self.method, dims, not dims and _aligned(s.grad)), at
 
     def _work_of(self, s: Slot) -> tuple[Work, int]:
-        dims, at = self._layout(s.param.shape, s.operands)
+        dims, at = self.lay_out(s.param.shape, s.operands)
         rule, method = RULES[s.rule], self.method
         form = Form(
             tuple(t.dtype for t in s.operands),
@@ -247,6 +246,7 @@ class Plan:
             wide=self.wide and method.select is not None,
             listed=lists(method, s.param.numel()),
             span=method.span,
+            rows=s.rows > 0,
         )
         noisy = bool(s.low) or s.kept == STOCHASTIC.value
         draws = rule.draws(s.hyper) != 0
@@ -270,6 +270,8 @@ class Plan:
 
     def tiles(self, work: Work, size: int) -> tuple[Tensor, ...]:
         """What programs that take `size` elements of a tensor take: it, and which."""
+        if (work, size) in self._tiles:
+            return self._tiles[work, size]
         counts = [
             (t, -(-s.param.numel() // size))
             for t, s in enumerate(self.slots)
@@ -277,7 +279,17 @@ class Plan:
         ]
         owner = [t for t, n in counts for _ in range(n)]
         index = [i for _, n in counts for i in range(n)]
-        return self._ints(owner, torch.int32), self._ints(index, torch.int32)
+        made = self._ints(owner, torch.int32), self._ints(index, torch.int32)
+        self._tiles[work, size] = made
+        return made
+
+    def chunks_of(self, members: list[int]) -> tuple[Tensor, ...]:
+        """The chunks of these tensors: tensor, place there, number."""
+        owner, index = self._cut
+        chosen = torch.zeros(len(self.slots), dtype=torch.bool)
+        chosen[members] = True
+        which = chosen[owner].nonzero().flatten()
+        return tuple(self._ints(x, torch.int32) for x in (owner[which], index[which], which))
 
     def numbers_of(self, form: Form) -> Tensor:
         """The constants of tensors of a form, in what is computed in."""
@@ -293,6 +305,10 @@ class Plan:
             chunks = (self.rows, words.gradients, self.layouts, owner, index, number)
             norms.append(Launch(spec, len(owner), (*chunks, self.partials, self.flags)))
         rows, gradients, hypers = self.rows, words.gradients, words.hypers
+        least, squares = self.partials, self.partials
+        if self.rows_of is not None:
+            norms += self.rows_of.launches(words)
+            least, squares = self.rows_of.smallest, self.rows_of.squares
         for n, (work, _, members, _) in enumerate(self.works):
             launch = Launch(
                 work.finalize.having(COUNTS=n == 0),  # one of them counts skipped steps
@@ -301,7 +317,7 @@ class Plan:
                     *(rows, gradients, hypers, words.amp, self.partials, self.flags, self.ranges),
                     *(members, self.fresh, self.norms, self.coefs, self.known),
                     *(self.numbers_of(work.form), self.keys, self.go, self.counters),
-                    *(self.spoiled, len(members), self.chunks, self.groups),
+                    *(self.spoiled, least, squares, len(members), self.chunks, self.groups),
                 ),
             )
             norms.append(launch)

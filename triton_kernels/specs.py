@@ -16,7 +16,8 @@ from .finalize import finalize, finish_pass
 from .how import STOCHASTIC, STORED, How
 from .launch import Spec
 from .reduce import reduce
-from .rule import NOTHING, PARAM, STATE, Rule, Streams
+from .rows import row_coefs, row_sums
+from .rule import GRAD, NOTHING, PARAM, STATE, Rule, Streams
 from .source import source
 from .table import CHUNK
 
@@ -38,6 +39,7 @@ class Method:
     norm_type: float
     reduces: bool  # norms are taken
     pass_scopes: tuple[int, ...] = ()  # over what each pass before apply sums up
+    by_rows: bool = False  # some clip has a coefficient per row
     select: tuple[Any, ...] | None = None  # as compressors say it
     span: int = 0  # elements that share a compressor's scale; 0: all of a unit
 
@@ -59,7 +61,7 @@ class Form:
         starts: states that start as the gradient, as bits.
         wide: its values are compared with float64 ones.
         listed: candidates are collected in lists: it does not fit into one program.
-        span: see How.
+        span, rows: see How.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -71,6 +73,7 @@ class Form:
     wide: bool = False
     listed: bool = False
     span: int = 0
+    rows: bool = False
 
     def how(self, rule: Rule, function: Any, streams: Streams, zero: bool, **rest: Any) -> How:
         """A pass with these streams."""
@@ -93,6 +96,7 @@ class Form:
             alone=not rule.reads_grad,
             span=self.span,
             per_block=per_block,
+            rows=self.rows and bool(reads & (GRAD if rule.reads_grad else PARAM)),
         )
         return replace(how, **rest)
 
@@ -123,6 +127,27 @@ def reduce_spec(dtype: torch.dtype, method: Method, dims: int, aligned: bool) ->
     )
 
 
+def rows_spec(dtype: torch.dtype, dims: int, length: int, *, of_grad: bool) -> Spec:
+    """What sums up rows of so many elements: few widths, so that few kernels are compiled."""
+    block = tuning.shape_for(1, strided=True).block
+    width = next((w for w in (16, 128) if length <= w), block)
+    constants = {
+        "T": STORED[dtype],
+        "C": tl.float64 if dtype == torch.float64 else tl.float32,
+        "OF_GRAD": of_grad,
+        "DIMS": dims,
+        "WIDTH": width,
+        "BLOCK": block,
+    }
+    return Spec(row_sums, tuple(constants.items()), 4)
+
+
+def coefs_spec(param: torch.dtype) -> Spec:
+    """What makes coefficients of these sums, in what is computed in."""
+    kind = tl.float64 if param == torch.float64 else tl.float32
+    return Spec(row_coefs, (("C", kind), ("BLOCK", tuning.FINALIZE_SPAN)), tuning.FINALIZE_WARPS)
+
+
 def finalize_spec(
     rule: Rule, method: Method, *, noisy: bool = False, seeded: bool = False, counts: bool = False
 ) -> Spec:
@@ -144,6 +169,7 @@ def finalize_spec(
             ("NOISY", noisy),
             ("SEEDED", seeded),
             ("COUNTS", counts),
+            ("BY_ROWS", method.by_rows),
             ("ROWS", tuning.FINALIZE_ROWS),
             ("SPAN", tuning.FINALIZE_SPAN),
             ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),

@@ -27,6 +27,14 @@ ROW_LAYOUT = tl.constexpr(13)  # where its layout starts
 ROW_GRAD_LAYOUT = tl.constexpr(14)  # that of its gradient alone
 ROW_PICKED = tl.constexpr(15)  # what chosen coordinates are multiplied by; a float64 number
 ROW_BLOCKS = tl.constexpr(16)  # address of the constants of its blocks
+# Of one that is clipped by rows: how many there are, so many of whose elements are walked one after
+# another, elements of a row, address of their coefficients, layouts row after row.
+ROW_ROWS = tl.constexpr(17)
+ROW_RUN = tl.constexpr(18)
+ROW_LENGTH = tl.constexpr(19)
+ROW_COEFS = tl.constexpr(20)
+ROW_PARAM_ROWS = tl.constexpr(21)
+ROW_GRAD_ROWS = tl.constexpr(22)
 ROW_WORDS = tl.constexpr(24)
 
 # What a tensor's random numbers depend on in a step, in 32-bit words.
@@ -49,7 +57,7 @@ LIST = tl.constexpr(512)
 
 # A group: 64-bit floats.
 GROUP_HYPER = 16  # at most
-GROUP_MODE = tl.constexpr(16)
+GROUP_MODE = tl.constexpr(16)  # by rows: 5
 GROUP_MAX_NORM = tl.constexpr(17)
 GROUP_EPS = tl.constexpr(18)
 GROUP_L0 = tl.constexpr(19)
@@ -67,14 +75,27 @@ MAX_DIMS = 16
 Dimension = tuple[int, ...]  # size, then the stride of every operand
 
 
-def merge_layout(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[Dimension]:
+def walk_order(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], *, rows_first: bool = False
+) -> list[int]:
+    """Dimensions, outermost first: by the first operand's strides; those of size 1 are dropped.
+
+    The order is the CPU backend's: elements get the same numbers. `rows_first`: the first dimension
+    is the outermost, wherever it lies.
+    """
+    dims = [d for d, n in enumerate(shape) if n != 1]
+    return sorted(dims, key=lambda d: [not (rows_first and d == 0), *(-abs(s[d]) for s in strides)])
+
+
+def merge_layout(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], *, rows_first: bool = False
+) -> list[Dimension]:
     """How operands of one shape lie in memory, relative to each other; innermost dimension first.
 
-    Dimensions of size 1 are dropped, the rest sorted by the first operand's strides and merged
-    where all operands allow it. The order is the CPU backend's: elements get the same numbers.
+    Dimensions are merged where all operands allow it.
     """
-    dims = [(n, *(s[d] for s in strides)) for d, n in enumerate(shape) if n != 1]
-    dims.sort(key=lambda dim: [-abs(stride) for stride in dim[1:]])  # stable
+    order = walk_order(shape, strides, rows_first=rows_first)
+    dims = [(shape[d], *(s[d] for s in strides)) for d in order]
     merged: list[Dimension] = []  # outermost first
     for dim in dims:
         if merged and all(a == b * dim[0] for a, b in zip(merged[-1][1:], dim[1:], strict=True)):

@@ -240,8 +240,6 @@ def lacks(recipe: Recipe) -> str | None:
     rule = RULES[recipe.rule]
     if any(not rule.low_states >> recipe.states.index(key) & 1 for key in recipe.low_states):
         return f"bfloat16 states of {recipe.rule!r}"
-    if recipe.clip.mode == ClipMode.AGC:
-        return "clip='agc'"
     return None
 
 
@@ -296,7 +294,13 @@ def _slot(member: Member, grad: Tensor) -> Slot:
         starts=starts,
         fresh=fresh,
         hyper=recipe.hyper,
+        rows=_rows(p) if recipe.clip.mode == ClipMode.AGC else 0,
     )
+
+
+def _rows(p: Tensor) -> int:
+    """Slices along the first dimension; a vector or a number is one."""
+    return 0 if p.numel() == 0 else p.shape[0] if p.dim() >= 2 else 1
 
 
 def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
@@ -309,6 +313,7 @@ def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
         zero=optimizer.policy == Policy.ZERO,
         norm_type=optimizer.norm_type,
         reduces=needs_reduce(optimizer.policy, recipes),
+        by_rows=any(r.clip.mode == ClipMode.AGC for r in recipes),
         pass_scopes=tuple(int(scope) for scope in optimizer.stage_scopes),
         select=select if selects else None,
         span=0 if select is None or selects else select[4],
@@ -321,6 +326,7 @@ def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...
         len(optimizer.state),
         _method(optimizer, recipes),
         *((r.rule, r.low_states, r.param_storage, _passes(r)) for r in recipes),
+        *(r.clip.mode == ClipMode.AGC for r in recipes),
     )
 
 
