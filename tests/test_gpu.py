@@ -169,10 +169,11 @@ def no_sync() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_sync")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@on_gpu
 @every_entry
-def test_a_step_does_not_wait(entry: Entry) -> None:
+def test_a_step_does_not_wait(entry: Entry, backend: str) -> None:
     params = moved(make_params())
-    optimizer = build(entry, params, "cuda")
+    optimizer = build(entry, params, backend)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="cuda")
     rows = record_grads(make_params(), 4)
     for i, row in enumerate(rows):
@@ -187,14 +188,15 @@ def test_a_step_does_not_wait(entry: Entry) -> None:
 # ---- graphs --------------------------------------------------------------------------------------
 
 
+@on_gpu
 @every_entry
-def test_replays_of_a_captured_step_and_other_steps(entry: Entry) -> None:
+def test_replays_of_a_captured_step_and_other_steps(entry: Entry, backend: str) -> None:
     """With a learning rate that changes on the device, against steps without a graph."""
     lr = torch.tensor(0.1, device="cuda")
     params, twins = moved(make_params()), moved(make_params())
-    ours = build(entry, params, "cuda")
+    ours = build(entry, params, backend)
     ours.param_groups[0]["lr"] = lr
-    theirs = build(entry, twins, "cuda")
+    theirs = build(entry, twins, backend)
     rows = record_grads(make_params(), 6)
     static = [torch.zeros_like(p) for p in params]
 
@@ -229,6 +231,26 @@ def test_replays_of_a_captured_step_and_other_steps(entry: Entry) -> None:
             graph.replay()
         follow(row)
     assert_same_bits([p.detach() for p in params], [p.detach() for p in twins])
+
+
+@on_gpu
+def test_two_graphs_of_one_optimizer_do_not_share_tables(backend: str) -> None:
+    p = Parameter(torch.zeros(5, device="cuda"))
+    optimizer = ClipSGD([p], 1.0, backend=backend)  # type: ignore[arg-type]
+    grads = [torch.full((5,), value, device="cuda") for value in (1.0, 10.0)]
+    p.grad = grads[0]
+    optimizer.step()
+    graphs = []
+    for lr, grad in zip((0.5, 2.0), grads, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = grad
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graphs.append(graph)
+    for graph in (graphs[1], graphs[0], graphs[0]):
+        graph.replay()
+    assert torch.equal(p.detach().cpu(), torch.full((5,), -1.0 - 20.0 - 0.5 - 0.5))
 
 
 # ---- GradScaler, non-finite gradients ------------------------------------------------------------

@@ -53,6 +53,10 @@ class Launch:
         self._bound = (*addresses, *constants)
         self._compiled: Any = None
 
+    def follow(self, other: Launch) -> None:
+        """Takes the kernel that a launch of the same spec and grid has found."""
+        self._compiled = other._compiled
+
     def __call__(self, stream: int | None = None) -> None:
         """Launches on a stream of the current device; None: the current one."""
         if self.grid[0] == 0:  # nothing but empty tensors
@@ -63,6 +67,16 @@ class Launch:
         made = self.spec.kernel[self.grid](*self._first, **self.spec.options)
         if not INTERPRETED:
             self._compiled = made[self.grid]
+
+
+def is_late(device: torch.device) -> bool:
+    """Whether a device does its work behind the host's back: the interpreter does not."""
+    return device.type == "cuda"
+
+
+def captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the current stream."""
+    return is_late(device) and torch.cuda.is_current_stream_capturing()
 
 
 def current_stream(device: torch.device) -> int:

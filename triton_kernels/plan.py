@@ -14,7 +14,7 @@ from torch import Tensor
 from . import tuning
 from .block_scales import block_scales
 from .how import STOCHASTIC
-from .launch import Launch, Spec, current_stream
+from .launch import Launch, Spec, captures, current_stream, is_late
 from .operands import CONSTANTS
 from .row_cuts import Rows
 from .rule import KNOWN
@@ -78,6 +78,10 @@ class Work(NamedTuple):
     passes: tuple[tuple[Spec | None, Spec | None], ...]  # and what makes constants of their sums
 
 
+Bound = tuple[list[Launch], list[Launch]]  # launches up to the constants, and from there on
+SPARES = 4  # captures that a step prepares for
+
+
 @dataclass
 class Words:
     """What a step may bring anew: addresses of gradients, numbers of groups, AMP's two tensors.
@@ -91,11 +95,18 @@ class Words:
     device_words: Tensor = field(init=False)
     sent: tuple[Any, ...] = ()
     host: Tensor | None = None
+    owned: bool = False  # by a graph: what is sent stays where it was sent from, for replays
 
     def __post_init__(self) -> None:
         self._floats = self.tensors + self.tensors % 2  # 16-byte boundaries
         self._amp = self._floats + self.groups * GROUP_WORDS.value
         self.device_words = torch.zeros(self._amp + 2, dtype=torch.int64, device=self.device)
+        if self.owned:
+            self.host = self._room()
+
+    def _room(self) -> Tensor:
+        pinned = self.device.type == "cuda"
+        return torch.zeros(self._amp + 2, dtype=torch.int64, pin_memory=pinned)
 
     @property
     def gradients(self) -> Tensor:
@@ -117,8 +128,7 @@ class Words:
         news = (gradients, hypers, amp)
         if news == self.sent:
             return
-        pinned = self.device.type == "cuda"
-        host = torch.zeros(self._amp + 2, dtype=torch.int64, pin_memory=pinned)
+        host = self.host if self.owned and self.host is not None else self._room()
         if self.tensors:
             host[: self.tensors] = torch.frombuffer(bytearray(gradients), dtype=torch.int64)
         host[self._floats : self._amp].view(torch.float64).copy_(
@@ -206,7 +216,8 @@ class Plan:
         self.selection = Selection.of(self)
         self.words = Words(len(slots), groups, device)
         self._eager = self._bind(self.words)
-        # A graph keeps the tables that were bound while it was captured.
+        # For captures to come, and of those that were: memory cannot be had while one goes on.
+        self._spares: list[tuple[Words, Bound]] = []
         self._captured: list[Words] = []
 
     # ---- what is specialised for what ----------------------------------------------------------
@@ -298,9 +309,10 @@ class Plan:
 
     # ---- the step ------------------------------------------------------------------------------
 
-    def _bind(self, words: Words) -> tuple[list[Launch], list[Launch]]:
+    def _bind(self, words: Words) -> Bound:
         """The launches of a step that reads these words: up to the constants, and from there on."""
-        norms, applies = [], []
+        norms: list[Launch] = []
+        applies: list[Launch] = []
         for spec, (owner, index, number) in self._reduces:
             chunks = (self.rows, words.gradients, self.layouts, owner, index, number)
             norms.append(Launch(spec, len(owner), (*chunks, self.partials, self.flags)))
@@ -381,10 +393,8 @@ class Plan:
             passes: 0: norms and constants; 1: the update.
         """
         words, launches = self.words, self._eager
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            words = Words(len(self.slots), self.groups, self.device)
-            launches = self._bind(words)
-            self._captured.append(words)
+        if captures(self.device):
+            words, launches = self._for_capture()
         words.send(gradients, hypers, amp)
         for place, number in held:
             words.hypers[place].copy_(number.reshape(()), non_blocking=True)
@@ -392,6 +402,24 @@ class Plan:
         for part in passes:
             for launch in launches[part]:
                 launch(stream)
+        if is_late(self.device) and words is self.words:
+            while len(self._spares) < SPARES:
+                spare = Words(len(self.slots), self.groups, self.device, owned=True)
+                self._spares.append((spare, self._bind(spare)))
+
+    def _for_capture(self) -> tuple[Words, Bound]:
+        """Tables that a graph will own, and launches that read them."""
+        if not self._spares:
+            raise RuntimeError(
+                f"the triton backend has tables for {SPARES} captures, and all are taken; run the "
+                "same step once outside of a capture"
+            )
+        words, launches = self._spares.pop()
+        for mine, known in zip(launches, self._eager, strict=True):
+            for launch, other in zip(mine, known, strict=True):
+                launch.follow(other)
+        self._captured.append(words)
+        return words, launches
 
 
 def packed(addresses: Iterable[int]) -> bytes:

@@ -269,6 +269,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         rules=_triton_rules,
         lacks=_triton_lacks,
         engine=_triton_engine,
+        capturable=True,
     ),
     BackendInfo(
         "eager",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._errors import BackendError
+from ..triton_kernels.launch import captures
 from ..triton_kernels.plan import Plan, Slot, group_words, packed
 from ..triton_kernels.rules import RULES, rule_for
 from ..triton_kernels.selection import MOST_BLOCK
@@ -79,6 +80,9 @@ class TritonEngine(DeviceEngine):
             if isinstance(lr := group.get("lr"), Tensor) and self.reads(lr)
         ]
         plan.run(addresses, words, (scale, found_inf), held=rates)
+        if captures(plan.device):
+            optimizer.keep_for_graphs(plan)
+            self._fresh = {}  # a replay may use the states at any time
         torch.autograd.graph.increment_version([*written, *self._roots])
         if plan.device.type == "cpu":  # the interpreter: there is nothing to wait for
             self.settled(optimizer)
@@ -167,8 +171,8 @@ class TritonEngine(DeviceEngine):
     # ---- plans ---------------------------------------------------------------------------------
 
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
-        device = next((p.device.type for g in optimizer.param_groups for p in g["params"]), "cpu")
-        if device == "cuda" and torch.cuda.is_current_stream_capturing():
+        device = next((p.device for g in optimizer.param_groups for p in g["params"]), None)
+        if device is not None and captures(device):
             raise BackendError(
                 "backend 'triton' cannot prepare a step while a CUDA graph is captured; run the "
                 "same step once before"

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..reference.clip import norm_dtype
 from ..triton_kernels.how import STORED
+from ..triton_kernels.launch import captures
 from ..triton_kernels.plan import Plan, Slot, group_words, packed
 from ..triton_kernels.specs import Method
 from .checks import check_memory
 from .recipe import ClipMode, ClipSpec
 
 _PLANS: dict[object, Plan] = {}
+_CAPTURED: list[Plan] = []  # these have tables that graphs read
 _MOST = 8  # plans that are kept: models differ, and so do the orders of norms
 
 
@@ -56,6 +58,8 @@ def _run(plan: Plan, tensors: Sequence[Tensor], max_norm: float, part: int) -> N
     row = group_words((1.0,), ClipSpec(ClipMode.HARD, max_norm, 1e-6), counts=False)
     addresses = packed(t.data_ptr() if t.numel() else 0 for t in tensors)
     plan.run(addresses, row, passes=(part,))
+    if captures(plan.device) and plan not in _CAPTURED:
+        _CAPTURED.append(plan)
 
 
 def _real(t: Tensor) -> Tensor:

@@ -293,8 +293,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._settle()
         return self._skipped
 
-    def keep_for_graphs(self, memory: Tensor) -> None:
-        """Called by an engine in a capture: replays use this memory when its plan is gone."""
+    def keep_for_graphs(self, memory: object) -> None:
+        """Called by an engine in a capture: replays use this after the engine has let it go."""
         kept = self.__dict__.setdefault("_kept_for_graphs", [])
         if all(known is not memory for known in kept):
             kept.append(memory)
