@@ -43,6 +43,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_plan(m);
   bind_functional(m);
   bind_watch(m);
+  bind_codec(m);
   py::class_<StateSnapshot>(m, "StateSnapshot")
       .def(py::init<const py::dict&>(), py::arg("state"))
       .def("same", &StateSnapshot::same, py::arg("state"));

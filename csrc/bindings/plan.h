@@ -126,5 +126,6 @@ class Plan {
 int find_rule(const std::string& name);
 void bind_plan(py::module_& m);
 void bind_functional(py::module_& m);
+void bind_codec(py::module_& m);
 
 }  // namespace pysmooth

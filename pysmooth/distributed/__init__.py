@@ -1,6 +1,27 @@
 """Data-parallel training that sends less: hooks for DistributedDataParallel, and what they cost."""
 
+from .clip21 import Clip21SGD2M
 from .cost import Answer, will_it_help
+from .feedback import DCSGD, EF14, EF21
+from .handshake import MismatchError
+from .hook import CompressedState, compressed_hook
+from .method import Method
 from .network import Network
+from .signs import DSignSGD, MajorityVote, TwoWaySign
 
-__all__ = ["Answer", "Network", "will_it_help"]
+__all__ = [
+    "DCSGD",
+    "EF14",
+    "EF21",
+    "Answer",
+    "Clip21SGD2M",
+    "CompressedState",
+    "DSignSGD",
+    "MajorityVote",
+    "Method",
+    "MismatchError",
+    "Network",
+    "TwoWaySign",
+    "compressed_hook",
+    "will_it_help",
+]

@@ -56,14 +56,17 @@ def _two_phases() -> Scheme:
     )
 
 
-def sparse_bytes(numel: int, k: int, *, value_bytes: int = 4) -> int:
-    """Bytes of k of `numel` values with their places, as indices or as a bitmap.
+def index_bytes(numel: int, k: int) -> int:
+    """Bytes that tell which k of `numel` values are sent: packed indices, or a bitmap if shorter.
 
-    `ceil(min(k * ceil(log2(numel)), numel) / 8) + value_bytes * k`: a list of packed indices where
-    that is smaller.
+    `ceil(min(k * ceil(log2(numel)), numel) / 8)`.
     """
-    width = max(1, math.ceil(math.log2(numel))) if numel > 1 else 1
-    return math.ceil(min(k * width, numel) / 8) + value_bytes * k
+    return -(-min(k * (numel - 1).bit_length(), numel) // 8)
+
+
+def sparse_bytes(numel: int, k: int, *, value_bytes: int = 4) -> int:
+    """Bytes of k of `numel` values and their places."""
+    return index_bytes(numel, k) + value_bytes * k
 
 
 def scheme(method: str, *, ratio: float = 0.01, levels: int = 15) -> Scheme:

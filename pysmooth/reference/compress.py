@@ -41,9 +41,7 @@ def qsgd(x: Tensor, levels: int, block: int, *, seed: int, step: int, tensor_id:
     """
     info = torch.finfo(x.dtype)
     block = min(block, len(x))
-    squares = torch.nn.functional.pad(x.double().square(), (0, -len(x) % block))
-    norms = squares.view(-1, block).sum(dim=1).sqrt()
-    unit = (norms / levels).repeat_interleave(block)[: len(x)]
+    unit = qsgd_units(x, levels, block).repeat_interleave(block)[: len(x)]
     small = unit < info.tiny
     unit = unit.clamp(max=info.max)
     inverse = torch.where(small, 0.0, 1.0 / unit).to(x.dtype)
@@ -54,6 +52,12 @@ def qsgd(x: Tensor, levels: int, block: int, *, seed: int, step: int, tensor_id:
     drawn = random.bits(len(x), x.dtype, seed=seed, step=step, tensor_id=tensor_id).to(x.device)
     out = torch.where(random.uniform(drawn) < y - low, low + 1, low) * unit
     return torch.where(x < 0, -out, out)
+
+
+def qsgd_units(x: Tensor, levels: int, block: int) -> Tensor:
+    """||x|| / levels of each block, in double."""
+    squares = torch.nn.functional.pad(x.double().square(), (0, -len(x) % block))
+    return squares.view(-1, block).sum(dim=1).sqrt() / levels
 
 
 def natural(x: Tensor, *, seed: int, step: int, tensor_id: int) -> Tensor:

@@ -1,0 +1,104 @@
+"""codec: what leaves the process, by the CPU kernels where the tensors are theirs, else in torch.
+
+All tensors are flat and contiguous; floats are float32. Both ways write the same bytes; sums of |x|
+are rounded differently.
+"""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import Tensor
+
+from ..engine.backends import available_backends, native_module
+from ..reference import codec as eager
+
+
+def _native(x: Tensor) -> types.ModuleType | None:
+    mine = x.device.type == "cpu" and len(x) > 0 and "cpu" in available_backends()
+    return native_module() if mine else None
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def code_signs(
+    g: Tensor, e: Tensor | None, a: float, b: float, out: Tensor | None, bits: Tensor
+) -> Tensor:
+    """Takes x = b * e + a * g into `out`, its signs into `bits`; returns the sum of |x|."""
+    if (native := _native(g)) is not None:
+        threads = torch.get_num_threads()
+        total = native.code(_at(g), _at(e), a, b, len(g), _at(out), _at(bits), threads)
+        return torch.tensor(total, dtype=torch.float64)
+    x = eager.combine(g, e, a, b)
+    if out is not None:
+        out.copy_(x)
+    bits.copy_(eager.signs_of(x))
+    return x.double().abs().sum()
+
+
+def code_top_k(
+    g: Tensor, e: Tensor | None, a: float, b: float, k: int, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the k largest of x = b * e + a * g are, and they; `out` is x without them."""
+    if (native := _native(g)) is not None:
+        index, values = torch.empty(k, dtype=torch.int64), torch.empty(k)
+        native.code_top_k(
+            *(_at(g), _at(e), a, b, len(g), k, _at(out)),
+            *(_at(index), _at(values), torch.get_num_threads()),
+        )
+        return index, values
+    out.copy_(eager.combine(g, e, a, b))
+    index = eager.top_k(out, k)
+    values = out[index]
+    out[index] = 0.0
+    return index, values
+
+
+def subtract_signs(x: Tensor, scale: Tensor) -> None:
+    """X -= scale * sign(x), in place."""
+    if (native := _native(x)) is not None:
+        native.subtract_signs(_at(x), len(x), float(scale), torch.get_num_threads())
+    else:
+        eager.subtract_signs(x, scale)
+
+
+def sum_signs(bits: Tensor, scales: Tensor | None, factor: float, out: Tensor) -> None:
+    """Out = factor * the sum over ranks of scale * sign; a row of `bits` is a rank's message."""
+    if (native := _native(out)) is not None:
+        native.sum_signs(
+            *(_at(bits), bits.stride(0), len(bits), _at(scales), len(out), factor, _at(out)),
+            *(0, torch.get_num_threads()),
+        )
+    else:
+        out.copy_(eager.sum_signs(bits, scales, len(out)) * factor)
+
+
+def vote(bits: Tensor, n: int, signs: Tensor) -> None:
+    """The signs of the sum of n signs over ranks; a tie is a plus."""
+    if (native := _native(signs)) is not None:
+        native.sum_signs(
+            *(_at(bits), bits.stride(0), len(bits), 0, n, 1.0, 0),
+            *(_at(signs), torch.get_num_threads()),
+        )
+    else:
+        signs.copy_(eager.signs_of(eager.sum_signs(bits, None, n)))
+
+
+def pack_bits(numbers: Tensor, width: int, out: Tensor) -> None:
+    """Numbers (int64) of `width` bits as bytes."""
+    if (native := _native(numbers)) is not None:
+        native.pack_bits(_at(numbers), len(numbers), width, _at(out))
+    else:
+        out.copy_(eager.pack_bits(numbers, width))
+
+
+def unpack_bits(packed: Tensor, n: int, width: int) -> Tensor:
+    """The n numbers of `pack_bits`, as int64."""
+    if (native := _native(packed)) is not None:
+        numbers = torch.empty(n, dtype=torch.int64)
+        native.unpack_bits(_at(packed), n, width, _at(numbers))
+        return numbers
+    return eager.unpack_bits(packed, n, width)

@@ -1,0 +1,306 @@
+"""Hooks of DistributedDataParallel on several processes, against workers simulated in one."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import ddp_worker as worker
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from pysmooth import compressors
+from pysmooth.distributed import DCSGD, EF14, EF21, Clip21SGD2M, CompressedState, Method
+from pysmooth.distributed.schemes import index_bytes
+from pysmooth.distributed.signs import share_of
+from pysmooth.reference.order import flatten, unflatten
+from pysmooth.reference.random import normal
+
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What all ranks found, of so many."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(worker.run, (request.param, port, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
+
+
+class Workers:
+    """The formulas of a method, for workers in one process, a list of flat tensors for each."""
+
+    def __init__(self, method: Method, ranks: int, like: list[Tensor]) -> None:
+        self.method, self.ranks = method, ranks
+        zeros = [[torch.zeros_like(x) for x in like] for _ in range(ranks)]
+        self.e, self.m, self.m2, self.h = (
+            [[x.clone() for x in row] for row in zeros] for _ in range(4)
+        )
+        self.server = [torch.zeros_like(x) for x in like]
+        self.steps = 0
+
+    def _compress(self, rank: int, i: int, x: Tensor) -> Tensor:
+        c: Any = self.method.compressor  # type: ignore[attr-defined]
+        if hasattr(c, "seed"):
+            seed = (c.seed + rank * 0x9E3779B97F4A7C15) % 2**64
+            c = type(c)(**{**vars(c), "seed": seed})
+        out: Tensor = c(x, step=self.steps, tensor_id=i)
+        return out
+
+    def average(self, grads: list[list[Tensor]], lr: float) -> list[Tensor]:
+        """What every worker steps with."""
+        found = [self._one(i, [g[i] for g in grads], lr) for i in range(len(self.server))]
+        self.steps += 1
+        return found
+
+    def _mean(self, sent: list[Tensor]) -> Tensor:
+        total = torch.zeros_like(sent[0])
+        for x in sent:
+            total += x
+        return total / self.ranks
+
+    def _momentum(self, rank: int, i: int, g: Tensor) -> Tensor:
+        method = self.method
+        assert isinstance(method, EF21)
+        if method.eta is None:
+            return g
+        for store in (self.m, self.m2)[: method.momenta]:
+            first = self.steps == 0 and method.init != "zero"
+            m = store[rank][i]
+            store[rank][i] = g = g if first else (1 - method.eta) * m + method.eta * g
+        return g
+
+    def _one(self, i: int, grads: list[Tensor], lr: float) -> Tensor:
+        method, ranks = self.method, range(self.ranks)
+        name = type(method).__name__
+        if grads[0].numel() < 8:
+            return self._mean(grads)
+        signs = [torch.where(g >= 0, 1.0, -1.0) for g in grads]
+        if name == "DSignSGD":
+            return self._mean(signs)
+        if name == "MajorityVote":
+            return torch.where(sum(signs) >= 0, 1.0, -1.0)  # type: ignore[operator]
+        if isinstance(method, DCSGD):
+            return self._mean([self._compress(r, i, grads[r]) for r in ranks])
+        if isinstance(method, EF14):
+            sent = []
+            for r in ranks:
+                self.m[r][i] = method.momentum * self.m[r][i] + grads[r]
+                x = self.e[r][i] + lr * self.m[r][i]
+                sent.append(self._compress(r, i, x))
+                self.e[r][i] = x - sent[-1]
+            return self._mean(sent) / lr
+        if name == "TwoWaySign":
+            sign = compressors.ScaledSign()
+            sent = []
+            for r in ranks:
+                x = self.e[r][i] + lr * grads[r]
+                sent.append(sign(x))
+                self.e[r][i] = x - sent[-1]
+            y = self.server[i] + self._mean(sent)
+            share = share_of(len(y), self.ranks)
+            out = torch.cat([sign(piece) for piece in y.split(share)])
+            self.server[i] = y - out
+            return out / lr
+        if isinstance(method, EF21):
+            changes = []
+            for r in ranks:
+                v = self._momentum(r, i, grads[r])
+                full = method.init == "full" and self.steps == 0
+                c = v if full else self._compress(r, i, v - self.h[r][i])
+                self.h[r][i] = self.h[r][i] + c
+                changes.append(c)
+            self.server[i] = self.server[i] + self._mean(changes)
+            return self.server[i]
+        raise AssertionError(name)
+
+
+class Clipping(Workers):
+    """Clip21 looks at all tensors together."""
+
+    def average(self, grads: list[list[Tensor]], lr: float) -> list[Tensor]:
+        """What every worker steps with."""
+        method = self.method
+        assert isinstance(method, Clip21SGD2M)
+        coded = [i for i in range(len(self.server)) if self.server[i].numel() >= 8]
+        sent: list[list[Tensor]] = [[] for _ in self.server]
+        for r in range(self.ranks):
+            for i in coded:
+                self.m[r][i] = (1 - method.beta) * self.m[r][i] + method.beta * grads[r][i]
+            change = {i: self.m[r][i] - self.h[r][i] for i in coded}
+            norm = torch.cat([change[i].double() for i in coded]).norm()
+            coef = min(1.0, method.tau / float(norm))
+            for i in coded:
+                u = change[i] * coef
+                self.h[r][i] = self.h[r][i] + method.beta_hat * u
+                seed = (method.seed + r * 0x9E3779B97F4A7C15) % 2**64
+                drawn = normal(len(u), seed=seed, step=self.steps, tensor_id=i)
+                sent[i].append(u + method.noise_std * drawn)
+        for i in coded:
+            self.server[i] = self.server[i] + method.beta_hat * self._mean(sent[i])
+        self.steps += 1
+        means = [self._mean([g[i] for g in grads]) for i in range(len(self.server))]
+        return [self.server[i] if i in coded else means[i] for i in range(len(self.server))]
+
+
+def simulated(method: Method, ranks: int) -> list[Tensor]:
+    """Parameters after the steps of `worker.methods`."""
+    model = worker.make_model()
+    params = list(model.parameters())
+    like = [flatten(p.detach()) for p in params]
+    workers = (Clipping if method.joint else Workers)(method, ranks, like)
+    for step in range(worker.STEPS):
+        lr = worker.LR if step < 3 else worker.LR / 10
+        grads = []
+        for rank in range(ranks):
+            model.zero_grad()
+            worker.loss_of(model, rank, step).backward()
+            grads.append([flatten(p.grad) for p in params if p.grad is not None])
+        with torch.no_grad():
+            for p, g in zip(params, workers.average(grads, lr), strict=True):
+                p -= lr * unflatten(p, g)
+    return [p.detach() for p in params]
+
+
+def close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-6) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=tolerance)
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", worker.METHODS)
+def test_workers_of_the_formula(name: str, found: Found) -> None:
+    ours = [rank[name] for rank in found]
+    assert all(same(ours[0], other) for other in ours[1:]), "ranks have parted"
+    close(ours[0], simulated(worker.METHODS[name], len(found)))
+
+
+@pytest.mark.parametrize("name", worker.METHODS)
+def test_bytes_are_those_of_the_formula(name: str, found: Found) -> None:
+    method, ranks = worker.METHODS[name], len(found)
+    numels = [p.numel() for p in worker.make_model().parameters()]
+    coded = [d for d in numels if d >= 8]
+    expected = 4 * (sum(numels) - sum(coded))
+    for d in coded:
+        if name == "dsign":
+            expected += -(-d // 8)
+        elif name == "majority":
+            expected += (ranks + 1) * (share_of(d, ranks) // 8)
+        elif name == "two-way":
+            expected += (ranks + 1) * (4 + share_of(d, ranks) // 8)
+        elif name.startswith("clip21"):
+            expected += 4 * d
+        else:
+            c: Any = method.compressor  # type: ignore[attr-defined]
+            k = getattr(c, "chosen_of", lambda d: 0)(d)
+            top = isinstance(c, compressors.TopK)
+            expected += 4 * k + index_bytes(d, k) if top else -(-c.bits(d) // 8)
+    messages = (found[0][f"{name} sent"] - expected) / (ranks + 1 if method.two_phase else 1)
+    assert messages == int(messages), "a byte for each message, which says that all is finite"
+    assert 1 <= messages <= len(numels)
+
+
+def test_saved_and_resumed_is_to_the_bit(found: Found) -> None:
+    for rank in found:
+        resumed = {key: value for key, value in rank.items() if key.startswith("resumed")}
+        assert len(resumed) == 4
+        assert all(resumed.values()), resumed
+
+
+def test_accumulated_gradients_are_sent_once(found: Found) -> None:
+    for rank in found:
+        close(*rank["accumulated"])
+
+
+def test_a_nan_stays_out_of_residuals(found: Found) -> None:
+    for rank in found:
+        assert rank["nan everywhere"]
+        after, calm, dropped = rank["after nan"]
+        assert same(after, calm)
+        assert dropped == 1
+
+
+def test_a_scaled_loss(found: Found) -> None:
+    for rank in found:
+        scaled, calm, scale = rank["scaled"]
+        assert scale > 256.0
+        assert same(scaled, calm)
+
+
+def test_dense_steps_first(found: Found) -> None:
+    for rank in found:
+        close(*rank["warm"])
+        assert rank["rate 0"]
+
+
+def test_a_backward_without_a_step_is_void(found: Found) -> None:
+    for rank in found:
+        with_it, without, dropped = rank["void"]
+        assert same(with_it, without)
+        assert dropped == 1
+
+
+def test_other_numbers_of_ranks(found: Found) -> None:
+    for rank in found:
+        assert rank["regrouped ef14"]
+        assert rank["regrouped ef21"]
+        for name in ("after ef14 top-k", "after ef21 top-k"):
+            assert same(rank[name], found[0][name])
+        assert "EF0()" in rank["other method"]
+
+
+def test_sixteen_bit_gradients(found: Found) -> None:
+    assert all(rank["bfloat16"] for rank in found)
+
+
+def test_ranks_that_disagree_are_told(found: Found) -> None:
+    for rank in found:
+        assert "ranks disagree: method" in rank["mismatch"]
+        assert "ratio=0.1" in rank["mismatch"]
+        assert "ratio=0.2" in rank["mismatch"]
+
+
+def _state(**kwargs: Any) -> CompressedState:
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return CompressedState(model, optimizer, **{"method": EF14(worker.TOP), **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "says"),
+    [
+        ({"method": "topk"}, TypeError, "method"),
+        ({"dense_below": -1}, ValueError, "dense_below"),
+        ({"dense_below": True}, ValueError, "dense_below"),
+        ({"warmup_steps": 1.5}, ValueError, "warmup_steps"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        _state(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: EF14(worker.TOP, momentum=1.0), "momentum"),
+        (lambda: EF21(worker.TOP, eta=0.0), "eta"),
+        (lambda: EF21(worker.TOP, momenta=3), "momenta"),
+        (lambda: EF21(worker.TOP, init="half"), "init"),  # type: ignore[arg-type]
+        (lambda: DCSGD(worker.TOP), "biased"),
+        (lambda: Clip21SGD2M(0.0), "tau"),
+        (lambda: Clip21SGD2M(1.0, beta=2.0), "beta"),
+        (lambda: Clip21SGD2M(1.0, noise_std=-1.0), "noise_std"),
+    ],
+)
+def test_bad_methods(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
