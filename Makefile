@@ -63,6 +63,32 @@ tidy: $(VENV)/checked ## clang-tidy
 	$(BIN)/ninja -C build/pysmooth._cpu-* -t compdb compile > build/compile_commands.json
 	printf '%s\n' $(TIDIED) | xargs -P $$(nproc) -n 1 $(BIN)/clang-tidy -p build --quiet --extra-arg=-idirafter$(OMP_INCLUDE)
 
+# The native core with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own.
+SANITIZED := build/sanitize/lib
+SANITIZERS := -fsanitize=address,undefined
+$(SANITIZED)/built: $(VENV)/built $(SOURCES)
+	PYSMOOTH_BUILD=sanitize PYSMOOTH_CUDA=0 PYSMOOTH_LDFLAGS="$(SANITIZERS)" \
+	PYSMOOTH_CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer $(SANITIZERS) -fno-sanitize-recover=undefined" \
+	$(BIN)/python setup.py -q build -b build/sanitize --build-lib $(SANITIZED)
+	touch $@
+
+# Python itself is not built for them: the library goes first, and what Python leaves is no leak of ours.
+UNDER = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONDONTWRITEBYTECODE=1
+CASES ?= 10000
+FUZZ = $(BIN)/python -P -W ignore -m fuzz --cases $(CASES)
+
+.PHONY: sanitize
+sanitize: $(SANITIZED)/built ## Battery and fuzzing of the native core under ASan and UBSan (15 minutes)
+	$(UNDER) PYTHONPATH=$(SANITIZED) $(BIN)/python -P -m pytest $(BATTERY) tests/test_layouts.py \
+		tests/test_kernels.py tests/test_norm_edges.py tests/test_faults.py --capture=sys -q \
+		-p no:cacheprovider -k "not eager and not leak and not native_memory and not compiled"
+	$(UNDER) PYTHONPATH=$(SANITIZED):tests $(FUZZ)
+
+.PHONY: fuzz
+fuzz: $(VENV)/built ## Random lives of optimizers, native against eager: CASES=100000 takes ten minutes
+	PYTHONPATH=tests $(FUZZ)
+
 .PHONY: build
 build: $(VENV)/built ## Build the extension and install the package in .venv, editable
 

@@ -9,6 +9,8 @@ writes a build.ninja and lets ninja do the rest.
 Environment:
     PYSMOOTH_WERROR=1       warnings are errors (CI)
     PYSMOOTH_CXXFLAGS=...   extra compiler flags
+    PYSMOOTH_LDFLAGS=...    extra linker flags; symbols are then kept
+    PYSMOOTH_BUILD=name     objects go to build/name: builds of other flags leave each other alone
     PYSMOOTH_CUDA=1|0       build the CUDA module wherever nvcc is found (fail without), or never
     PYSMOOTH_CUDA_ARCHS=90  architectures, separated by commas; else those of the GPUs that are
                             here, or 80,90,100. The last one's PTX goes along for what is newer
@@ -120,7 +122,8 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension module."""
         # Not self.build_temp: an editable install gets a fresh one each time, and would start over.
-        work = ROOT / "build" / f"{ext.name}-{sys.implementation.cache_tag}-{self.plat_name}"
+        work = ROOT / "build" / os.environ.get("PYSMOOTH_BUILD", "")
+        work /= f"{ext.name}-{sys.implementation.cache_tag}-{self.plat_name}"
         work.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +155,11 @@ class NinjaBuild(build_ext):
 
     def cpu_lines(self, target: Path, work: Path) -> list[str]:
         """build.ninja for the CPU module."""
+        ldflags = escape(os.environ.get("PYSMOOTH_LDFLAGS", "-s"))
         lines = [
             *self.compile_rule(f"-DPYSMOOTH_ISA_LEVELS={len(ISA_FLAGS)}"),
             "rule link",
-            "  command = $cxx -shared -fopenmp -Wl,--no-undefined-version -s $in -o $out",
+            f"  command = $cxx -shared -fopenmp -Wl,--no-undefined-version {ldflags} $in -o $out",
             "  description = link $out",
         ]
         objects = []

@@ -338,7 +338,8 @@ void fill_zero(const py::list& tensors, int threads) {
     Signature form;
     form.assign(d);
     const RealView view = RealView::of(form, "state");
-    spans.emplace_back(static_cast<char*>(d.data), view.numel * itemsize(view.dtype));
+    if (view.numel > 0)  // an empty one has no address
+      spans.emplace_back(static_cast<char*>(d.data), view.numel * itemsize(view.dtype));
   }
   py::gil_scoped_release nogil;
   for (const auto& [data, bytes] : spans) {

@@ -258,6 +258,7 @@ void Plan::set_group(size_t g, const py::tuple& hyper, const py::tuple& clip) {
 int Plan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
                int threads, double unscale, bool trusts_sums) {
   constexpr int kStale = static_cast<int>(Outcome::stale);
+  applied_ = false;
   if (!unchanged(param_lists)) return kStale;
   pipeline_.unscale = unscale;
   for (size_t g = 0; g < pipeline_.groups.size(); ++g)
@@ -268,6 +269,7 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
   const std::unique_ptr<Plan, decltype(release)> guard(this, release);
   const Outcome outcome = run_released(&pipeline_, threads, [this] { return gather(); });
   if (outcome == Outcome::applied) {
+    applied_ = true;
     count_written();
     if (pipeline_.absorbs) forget_absorbed();
   }
@@ -316,6 +318,7 @@ void bind_plan(py::module_& m) {
       .def("norms", &Plan::norms)
       .def("coefs", &Plan::coefs)
       .def("active", &Plan::active)
+      .def("applied", &Plan::applied)
       .def("summed", &Plan::summed)
       .def("nonfinite_names", &Plan::nonfinite_names)
       .def_property_readonly("reduced", &Plan::reduced);

@@ -44,6 +44,8 @@ class Plan {
     return {pipeline_.staged.selections, pipeline_.staged.second_looks};
   }
   bool reduced() const { return pipeline_.reduced; }
+  // Whether the last call of step() did what it was asked, for who did not get to see its result.
+  bool applied() const { return applied_; }
   std::vector<std::string> nonfinite_names() const;
 
  private:
@@ -119,6 +121,7 @@ class Plan {
   int most_states_ = 0;
   bool all_active_ = false;
   bool trusts_sums_ = false;
+  bool applied_ = false;
   Pipeline pipeline_;
 };
 

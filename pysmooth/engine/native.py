@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._errors import NonFiniteGradientError
 from .amp import Amp
+from .checks import check_gradient
 from .recipe import SCALARS, ClipMode, Recipe
 from .state import fill_state, new_states, version_roots
 
@@ -54,10 +55,12 @@ class NativeEngine:
 
         wanted = _form(optimizer, recipes)
         numbers = (hypers, clips, threads, unscale, not optimizer.unscaled_by_scaler)
-        plan = self._plan
-        if plan is None or wanted != self._built_for or not self._holds(optimizer):
-            plan = self._build(optimizer, recipes)
+        plan = None
         try:
+            plan = self._plan
+            if plan is None or wanted != self._built_for or not self._holds(optimizer):
+                plan = None
+                plan = self._build(optimizer, recipes)
             outcome = plan.step(lists, *numbers)
             if outcome == STALE:
                 self._discard_fresh(optimizer)
@@ -65,19 +68,19 @@ class NativeEngine:
                 outcome = plan.step(lists, *numbers)
                 if outcome == STALE:
                     raise RuntimeError("parameters or states changed while the step was gathered")
-        except BaseException:
-            self._discard_fresh(optimizer)
-            raise
-        if outcome != APPLIED:
-            names = plan.nonfinite_names() if outcome == NONFINITE else []
-            self._discard_fresh(optimizer)
             if outcome == NONFINITE:
-                raise NonFiniteGradientError(
-                    "non-finite gradient in " + ", ".join(repr(name) for name in names)
-                )
-            optimizer.count_skipped()
-            return
-        self._fresh = []
+                names = ", ".join(repr(name) for name in plan.nonfinite_names())
+                raise NonFiniteGradientError(f"non-finite gradient in {names}")
+            if outcome != APPLIED:
+                self._discard_fresh(optimizer)
+                optimizer.count_skipped()
+            self._fresh = []
+        except BaseException:
+            # An interrupt may come when the step is done, and what it returned is lost.
+            if plan is None or not plan.applied():
+                self._discard_fresh(optimizer)
+            self._fresh = []
+            raise
 
     def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
         """Takes one gradient into the states, and frees it; False if the policy keeps it out."""
@@ -178,6 +181,9 @@ class NativeEngine:
         new: list[int],
     ) -> None:
         """Gives the parameters numbered in `new` the states they lack, filled."""
+        labels = optimizer.param_labels() if new else []
+        for i in new:
+            check_gradient(params[i], labels[i])  # states may start as gradients
         lacking = [
             (i, key) for i in new for key in recipes[i].keys if state_dicts[i].get(key) is None
         ]

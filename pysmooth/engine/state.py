@@ -103,3 +103,5 @@ def fill_state(state: Tensor, value: float | str, param: Tensor, grad_factor: fl
         state.fill_(float(value))
     elif param.grad is not None:
         state.copy_(param.grad).mul_(grad_factor)
+        parts = torch.view_as_real(state) if state.is_complex() else state
+        parts.nan_to_num_(0.0, 0.0, 0.0)  # as the policy "zero" reads them; others drop the step

@@ -22,6 +22,7 @@ from ..engine.device import DeviceEngine
 from ..engine.recipe import (
     ABSORBED,
     SCALARS,
+    STEP,
     ClipMode,
     ParamStorage,
     Policy,
@@ -140,6 +141,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
         recipe, storage = self.recipe(group), param_storage(group)
+        if not isinstance(self._engine, DeviceEngine) and math.isnan(
+            sum(recipe.hyper) + recipe.clip.max_norm
+        ):
+            self._check(group)  # a NaN would spoil states for good; this names the argument
         return recipe if storage == ParamStorage.PLAIN else recipe._replace(param_storage=storage)
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -425,27 +430,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         parameter's dtype). Hyper-parameters that the loaded groups lack keep their present values.
 
         Raises:
-            ValueError: groups or shapes do not match; the optimizer is as it was.
+            ValueError: groups or shapes do not match, something is not what torch puts there.
+            TypeError: a hyper-parameter has the wrong type.
+
+        After an error, or without memory for the states, the optimizer is as it was.
         """
-        before = [dict(group) for group in self.param_groups]
-        loaded: dict[str, Any] = {}
+        ready: list[tuple[Tensor, str, Tensor]] = []
 
-        def capture(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> None:
-            self._check_loadable(incoming)
-            loaded.update(incoming)
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            for group, old in zip(self.param_groups, before, strict=True):
-                for key, value in old.items():
-                    group.setdefault(key, value)
+        def capture(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            # All that can fail happens here, when nothing has changed: checks, and memory.
+            groups = self._check_loadable(incoming)
+            here = [g["params"] for g in self.param_groups]
             recipes = {
                 p: recipe.of(p)
-                for group, recipe in zip(self.param_groups, self.recipes(), strict=True)
-                for p in group["params"]
+                for group, params in zip(groups, here, strict=True)
+                for recipe in [self._recipe({**group, "params": params})]
+                for p in params
             }
             todo = [
                 (p, key, value)
-                for p, saved in _pairs(self, loaded)
+                for p, saved in _pairs(self, incoming)
                 for key, value in saved.items()
                 if key in recipes[p].keys and value is not None
             ]
@@ -454,7 +458,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for (p, key, value), own in zip(todo, owned, strict=True):
                     # torch kept step counts as plain numbers once
                     new = value if isinstance(value, Tensor) else torch.tensor(float(value))
-                    self.state[p][key] = own.copy_(new.reshape(own.shape))
+                    ready.append((p, key, own.copy_(new.reshape(own.shape))))
+            # Whole from the first: torch asks for recipes (`__setstate__`) before post-hooks run.
+            return {**incoming, "param_groups": groups}
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            for p, key, own in ready:
+                self.state[p][key] = own
 
         # The last of the pre-hooks sees what will really be loaded; the first of the post-hooks
         # completes the load before the user's hooks look at it.
@@ -466,8 +476,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             pre.remove()
             post.remove()
 
-    def _check_loadable(self, incoming: dict[str, Any]) -> None:
-        groups = incoming["param_groups"]
+    def _check_loadable(self, incoming: dict[str, Any]) -> list[dict[str, Any]]:
+        """The groups that are to be loaded, with what they lack taken from those that are here."""
+        groups = _check_form(incoming)
         sizes = [len(g["params"]) for g in groups]
         if sizes != [len(g["params"]) for g in self.param_groups]:
             raise ValueError(
@@ -484,7 +495,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         keys = {key for group in merged for key in self._recipe(group).keys}
         for p, saved in _pairs(self, incoming):
             count = saved.get(ABSORBED, 0)
-            if not isinstance(count, int) or count < 0:
+            if not isinstance(count, int) or not 0 <= count < 2**63:
                 raise ValueError(
                     f"state 'absorbed' of parameter {labels[id(p)]!r} in state_dict is not a count"
                 )
@@ -499,6 +510,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"state {key!r} of parameter {labels[id(p)]!r} in state_dict does not have "
                         f"the parameter's shape {tuple(p.shape)}"
                     )
+        return [
+            {**old, **group, "params": group["params"]}
+            for group, old in zip(groups, self.param_groups, strict=True)
+        ]
 
     # ---- internals -----------------------------------------------------------------------------
 
@@ -515,12 +530,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._engine = None
 
 
+def _check_form(incoming: Any) -> list[dict[str, Any]]:
+    """The groups of a state dict, which has the form that torch gives it."""
+    groups, state = (
+        incoming.get(key) if isinstance(incoming, dict) else None
+        for key in ("param_groups", "state")
+    )
+    if not isinstance(groups, list | tuple) or not isinstance(state, dict):
+        raise ValueError("state_dict does not have a list 'param_groups' and a dict 'state'")
+    for i, group in enumerate(groups):
+        ids = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(ids, list | tuple) or not all(isinstance(n, int) for n in ids):
+            raise ValueError(f"group {i} of state_dict has no list 'params' of numbers")
+    ids = [n for group in groups for n in group["params"]]
+    if len(set(ids)) < len(ids):
+        raise ValueError("state_dict has a parameter more than once in its groups")
+    for n, held in state.items():
+        if not isinstance(held, dict):
+            raise ValueError(f"state {n!r} in state_dict is not a dict")
+    return list(groups)
+
+
 def _check_scalar(key: str, value: Any, label: str) -> None:
-    numbers = (int, float)
-    if value is None or (isinstance(value, numbers) and not isinstance(value, bool)):
+    if value is None:
         return
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ValueError(f"state {key!r} of parameter {label!r} in state_dict is not one number")
+    name = f"state {key!r} of parameter {label!r} in state_dict"
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain and not (isinstance(value, Tensor) and value.numel() == 1):
+        raise ValueError(f"{name} is not one number")
+    if key == STEP and not 0 <= float(value) < 2**63:  # false for NaN
+        raise ValueError(f"{name} is not a count of steps; got {float(value)}")
 
 
 _watched_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)

@@ -227,7 +227,9 @@ class ClipSGD(FusedOptimizer):
         return Recipe("sgd_momentum", hyper, ("momentum_buffer",), clip)
 
 
-def _check_smoothness(pair: tuple[float, float]) -> tuple[float, float]:
+def _check_smoothness(pair: Any) -> tuple[float, float]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"smoothness must be a pair of numbers, L0 and L1; got {pair!r}")
     l0, l1 = check_number("L0", pair[0]), check_number("L1", pair[1])
     if l0 == 0 and l1 == 0:
         raise ValueError("L0 and L1 must not both be 0")

@@ -167,10 +167,7 @@ class EFSGD(CompressedOptimizer):
         check_number("weight_decay", group["weight_decay"])
         check_below_one("momentum", group["momentum"])
         if self.absorbs and group["momentum"] != 0:
-            raise ValueError(
-                "absorb=True does not go with momentum: several gradients of one step would each "
-                "decay it, and its buffer takes the memory that absorbing frees"
-            )
+            raise ValueError(_NO_MOMENTUM)
         check_clip(group)
         spec = clip_spec(group)
         if self.absorbs and spec != ClipSpec(maximize=spec.maximize):
@@ -188,6 +185,8 @@ class EFSGD(CompressedOptimizer):
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
         hyper = floats(group, "lr", "momentum", "weight_decay")
+        if self.absorbs and hyper[1] != 0:  # it came after the group was checked
+            raise ValueError(_NO_MOMENTUM)
         momentum = ("momentum_buffer",) if hyper[1] != 0 else ()
         suffix = "_momentum" if momentum else ""
         signs = isinstance(self.compressor, ScaledSign)
@@ -295,6 +294,12 @@ class EFSGD(CompressedOptimizer):
         real = torch.view_as_real(v) if v.is_complex() else v
         rest = real - scaled_sign(real, state["scale"].to(v.device))
         return torch.view_as_complex(rest) if v.is_complex() else rest
+
+
+_NO_MOMENTUM = (
+    "absorb=True does not go with momentum: several gradients of one step would each decay it, and "
+    "its buffer takes the memory that absorbing frees"
+)
 
 
 class _Absorb:
