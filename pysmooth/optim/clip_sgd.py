@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -14,6 +14,9 @@ from ._base import FusedOptimizer
 from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision
 from ._validate import check_flag, check_number
+
+if TYPE_CHECKING:
+    from .theory_clip import TheoryClipSGD
 
 
 class ClipSGD(FusedOptimizer):
@@ -180,17 +183,41 @@ class ClipSGD(FusedOptimizer):
             eta: step size factor, the group's `lr`: learning rate schedulers scale it.
             **kwargs: any other argument of the constructor but `max_norm`, `clip` and `clip_eps`.
         """
+        optimizer = cls.__new__(cls)
+        optimizer.set_smoothness(params, L0, L1, eta, kwargs)
+        return optimizer
+
+    def set_smoothness(
+        self, params: ParamsT, L0: float, L1: float, eta: float, kwargs: dict[str, Any]
+    ) -> None:
+        """Constructs the optimizer as `from_smoothness` says."""
         for name in ("max_norm", "clip", "clip_eps", "lr"):
             if name in kwargs:
                 raise TypeError(f"from_smoothness() sets {name} itself")
         pair = _check_smoothness((L0, L1))
         norm = kwargs.pop("norm", "in_step")
-        optimizer = cls(params, eta, clip="none", **kwargs)
-        optimizer.defaults["smoothness"] = pair
-        for group in optimizer.param_groups:
+        ClipSGD.__init__(self, params, eta, clip="none", **kwargs)
+        self.defaults["smoothness"] = pair
+        for group in self.param_groups:
             group["smoothness"] = pair
-        optimizer.take_norms(norm)
-        return optimizer
+        self.take_norms(norm)
+
+    @staticmethod
+    def from_theory(
+        params: ParamsT,
+        L0: float,
+        L1: float,
+        *,
+        sigma: float,
+        R0: float,
+        T: int,
+        rule: Literal["standard", "implicit", "adaptive"] = "standard",
+        **kwargs: Any,
+    ) -> TheoryClipSGD:
+        """Clipped SGD with step size and threshold from the theory: `TheoryClipSGD`."""
+        from .theory_clip import TheoryClipSGD
+
+        return TheoryClipSGD(params, L0, L1, sigma=sigma, R0=R0, T=T, rule=rule, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""

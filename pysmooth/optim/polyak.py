@@ -1,0 +1,131 @@
+"""Polyak's step size: how far the loss is from its least value, over the squared gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._clip import Backend, NonFinite
+from ._host_step import HostStepOptimizer, norm_of
+from ._validate import check_number
+
+Loss = float | Tensor
+
+
+class PolyakSGD(HostStepOptimizer):
+    r"""Gradient descent with Polyak's step size (GD-PS, SGD-PS, SPS_max).
+
+    Equivalent to::
+
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params]))
+        step_size = min((loss - f_star) / (c * norm**2 + eps), max_step)
+        for p in params:
+            p = p - lr * step_size * p.grad
+
+    A loss below `f_star`, and a gradient of norm 0, move nothing. GD-PS needs no constant of the
+    function but its least value. On a batch `f_star` is the batch's own least value, 0 for models
+    that can fit every sample (SGD-PS); with `max_step` this is SPS_max.
+
+    The loss comes from the closure, `optimizer.step(closure)`, or from `step(loss=...)`. It is
+    read on the host.
+
+    State: none. The step size is in `param_groups[i]["step_size"]`.
+
+    Args:
+        params: parameters, named parameters, or groups of either; dtypes and layouts as in
+            `pysmooth.ClipSGD`.
+        f_star: the least value of the loss, a finite number. A group's own for scope "group".
+        c: greater than 0; 1 is Polyak's step, 1/2 the one of SPS for convex losses.
+        max_step: the largest step size, greater than 0.
+        eps: added to the squared norm, at least 0.
+        lr: factor of the step size, at least 0: learning rate schedulers scale it.
+        scope: "global": one loss and one step size for all groups; "group": each its own, so that
+            `loss` is a sequence of one loss per group, for independent runs in one optimizer.
+        nonfinite, backend: as in `pysmooth.ClipSGD`.
+
+    Raises:
+        ValueError: an argument is out of range, a step has no loss, or not one per group.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend is not available for these parameters.
+
+    Source: GD-PS and SGD-PS under (L0,L1)-smoothness, arXiv:2409.14989; SPS_max, arXiv:2002.10542.
+    """
+
+    memory = {}  # noqa: RUF012
+
+    def __init__(
+        self,
+        params: ParamsT,
+        f_star: float = 0.0,
+        *,
+        c: float = 1.0,
+        max_step: float = math.inf,
+        eps: float = 0.0,
+        lr: float | Tensor = 1.0,
+        scope: str = "global",
+        nonfinite: NonFinite = "propagate",
+        backend: Backend = "auto",
+    ) -> None:
+        self._losses: list[float] = []
+        defaults = {"lr": lr, "f_star": f_star, "c": c, "max_step": max_step, "eps": eps}
+        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, backend=backend)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses values that make no sense, naming the argument."""
+        super().check_group(group)
+        f_star = check_number("f_star", group["f_star"], low=-math.inf)
+        if math.isinf(f_star):
+            raise ValueError(f"f_star must be finite; got {f_star}")
+        for name in ("c", "max_step"):
+            check_number(name, group[name], strict=True)
+        check_number("eps", group["eps"])
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: Loss | Sequence[Loss] | None = None,
+    ) -> Any:
+        """Performs one step.
+
+        Args:
+            closure: reevaluates the model, calls backward, and returns the loss.
+            loss: the loss where the gradients were taken, if there is no closure; a sequence with
+                one per group for scope "group".
+
+        Returns:
+            The loss.
+        """
+        if (closure is None) == (loss is None):
+            raise ValueError("step() needs either a closure or loss=...: the step size is made of")
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._losses = self._as_list(loss)
+        self._run()
+        return loss
+
+    def _as_list(self, loss: Any) -> list[float]:
+        several = isinstance(loss, Sequence) or (isinstance(loss, Tensor) and loss.dim() == 1)
+        out = [float(x) for x in loss] if several else [float(loss)]
+        count = len(self.units())
+        if len(out) != count:
+            raise ValueError(f"loss must have one value per group, {count}; got {len(out)}")
+        return out
+
+    def choose(self, groups: list[dict[str, Any]], unit: int) -> dict[str, Any]:
+        """Polyak's."""
+        g, norm = groups[0], norm_of(self.gradients(groups))
+        gap = self._losses[unit] - float(g["f_star"])
+        below = float(g["c"]) * norm * norm + float(g["eps"])
+        if norm == 0 or gap <= 0:
+            return {"step_size": 0.0}
+        # The square of a tiny norm may be 0.
+        size = gap / below if below > 0 else math.inf
+        size = min(size, float(g["max_step"])) if size == size else size
+        return {"step_size": 0.0 if math.isinf(size) and math.isfinite(norm) else size}
