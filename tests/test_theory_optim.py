@@ -285,3 +285,36 @@ def test_bad_input_names_the_argument(make, words):
     with pytest.raises(ValueError, match=words):
         make(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: PolyakSGD([x]),
+        lambda x: AdGD([x], 1e-3),
+        lambda x: AdSGD([x], 1e-3),
+        lambda x: STM([x], 4.0, 3.0, scope="group"),
+        lambda x: CoordinateDescent([x], 4.0, 3.0, seed=9),
+        lambda x: OrderOracleCD([x], seed=9),
+    ],
+)
+def test_copies_go_on_alike(make):
+    x = start()
+    optimizer = make(x)
+    for _ in range(3):
+        x.grad = None
+        optimizer.step(lambda: quartic_with_gradient(x))
+    other = copy.deepcopy(optimizer)
+    y = other.param_groups[0]["params"][0]
+    for _ in range(3):
+        optimizer.step(lambda: quartic_with_gradient(x))
+        other.step(lambda: quartic_with_gradient(y))
+    assert torch.equal(x, y)
+
+
+def quartic_with_gradient(x):
+    x.grad = None
+    with torch.enable_grad():
+        loss = quartic(x)
+        loss.backward()
+    return loss.detach()

@@ -20,6 +20,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 class _RandomCoordinate(torch.optim.Optimizer):
     """Draws the coordinate of each step: by `seed` and the number of the step alone."""
 
+    kept: tuple[str, ...]  # attributes that copies take along
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], seed: int) -> None:
         check_seed("seed", seed)
         super().__init__(params, {**defaults, "steps": 0})
@@ -29,6 +31,10 @@ class _RandomCoordinate(torch.optim.Optimizer):
                 raise ValueError("coordinate descent takes contiguous, real parameters only")
         if sum(p.numel() for p in self._params()) == 0:
             raise ValueError("the parameters have no coordinate")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("seed", *self.kept)}
+        return {**super().__getstate__(), **own}
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -74,6 +80,8 @@ class CoordinateDescent(_RandomCoordinate):
 
     Source: arXiv:2412.17050.
     """
+
+    kept = ("constants",)
 
     def __init__(self, params: ParamsT, L0: Constants, L1: Constants, *, seed: int = 0) -> None:
         super().__init__(params, {}, seed)
@@ -130,6 +138,8 @@ class OrderOracleCD(_RandomCoordinate):
 
     Source: arXiv:2412.17050. Which bracket it takes is not known: it is an argument here.
     """
+
+    kept = ("comparisons",)
 
     def __init__(
         self,

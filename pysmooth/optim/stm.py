@@ -107,6 +107,9 @@ class STM(torch.optim.Optimizer):
             p.copy_(y * (total / (total + ahead)) + z * (ahead / (total + ahead)))
         group["G"], group["A"], group["k"] = curvature, total, group["k"] + 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "scope": self.scope}
+
     def solution(self) -> list[Tensor]:
         """Y of every parameter: the method's result so far."""
         params = [p for group in self.param_groups for p in group["params"]]
