@@ -53,10 +53,18 @@ class Direct {
   // False for a tensor that is not strided, not on this module's device, or of no dtype known here.
   // Sizes and strides are torch's own.
   bool read(Handle tensor, DLTensor* out) const {
-    int32_t layout = 0, device = 0, dtype = 0;
+    int32_t device = 0;
+    if (get_device_(tensor, &device) != 0 || device != device_ || !peek(tensor, out)) return false;
+    out->device = {PYSMOOTH_DEVICE, 0};
+    if (PYSMOOTH_DEVICE != kDLCPU && get_index_(tensor, &out->device.device_id) != 0) return false;
+    return out->data != nullptr;
+  }
+
+  // The same of a tensor on any device, which is not told, and of one without memory.
+  bool peek(Handle tensor, DLTensor* out) const {
+    int32_t layout = 0, dtype = 0;
     int64_t ndim = 0;
-    if (get_layout_(tensor, &layout) != 0 || layout != strided_ ||
-        get_device_(tensor, &device) != 0 || device != device_ || get_dtype_(tensor, &dtype) != 0)
+    if (get_layout_(tensor, &layout) != 0 || layout != strided_ || get_dtype_(tensor, &dtype) != 0)
       return false;
     if (dtype < 0 || dtype >= kDtypes || dtypes_[static_cast<size_t>(dtype)].lanes == 0)
       return false;
@@ -65,10 +73,8 @@ class Direct {
       return false;
     out->ndim = static_cast<int32_t>(ndim);
     out->dtype = dtypes_[static_cast<size_t>(dtype)];
-    out->device = {PYSMOOTH_DEVICE, 0};
-    if (PYSMOOTH_DEVICE != kDLCPU && get_index_(tensor, &out->device.device_id) != 0) return false;
     out->byte_offset = 0;
-    return out->data != nullptr;
+    return true;
   }
 
   // Tells autograd of a write.

@@ -5,11 +5,6 @@ namespace {
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-void* address_of(const py::object& tensor) {
-  DLTensor t;
-  return shared_reader().peek(tensor.ptr(), &t) ? t.data : nullptr;
-}
-
 // A gradient that lies in one block may be asked for lazy bits less often (docs/decisions/003).
 bool may_be_lazy(const DLTensor& t, int64_t numel) {
   int64_t dense = 1;
@@ -26,7 +21,7 @@ Watch::Watch(const py::list& params, const py::list& grads, const py::dict& stat
              const std::vector<std::string>& keys)
     : dicts_(state) {
   for (size_t i = 0; i < params.size(); ++i) {
-    Member m{params[i], address_of(params[i]), {}};
+    Member m{known(params[i]), {}};
     DLTensor t;
     if (!grads[i].is_none() && shared_reader().peek(py::object(grads[i]).ptr(), &t)) {
       int64_t numel = 1;
@@ -43,11 +38,26 @@ Watch::Watch(const py::list& params, const py::list& grads, const py::dict& stat
     for (const std::string& key : keys)
       if (e.states.contains(key.c_str())) {
         PyObject* const interned = PyUnicode_InternFromString(key.c_str());
-        const py::object tensor = e.states[key.c_str()];
-        e.held.push_back({py::reinterpret_steal<py::str>(interned), tensor, address_of(tensor)});
+        e.held.push_back({py::reinterpret_steal<py::str>(interned), known(e.states[key.c_str()])});
       }
     entries_.push_back(std::move(e));
   }
+}
+
+Watch::Known Watch::known(const py::object& tensor) const {
+  const void* const impl = direct_ == nullptr ? nullptr : direct_->impl_of_plain(tensor.ptr());
+  DLTensor t;
+  if (impl != nullptr && direct_->peek(&impl, &t)) return {tensor, impl, t.data};
+  return {tensor, nullptr, shared_reader().peek(tensor.ptr(), &t) ? t.data : nullptr};
+}
+
+// Whether the tensor's memory is where it was.
+bool Watch::same(const Known& x) const {
+  DLTensor t;
+  const bool told = x.impl != nullptr
+                        ? direct_->impl_of(x.tensor.ptr()) == x.impl && direct_->peek(&x.impl, &t)
+                        : shared_reader().peek(x.tensor.ptr(), &t);
+  return told && t.data == x.address;
 }
 
 bool Watch::same_params(const py::list& groups) const {
@@ -55,10 +65,8 @@ bool Watch::same_params(const py::list& groups) const {
   for (const py::handle group : groups) {
     const py::list params = group["params"];
     for (const py::handle p : params) {
-      if (i == members_.size() || members_[i].param.ptr() != p.ptr()) return false;
-      DLTensor t;
-      if (!shared_reader().peek(p.ptr(), &t) || t.data != members_[i].address) return false;
-      ++i;
+      if (i == members_.size() || members_[i].param.tensor.ptr() != p.ptr()) return false;
+      if (!same(members_[i++].param)) return false;
     }
   }
   return i == members_.size();
@@ -68,20 +76,27 @@ bool Watch::same_states(const py::dict& state) const {
   if (!dicts_.same(state)) return false;
   for (const Entry& e : entries_)
     for (const Held& held : e.held) {
-      DLTensor t;
-      if (PyDict_GetItem(e.states.ptr(), held.key.ptr()) != held.tensor.ptr()) return false;
-      if (!shared_reader().peek(held.tensor.ptr(), &t) || t.data != held.address) return false;
+      const Known& state = held.state;
+      if (PyDict_GetItem(e.states.ptr(), held.key.ptr()) != state.tensor.ptr()) return false;
+      if (!same(state)) return false;
     }
   return true;
 }
 
 bool Watch::same_grad(const Member& m, int64_t* address) {
-  const py::object grad = grad_of_(m.param.ptr());
   *address = 0;
-  if (grad.is_none()) return true;
   DLTensor t;
-  if (m.grad.ndim < 0 || !shared_reader().peek(grad.ptr(), &t)) return false;
-  if (!m.grad.same_form(t) || (m.lazy && has_lazy_bits(grad.ptr()))) return false;
+  if (m.param.impl != nullptr && !m.lazy) {
+    const Handle grad = direct_->grad_of(m.param.impl);
+    if (grad == nullptr) return true;
+    if (m.grad.ndim < 0 || !direct_->peek(grad, &t)) return false;
+  } else {
+    const py::object grad = grad_of_(m.param.tensor.ptr());
+    if (grad.is_none()) return true;
+    if (m.grad.ndim < 0 || !shared_reader().peek(grad.ptr(), &t)) return false;
+    if (m.lazy && has_lazy_bits(grad.ptr())) return false;
+  }
+  if (!m.grad.same_form(t)) return false;
   ++present_;
   if (m.empty) return true;
   *address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data));
