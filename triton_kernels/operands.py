@@ -234,9 +234,10 @@ def sweep(BODY: tl.constexpr, tensor, more, index, numel, HOW: tl.constexpr):
     Returns the sum, over all blocks, of what body made of `sums`; and `count`, which it hands on.
     """
     VECTOR: tl.constexpr = HOW.vector
+    BLOCK: tl.constexpr = HOW.block  # Triton 3.6 takes no attribute for an element of a shape
     begin = index.to(tl.int64) * HOW.chunk
     end = tl.minimum(begin + HOW.chunk, numel)
-    sums = tl.zeros([HOW.block], tl.float64)
+    sums = tl.zeros([BLOCK], tl.float64)
     rest = tl.zeros([TAIL], tl.float64)
     count = tl.full((), 0, tl.int32)
     limit = numel
