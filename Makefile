@@ -89,6 +89,10 @@ sanitize: $(SANITIZED)/built ## Battery and fuzzing of the native core under ASa
 fuzz: $(VENV)/built ## Random lives of optimizers, native against eager: CASES=100000 takes ten minutes
 	PYTHONPATH=tests $(FUZZ)
 
+.PHONY: soak
+soak: $(VENV)/built ## 100,000 steps: memory must not grow
+	PYTHONPATH=tests $(BIN)/python -P -m fuzz.soak
+
 .PHONY: build
 build: $(VENV)/built ## Build the extension and install the package in .venv, editable
 
