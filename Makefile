@@ -93,6 +93,10 @@ fuzz: $(VENV)/built ## Random lives of optimizers, native against eager: CASES=1
 soak: $(VENV)/built ## 100,000 steps: memory must not grow
 	PYTHONPATH=tests $(BIN)/python -P -m fuzz.soak
 
+.PHONY: wheels
+wheels: $(VENV)/built ## Build sdist and wheel into dist/, look into the wheel, use it in a clean environment
+	.ci/wheel-smoke $(BIN)/python dist
+
 .PHONY: build
 build: $(VENV)/built ## Build the extension and install the package in .venv, editable
 

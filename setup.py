@@ -19,6 +19,7 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -101,6 +102,19 @@ def dlpack_include() -> Path:
     sys.exit("pysmooth: no DLPack header found; `pip install apache-tvm-ffi` (or torch) and retry")
 
 
+def notices() -> str:
+    """The licences of what is compiled into the modules, as its distributions state them."""
+    parts = ["Parts of these packages are compiled into pysmooth's native modules.\n"]
+    for name in ("pybind11", "apache-tvm-ffi" if importlib.util.find_spec("tvm_ffi") else "torch"):
+        files = importlib.metadata.distribution(name).files or []
+        texts = [f.read_text() for f in files if f.name.upper().startswith(("LICEN", "NOTICE"))]
+        if not texts:
+            sys.exit(f"pysmooth: {name} is installed without its licence")
+        what = "headers" if name == "pybind11" else "dlpack.h"
+        parts += [f"{name} {importlib.metadata.version(name)} ({what})\n", *texts]
+    return f"\n{'=' * 80}\n".join(parts)
+
+
 def ninja() -> str:
     """The ninja program: the build requirement's own, else the one on PATH."""
     try:
@@ -133,6 +147,8 @@ class NinjaBuild(build_ext):
         lines = self.cuda_lines(target) if cuda else self.cpu_lines(target, work)
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([ninja(), "-C", str(work)], check=True)
+        if not self.editable_mode:
+            (target.parent / "THIRD_PARTY_LICENSES").write_text(notices())
 
     def compile_rule(self, *defines: str) -> list[str]:
         """How ninja compiles C++."""
