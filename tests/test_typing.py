@@ -18,18 +18,22 @@ PACKAGE = Path(pysmooth.__file__).parent
 DUNDERS = {"__init__", "__call__"}
 
 
+def named(function: ast.FunctionDef) -> list[str]:
+    args = function.args
+    return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+
+
 def stubbed(stub: str) -> dict[str, list[str]]:
     """Functions, classes and methods ("Class.name") of a stub, with the names of arguments."""
     found: dict[str, list[str]] = {}
     for node in ast.parse((PACKAGE / stub).read_text()).body:
         if isinstance(node, ast.FunctionDef):
-            found[node.name] = [a.arg for a in node.args.args]
+            found[node.name] = named(node)
         elif isinstance(node, ast.ClassDef) and "TypedDict" not in map(ast.unparse, node.bases):
             found[node.name] = []
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef):
-                    args = [*inner.args.posonlyargs, *inner.args.args, *inner.args.kwonlyargs]
-                    found[f"{node.name}.{inner.name}"] = [a.arg for a in args]
+                    found[f"{node.name}.{inner.name}"] = named(inner)
     return found
 
 
