@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
 PYTHON = [sys.executable, "-m"]
 RIVALS = "torch foreach,torch fused,torch fused with masters,eager in place,torch.compile"
+RIVALS += ",apex fused,TransformerEngine fused"  # where they are installed
 USUAL = "clip_sgd_momentum,clip_adamw,signum"
 
 

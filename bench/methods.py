@@ -147,6 +147,8 @@ METHODS = {
                 "torch foreach": rivals.torch_adamw(foreach=True),
                 "torch fused": rivals.torch_adamw(fused=True),
                 rivals.DEEPSPEED: rivals.deepspeed_adamw(),
+                rivals.APEX: rivals.apex_adamw(),
+                rivals.TE: rivals.te_adamw(),
             },
             compiled=Written(written.adamw, 2).compiled,
             clips=True,

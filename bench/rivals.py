@@ -142,11 +142,36 @@ def deepspeed_adamw() -> Callable[[Problem], Step]:
     return _deepspeed("adam", "DeepSpeedCPUAdam", adamw_mode=True, weight_decay=0.01)
 
 
+def _adamw_of(module: str) -> Callable[[Problem], Step]:
+    """FusedAdam of a package for GPUs, as AdamW, after torch's clip_grad_norm_."""
+
+    def make(problem: Problem) -> Step:
+        try:
+            fused = importlib.import_module(module).FusedAdam
+            optimizer = fused(problem.params, lr=problem.lr, weight_decay=0.01, adam_w_mode=True)
+        except Exception as error:
+            raise MissingError(f"{module}: {error}") from error
+        return _torch_step(problem, optimizer)
+
+    return make
+
+
+def apex_adamw() -> Callable[[Problem], Step]:
+    """FusedAdam of apex: multi-tensor launches."""
+    return _adamw_of("apex.optimizers")
+
+
+def te_adamw() -> Callable[[Problem], Step]:
+    """TransformerEngine's FusedAdam, which came from apex."""
+    return _adamw_of("transformer_engine.pytorch.optimizers")
+
+
 def present(name: str, device: str) -> bool:
     """Whether a rival is installed and takes parameters of the device."""
-    if name != DEEPSPEED:
+    if name not in INSTALLED:
         return True
-    return device == "cpu" and importlib.util.find_spec("deepspeed") is not None
+    package, kind = INSTALLED[name]
+    return device.startswith(kind) and importlib.util.find_spec(package) is not None
 
 
 def deepspeed_left_out() -> list[str]:
@@ -193,4 +218,12 @@ EAGER = "eager"
 IN_PLACE = "eager in place"
 MASTERS = "torch fused with masters"
 DEEPSPEED = "DeepSpeed CPU"
-NAMES = [*RIVALS, EAGER, IN_PLACE, MASTERS, DEEPSPEED, COMPILED]
+APEX = "apex fused"
+TE = "TransformerEngine fused"
+# What has to be installed for them, and where their parameters are.
+INSTALLED = {
+    DEEPSPEED: ("deepspeed", "cpu"),
+    APEX: ("apex", "cuda"),
+    TE: ("transformer_engine", "cuda"),
+}
+NAMES = [*RIVALS, EAGER, IN_PLACE, MASTERS, *INSTALLED, COMPILED]
