@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    process_group: Any = None,
 ) -> Tensor:
     """Clips the norm of the gradients of `parameters`, all taken as one vector, in place.
 
@@ -40,12 +43,18 @@ def clip_grad_norm_(
     is available. All others, and complex ones for a `norm_type` other than 2, go through the
     equivalent torch ops; so do GPU gradients with `error_if_nonfinite`, which has to wait anyway.
 
+    Gradients that are DTensors (FSDP2, tensor parallelism) count as the whole tensors that they are
+    parts of: sums go over the mesh dimensions on which a gradient is sharded, in one all-reduce per
+    process group. All processes get the same bits, as a plain tensor.
+
     Args:
         parameters: a tensor or an iterable of tensors; those without gradient are passed over.
         max_norm: the norm to clip to, at least 0.
         norm_type: order of the norm: 2, inf, 1, 0, -inf or any other number, as in torch.
         error_if_nonfinite: raise if the norm is infinite or NaN, leaving the gradients alone.
         foreach: accepted for torch's sake; without effect.
+        process_group: over which the model's other gradients lie, such as the stages of a pipeline:
+            they are counted, too.
 
     Returns:
         The norm before clipping, a scalar: float32, or float64 if any gradient is.
@@ -53,7 +62,8 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         ValueError: `max_norm` is negative or NaN; a gradient is sparse; a gradient to be scaled
-            overlaps itself or another one in memory. No gradient has been changed.
+            overlaps itself or another one in memory; a DTensor holds partial sums. No gradient has
+            been changed.
     """
     is_generator = not isinstance(parameters, Tensor | list | tuple)
     params = _as_list(parameters)
@@ -64,7 +74,7 @@ def clip_grad_norm_(
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
         )
-    if _native_norm(params, norm_type, of_grads=True):
+    if process_group is None and _native_norm(params, norm_type, of_grads=True):
         native = native_module()
         try:
             norm, wide, _ = native.clip_grad_norm(
@@ -78,6 +88,10 @@ def clip_grad_norm_(
                 raise _nonfinite(norm_type)
             return total
     grads = [p.grad for p in params if p.grad is not None]
+    if _spread(grads, process_group):
+        total = get_total_norm(grads, norm_type, error_if_nonfinite, process_group=process_group)
+        clip_grads_with_norm_(params, max_norm, total)
+        return total
     if not error_if_nonfinite and _on_triton(grads, norm_type):
         from .engine import triton_clip
 
@@ -92,6 +106,8 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    process_group: Any = None,
 ) -> Tensor:
     """The norm of all `tensors` taken as one vector, as `torch.nn.utils.get_total_norm`.
 
@@ -100,6 +116,7 @@ def get_total_norm(
         norm_type: order of the norm, as in `clip_grad_norm_`.
         error_if_nonfinite: raise if the norm is infinite or NaN.
         foreach: accepted for torch's sake; without effect.
+        process_group: as in `clip_grad_norm_`.
 
     Returns:
         A scalar: float32, or float64 if any of the tensors is.
@@ -110,13 +127,17 @@ def get_total_norm(
     """
     tensors, norm_type = _as_list(tensors), float(norm_type)
     total: Tensor | None = None
-    if _native_norm(tensors, norm_type, of_grads=False):
+    if process_group is None and _native_norm(tensors, norm_type, of_grads=False):
         native = native_module()
         try:
             norm, wide = native.grad_norm(tensors, norm_type, torch.get_num_threads())
             total = _scalar(norm, wide)
         except native.UnsupportedError:
             pass
+    if total is None and _spread(tensors, process_group):
+        from .distributed import clip
+
+        total = clip.total_norm(tensors, norm_type, process_group)
     if total is None and _on_triton(tensors, norm_type):
         from .engine import triton_clip
 
@@ -156,6 +177,13 @@ def clip_grads_with_norm_(
     grads = [p.grad for p in _as_list(parameters) if p.grad is not None]
     if not grads:
         return
+    if _spread(grads, None):
+        from .distributed import clip
+
+        grads = clip.local_parts(grads)
+        grads = [g for g in grads if g.numel() > 0]
+        if not grads:
+            return
     total_norm = total_norm.detach()
     if total_norm.device.type == "cpu" and "cpu" in available_backends():
         native = native_module()
@@ -189,6 +217,15 @@ def check_scalable(grads: list[Tensor]) -> None:
         "in place; clone it first",
         shared="gradients {} and {} share memory and cannot be scaled in place",
     )
+
+
+def _spread(tensors: list[Tensor], process_group: Any) -> bool:
+    """Whether other processes have to be asked."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from .distributed import clip
+
+    return clip.spread(tensors, process_group)
 
 
 def _scalar(norm: float, wide: bool) -> Tensor:

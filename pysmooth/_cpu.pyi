@@ -5,6 +5,8 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from .distributed.exchange import Exchange
+
 class UnsupportedError(TypeError): ...
 
 class RuleInfo(TypedDict):
@@ -58,6 +60,7 @@ class Plan:
         sums: list[BackwardSums | None],
         absorbs: bool,
     ) -> None: ...
+    def set_exchange(self, exchange: Exchange, elements: list[int], jointly: bool) -> None: ...
     def selections(self) -> tuple[int, int]: ...
     def step(
         self,

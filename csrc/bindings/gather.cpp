@@ -95,11 +95,11 @@ bool Plan::find_gradient(size_t t) {
   if (param.impl != nullptr && !sums) {
     if (direct_->impl_of(param.tensor) != param.impl) return false;
     e.grad = direct_->grad_of(param.impl);
-    slot.active = e.grad != nullptr && slot.numel > 0;
+    slot.active = e.grad != nullptr && slot.elements > 0;
     if (e.grad != nullptr) prefetch_impl(*e.grad);
   } else {
     grads_[t] = grad_of_(param.tensor);
-    slot.active = !grads_[t].is_none() && slot.numel > 0;
+    slot.active = !grads_[t].is_none() && slot.elements > 0;
   }
   return true;
 }

@@ -69,7 +69,7 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     if (static_cast<size_t>(slot.group) >= group_sizes_.size())
       group_sizes_.resize(static_cast<size_t>(slot.group) + 1, 0);
     ++group_sizes_[static_cast<size_t>(slot.group)];
-    slot.numel = view.numel;
+    slot.numel = slot.elements = view.numel;
     slot.param_dtype = view.dtype;
     slot.param = d.data;
     slot.first = first[t];
@@ -268,12 +268,21 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
   const auto release = [](Plan* self) { self->let_go(); };
   const std::unique_ptr<Plan, decltype(release)> guard(this, release);
   const Outcome outcome = run_released(&pipeline_, threads, [this] { return gather(); });
+  if (exchange_) exchange_->rethrow();
   if (outcome == Outcome::applied) {
     applied_ = true;
     count_written();
     if (pipeline_.absorbs) forget_absorbed();
   }
   return static_cast<int>(outcome);
+}
+
+void Plan::set_exchange(const py::object& exchange, const std::vector<int64_t>& elements,
+                        bool jointly) {
+  exchange_ = std::make_unique<PyExchange>(exchange, &pipeline_.failed);
+  pipeline_.exchange = exchange_.get();
+  pipeline_.selects_jointly = jointly;
+  for (size_t t = 0; t < pipeline_.slots.size(); ++t) pipeline_.slots[t].elements = elements.at(t);
 }
 
 std::vector<bool> Plan::active() const {
@@ -314,6 +323,8 @@ void bind_plan(py::module_& m) {
            py::arg("param_storage"), py::arg("by_rows"), py::arg("sums"), py::arg("absorbs"))
       .def("selections", &Plan::selections)
       .def("step", &Plan::step)
+      .def("set_exchange", &Plan::set_exchange, py::arg("exchange"), py::arg("elements"),
+           py::arg("jointly"))
       .def("absorb", &Plan::absorb)
       .def("norms", &Plan::norms)
       .def("coefs", &Plan::coefs)

@@ -10,6 +10,7 @@
 
 #include "bindings/backward_sums.h"
 #include "bindings/direct.h"
+#include "bindings/exchange.h"
 #include "bindings/row_cut.h"
 #include "cpu/run.h"
 
@@ -46,6 +47,9 @@ class Plan {
   bool reduced() const { return pipeline_.reduced; }
   // Whether the last call of step() did what it was asked, for who did not get to see its result.
   bool applied() const { return applied_; }
+  // Has sums go through `exchange` (pysmooth.engine.exchange.Exchange) from now on; `elements`: of
+  // each whole tensor; `jointly`: whether top-k looks at all parts of a tensor.
+  void set_exchange(const py::object& exchange, const std::vector<int64_t>& elements, bool jointly);
   std::vector<std::string> nonfinite_names() const;
 
  private:
@@ -122,6 +126,7 @@ class Plan {
   bool all_active_ = false;
   bool trusts_sums_ = false;
   bool applied_ = false;
+  std::unique_ptr<PyExchange> exchange_;
   Pipeline pipeline_;
 };
 

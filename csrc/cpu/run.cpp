@@ -75,6 +75,11 @@ void accumulate(Pipeline* p, const RuleInfo* rules, const std::vector<double>& s
     sums[unit_of(*p, t)] += squares[t];
     moves[unit_of(*p, t)] = 1;
   }
+  if (p->exchange != nullptr) {
+    double flag = 0.0;
+    p->exchange->units(Reduction::sum_squares, p->scope, &sums, &flag);
+    for (size_t u = 0; u < sums.size(); ++u) moves[u] = moves[u] != 0 || sums[u] != 0.0;
+  }
   std::vector<const Slot*> veterans(p->groups.size(), nullptr);
   if (p->scope != Scope::tensor)
     for (const Slot& slot : p->slots)
@@ -94,6 +99,31 @@ void accumulate(Pipeline* p, const RuleInfo* rules, const std::vector<double>& s
   }
 }
 
+// The sum of every tensor's partials, and whether any is not finite.
+void sum_up(Pipeline* p, Reduction kind) {
+  const auto tensors = p->slots.size();
+  p->sums.assign(tensors, neutral(kind));
+  p->flags.assign(p->exchange != nullptr ? tensors : 0, 0.0);
+  p->nonfinite = false;
+  for (size_t t = 0; t < tensors; ++t) {
+    if (!p->slots[t].active) continue;
+    bool nonfinite = false;
+    double value = neutral(kind);
+    for (int64_t i = p->chunks.first(static_cast<int64_t>(t));
+         i < p->chunks.first(static_cast<int64_t>(t) + 1); ++i) {
+      const Partial& partial = p->partials[static_cast<size_t>(i)];
+      value = combine(kind, value, partial.value);
+      nonfinite = nonfinite || partial.nonfinite;
+    }
+    p->sums[t] = value;
+    p->nonfinite = p->nonfinite || nonfinite;
+    if (p->exchange != nullptr) p->flags[t] = nonfinite ? 1.0 : 0.0;
+  }
+  if (p->exchange == nullptr) return;
+  p->exchange->tensors(kind, &p->sums, &p->flags);
+  p->nonfinite = std::any_of(p->flags.begin(), p->flags.end(), [](double f) { return f != 0.0; });
+}
+
 // Turns the partials into norms and clip coefficients. One thread, fixed order.
 void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
   const auto tensors = p->slots.size();
@@ -102,24 +132,24 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
                                                   : tensors;
   p->norms.assign(units, neutral(kind));
   p->coefs.assign(tensors, 1.0);
-  p->nonfinite = false;
+  sum_up(p, kind);
   std::vector<char> seen(units, 0);
   std::vector<double> squares(p->accumulates ? tensors : 0, 0.0);
   for (size_t t = 0; t < tensors; ++t) {
     if (!p->slots[t].active) continue;
-    double value = neutral(kind);
-    for (int64_t i = p->chunks.first(static_cast<int64_t>(t));
-         i < p->chunks.first(static_cast<int64_t>(t) + 1); ++i) {
-      const Partial& partial = p->partials[static_cast<size_t>(i)];
-      value = combine(kind, value, partial.value);
-      p->nonfinite = p->nonfinite || partial.nonfinite;
-    }
+    double value = p->sums[t];
     // torch's total 0-"norm" is the 0-"norm" of the tensors' norms: how many are not zero.
     if (kind == Reduction::count_nonzero && p->scope != Scope::tensor) value = value != 0.0;
     if (p->accumulates) squares[t] = value;
     double& norm = p->norms[unit_of(*p, t)];
     norm = combine(kind, norm, value);
     seen[unit_of(*p, t)] = 1;
+  }
+  if (p->exchange != nullptr) {
+    double flag = p->nonfinite ? 1.0 : 0.0;
+    p->exchange->units(kind, p->scope, &p->norms, &flag);
+    p->nonfinite = flag != 0.0;
+    for (size_t u = 0; u < units; ++u) seen[u] = seen[u] != 0 || p->norms[u] != neutral(kind);
   }
   for (size_t u = 0; u < units; ++u)
     p->norms[u] = seen[u] ? finish(kind, p->norm_type, p->norms[u]) : 0.0;
@@ -255,7 +285,10 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
   if (in_forked_child() || (!gather && p->chunks.total() < kSerialElements)) threads = 1;
   threads = std::max(1, threads);
 
-  const auto refused = [p] { return p->reduced && p->nonfinite && asks_first(p->policy); };
+  p->failed = false;
+  const auto refused = [p] {
+    return p->failed || (p->reduced && p->nonfinite && asks_first(p->policy));
+  };
   bool gathered = true;
   if (threads == 1) {
     if (gather && !gather()) return Outcome::stale;
@@ -299,8 +332,9 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
               schedule->run(share, kRowsPass, [&](int64_t i) { finish_rows(p, i); });
 #pragma omp barrier
           }
-#pragma omp single
+#pragma omp master
           finalize(p, table.rules, kind);
+#pragma omp barrier
         }
         if (!refused() && p->staged.stages > 0) run_stages(p, table, &*schedule, threads);
         if (!refused())
@@ -309,7 +343,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
       }
     }
   }
-  if (!gathered) return Outcome::stale;
+  if (!gathered || p->failed) return Outcome::stale;
   if (refused()) return p->policy == NonFinite::skip ? Outcome::skipped : Outcome::nonfinite;
   for (size_t t = 0; t < p->slots.size(); ++t) {
     Slot& slot = p->slots[t];

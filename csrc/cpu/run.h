@@ -29,6 +29,7 @@ struct Slot {
   int rule = 0;  // index into KernelTable::rules
   int group = 0;
   int64_t numel = 0;
+  int64_t elements = 0;  // of the whole tensor, of which this may be a part
   DType param_dtype = DType::f32;
   DType grad_dtype = DType::f32;
   bool active = false;
@@ -60,6 +61,23 @@ struct Group {
 };
 
 enum class Outcome : int { applied = 0, skipped = 1, nonfinite = 2, stale = 3 };
+
+// The other processes, where tensors are cut up among them. The thread that called run_step calls
+// these between a pass and what is made of its sums; every process makes the same calls in the same
+// order. They must not throw: they set Pipeline::failed, and the step ends there.
+class Exchange {
+ public:
+  virtual ~Exchange() = default;
+  // One sum per slot, of the part that is here: becomes that of the tensor. `flags` as well: how
+  // many parts have something that is not finite.
+  virtual void tensors(Reduction kind, std::vector<double>* sums, std::vector<double>* flags) = 0;
+  // One sum per scope unit of tensors: becomes that of the tensors of all pipeline stages.
+  virtual void units(Reduction kind, Scope scope, std::vector<double>* sums, double* flag) = 0;
+  // How many elements of slot t have which digit: becomes that of the tensor.
+  virtual void digits(size_t t, std::vector<int64_t>* histogram) = 0;
+  // The sum of `count` over the parts of slot t that come before this one.
+  virtual int64_t before(size_t t, int64_t count) = 0;
+};
 
 // What the passes before apply need, and what they leave behind.
 struct Staged {
@@ -107,9 +125,13 @@ struct Pipeline {
   bool skip_unit_coef = false;  // coef = 1 leaves the tensor as it is (clip_grad_norm_)
   Scope stage_scope[kMaxStages] = {Scope::tensor, Scope::global};  // of the passes before apply
   SelectSpec select;
+  Exchange* exchange = nullptr;  // null: tensors are whole
+  bool selects_jointly = false;  // among all parts of a tensor, not in each by itself
+  bool failed = false;           // an exchange did
   double unscale = 1.0;  // what gradients are multiplied by before anything else: 1 / loss scale
   // Left behind by a step that took norms.
   std::vector<Partial> partials;                // per chunk
+  std::vector<double> sums, flags;              // per slot; flags only where there is an exchange
   std::vector<double> norms;                    // per scope unit
   std::vector<double> coefs;                    // per slot
   std::vector<double> norm_sq_before, norm_sq;  // per slot, where rules accumulate

@@ -29,7 +29,8 @@ class Stages {
       each_chunk(kSourcePass + stage, [&](size_t i) { source(stage, i); });
       if (stage < s_.selected_passes) count_in(-1);
       barrier();
-      one([&] { finish(stage); });
+      caller([&] { finish(stage); });
+      if (p_->failed) return;
       if (stage < s_.selected_passes) select(stage);
     }
   }
@@ -51,6 +52,13 @@ class Stages {
   void one(Body body) {
 #pragma omp single
     body();
+  }
+  // On the thread that called run_step, which may talk to other processes.
+  template <class Body>
+  void caller(Body body) {
+#pragma omp master
+    body();
+    barrier();
   }
   static void barrier() {
 #pragma omp barrier
@@ -159,14 +167,29 @@ class Stages {
       for (size_t t = 0; t < tensors; ++t)
         if (p_->slots[t].active && stage < rule_of(p_->slots[t]).stages) body(t);
     };
+    std::vector<double>& totals = p_->sums;
+    totals.assign(tensors, 0.0);
     each([&](size_t t) {
       double total = 0.0;
       for (int64_t i = p_->chunks.first(static_cast<int64_t>(t));
            i < p_->chunks.first(static_cast<int64_t>(t) + 1); ++i)
         total += s_.results[static_cast<size_t>(i)].sum;
-      sum[unit_of(t)] += total;
-      elements[unit_of(t)] += static_cast<double>(p_->slots[t].numel);
+      totals[t] = total;
     });
+    if (p_->exchange != nullptr) {
+      p_->flags.assign(tensors, 0.0);
+      p_->exchange->tensors(Reduction::sum_squares, &totals, &p_->flags);
+    }
+    each([&](size_t t) {
+      sum[unit_of(t)] += totals[t];
+      elements[unit_of(t)] += static_cast<double>(p_->slots[t].elements);
+    });
+    if (p_->exchange != nullptr) {
+      double flag = 0.0;
+      sum.insert(sum.end(), elements.begin(), elements.end());
+      p_->exchange->units(Reduction::sum_squares, scope, &sum, &flag);
+      std::copy_n(sum.end() - static_cast<ptrdiff_t>(units), units, elements.begin());
+    }
     each([&](size_t t) {
       const Slot& slot = p_->slots[t];
       const double* hyper = p_->groups[static_cast<size_t>(slot.group)].hyper;
@@ -229,7 +252,8 @@ class Stages {
         const std::vector<size_t> chunks = chunks_of(u);
         for (const size_t i : chunks) found += s_.results[i].candidates;
         SelectUnit& unit = s_.units[u];
-        unit.second_look = !choose(&unit, chunks, found, s_.tallies[u].data(), &s_.lists, &scratch);
+        unit.second_look = p_->selects_jointly ||
+                           !choose(&unit, chunks, found, s_.tallies[u].data(), &s_.lists, &scratch);
       });
       for (size_t u = 0; u < s_.units.size(); ++u)
         if (s_.units[u].second_look) look_again(stage, u);
@@ -240,6 +264,7 @@ class Stages {
         }
       });
     }
+    if (p_->failed) return;
     each_chunk(kSelectedPass + stage, [&](size_t i) {
       const Slot& slot = slot_of(i);
       const bool marks = rule_of(slot).marks;
@@ -317,6 +342,8 @@ class Stages {
 #pragma omp critical(pysmooth_histogram)
       for (size_t d = 0; d < mine.size(); ++d) s_.histogram[d] += mine[d];
       barrier();
+      if (p_->selects_jointly)
+        caller([&] { p_->exchange->digits(s_.units[u].first_slot, &s_.histogram); });
       radix.narrow(s_.histogram.data());
       barrier();
     }
@@ -327,6 +354,11 @@ class Stages {
     one([&] {
       for (size_t j = 0; j < chunks.size(); ++j) s_.ties[j + 1] += s_.ties[j];
     });
+    if (p_->selects_jointly)
+      caller([&] {
+        const int64_t before = p_->exchange->before(s_.units[u].first_slot, s_.ties.back());
+        for (int64_t& ties : s_.ties) ties += before;
+      });
     each([&](size_t j, const double* values, int64_t n) {
       Picks picks = open(chunks[j]);
       radix.take(values, n, s_.ties[j], &picks);
@@ -449,7 +481,7 @@ void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
     if (!global || s.units.empty()) s.units.push_back({t, t + 1, 0, 0, 0.0, false, false, 0.0});
     SelectUnit& unit = s.units.back();
     unit.last_slot = t + 1;
-    unit.elements += slot.numel;
+    unit.elements += p->selects_jointly ? slot.elements : slot.numel;
     s.unit_of[t] = static_cast<int>(s.units.size()) - 1;
   }
   if (s.bit_sets > 0) lay_out_bits(p);

@@ -7,6 +7,7 @@ from .handshake import MismatchError
 from .hook import CompressedState, compressed_hook
 from .method import Method
 from .network import Network
+from .sharded import set_sharding
 from .signs import DSignSGD, MajorityVote, TwoWaySign
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "Network",
     "TwoWaySign",
     "compressed_hook",
+    "set_sharding",
     "will_it_help",
 ]

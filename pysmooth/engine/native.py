@@ -16,6 +16,7 @@ from .state import fill_state, new_states, version_roots
 
 if TYPE_CHECKING:
     from .._cpu import Plan, StateSnapshot
+    from ..distributed.exchange import Exchange
     from ..optim._base import FusedOptimizer
 
 APPLIED, SKIPPED, NONFINITE, STALE = range(4)
@@ -38,7 +39,12 @@ class NativeEngine:
         self._fresh: list[tuple[Tensor, dict[str, Any] | None]] = []
         self._last: tuple[list[float], list[float]] | None = None
         self._selections = (0, 0)  # of plans that are gone
+        self._exchange: tuple[Exchange, bool] | None = None  # and whether it selects jointly
         self._places: dict[Tensor, tuple[int, int]] = {}  # in the plan: parameter, group
+
+    def attach(self, exchange: Exchange, jointly: bool) -> None:
+        """Has the next steps' sums go through an exchange; `jointly`: top-k as well."""
+        self._exchange, self._built_for = (exchange, jointly), ()
 
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step: reduce where norms are needed, then apply."""
@@ -163,6 +169,10 @@ class NativeEngine:
                 sums=[optimizer.backward_sums(p) for p in params],
                 absorbs=optimizer.absorbs,
             )
+            if self._exchange is not None:
+                exchange, jointly = self._exchange
+                elements = [layout.elements for layout in exchange.layouts]
+                self._plan.set_exchange(exchange, elements, jointly)
         except BaseException:
             self._discard_fresh(optimizer)
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -32,9 +32,12 @@ from ..engine.recipe import (
 )
 from ..engine.state import fill_state, new_states
 from ._hooks import GradientHooks
-from ._managed import refuse_managed
+from ._managed import part_here, refuse_managed
 from ._precision import check_param_storage, param_storage
 from ._validate import check_choice, check_number
+
+if TYPE_CHECKING:
+    from ..distributed.sharded import Sharding
 
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
 _NORMS = ("in_step", "in_backward")
@@ -72,6 +75,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Whether hooks take gradients into states, and free them; see `EFSGD`.
     absorbs = False
+    # What the parameters do not say about how a model is spread over processes.
+    sharding: Sharding | None = None
     policies: tuple[str, ...] = ("propagate", "skip", "raise")
 
     def __init__(
@@ -246,6 +251,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
         self._reset()
 
+    def set_sharding(self, sharding: Sharding) -> None:
+        """What `pysmooth.distributed.set_sharding` calls."""
+        self.sharding = sharding
+        self._reset()
+
     def _resolve(self) -> str:
         """The backend for what the groups are now."""
         own: dict[Recipe, None] = {}
@@ -256,7 +266,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _ready_engine(self) -> Engine:
         if self._engine is None:
-            self._engine = make_engine(self._resolve())
+            name = self._resolve()
+            engine = make_engine(name)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                from ..distributed.sharded import engine_for
+
+                engine = engine_for(self, name, engine)
+            self._engine = engine
         return self._engine
 
     # ---- what can be read after a step ---------------------------------------------------------
@@ -454,11 +470,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if key in recipes[p].keys and value is not None
             ]
             with torch.no_grad():
-                owned = new_states([(p, key, recipes[p]) for p, key, _ in todo])
+                here = {p: part_here(p) for p, _, _ in todo}
+                owned = new_states([(here[p], key, recipes[p]) for p, key, _ in todo])
                 for (p, key, value), own in zip(todo, owned, strict=True):
                     # torch kept step counts as plain numbers once
                     new = value if isinstance(value, Tensor) else torch.tensor(float(value))
-                    ready.append((p, key, own.copy_(new.reshape(own.shape))))
+                    if here[p] is not p and key not in SCALARS:
+                        from ..distributed.sharded import loaded_state
+
+                        ready.append((p, key, loaded_state(p, own, new, key)))
+                    else:
+                        ready.append((p, key, own.copy_(new.reshape(own.shape))))
             # Whole from the first: torch asks for recipes (`__setstate__`) before post-hooks run.
             return {**incoming, "param_groups": groups}
 

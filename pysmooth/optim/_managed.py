@@ -34,6 +34,15 @@ def manager_of(params: Iterable[Tensor]) -> str | None:
     return None
 
 
+def part_here(param: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds, sharing memory; other tensors themselves."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if dtensor is None or not isinstance(param, dtensor):
+        return param
+    local: Tensor = param._local_tensor.detach()
+    return local
+
+
 def refuse_managed(params: Iterable[Tensor], argument: str) -> None:
     """Raises ValueError where gradients are not final when backward has made them."""
     manager = manager_of(params)

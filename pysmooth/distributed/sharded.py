@@ -1,0 +1,375 @@
+"""Steps over DTensors: the local parts go to a backend, sums go over the processes.
+
+FSDP2 (`fully_shard`), HSDP and tensor parallelism all hand an optimizer DTensors. Their local parts
+are ordinary tensors, and so are the states of the step; the optimizer shows states as DTensors with
+the parameter's placement, so that torch.distributed.checkpoint saves and reshards them.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from .._errors import BackendError, NonFiniteGradientError
+from ..engine.amp import Amp
+from ..engine.recipe import SCALARS, ClipMode
+from ..optim._managed import part_here
+from .exchange import Exchange, Layout, is_shard, layout_of
+
+if TYPE_CHECKING:
+    from ..engine.native import NativeEngine
+    from ..optim._base import FusedOptimizer
+
+Compress = Literal["per_shard", "global"]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What `set_sharding` was told."""
+
+    process_group: Any = None
+    compress: Compress | None = None
+
+
+def set_sharding(
+    optimizer: torch.optim.Optimizer,
+    *,
+    process_group: Any = None,
+    compress: Compress | None = None,
+) -> None:
+    """Tells an optimizer what its parameters do not say about how a model is spread.
+
+    DTensor parameters need no call of this: their norms are summed over exactly those mesh
+    dimensions on which they are sharded.
+
+    Args:
+        optimizer: one of pysmooth's.
+        process_group: over which the model's other parameters lie, such as the stages of a
+            pipeline. Norms of scope "global" are those of all stages, those of scope "group" of the
+            groups with the same place (every stage needs as many groups); a step is skipped in all
+            stages or in none. Each tensor must be in one stage only.
+        compress: how coordinates of sharded tensors are selected or rounded: "per_shard" takes
+            each shard for a tensor of its own (top-k, rand-k, blocks, random rounding); "global"
+            makes `TopK(scope="tensor")` select among all shards of a tensor, of equals those with
+            the lowest global index. Without it such compressors refuse sharded tensors.
+
+    Raises:
+        TypeError: `optimizer` is not one of pysmooth's.
+        ValueError: `compress` is something else.
+    """
+    from ..optim._base import FusedOptimizer
+    from ..optim._validate import check_choice
+
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"optimizer must be one of pysmooth's; got {type(optimizer)}")
+    if compress is not None:
+        check_choice("compress", compress, ("per_shard", "global"))
+    optimizer.set_sharding(Sharding(process_group, compress))
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor. Where nobody imported them there are none."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def like(param: Any, local: Tensor) -> Tensor:
+    """A DTensor around a local part, with the parameter's shape and placement."""
+    from torch.distributed.tensor import DTensor
+
+    shown = DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+    shown._local_tensor = local  # from_local made a view; the plan knows this very tensor
+    return shown
+
+
+def loaded_state(param: Any, own: Tensor, value: Any, key: str) -> Tensor:
+    """A state of a DTensor parameter, in the memory `own`, from a value with any placement."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(value, DTensor):
+        whole = [Replicate()] * param.device_mesh.ndim
+        mesh = param.device_mesh
+        value = DTensor.from_local(value.to(param.device), mesh, whole, run_check=False)
+    if value.device_mesh != param.device_mesh:
+        raise ValueError(f"state {key!r} in state_dict is a DTensor on another mesh")
+    if value.placements != param.placements:
+        value = value.redistribute(placements=param.placements)
+    own.copy_(value.to_local())
+    return like(param, own)
+
+
+def refuse_flattened(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
+    """Refuses what shards parameters in a way that norms cannot see: FSDP1 and ZeRO."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if any(getattr(p, "_fsdp_flattened", False) or hasattr(p, "_sharded_size") for p in params):
+        raise ValueError(
+            "pysmooth does not take parameters of FullyShardedDataParallel (FSDP1), whose shards "
+            "are plain tensors: norms would be local. Use fully_shard (FSDP2)"
+        )
+    zero = getattr(
+        sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer"),
+        "ZeroRedundancyOptimizer",
+        None,
+    )
+    if zero is None:
+        return
+    for thing in gc.get_objects():
+        if type(thing) is zero and thing.__dict__.get("optim") is optimizer:
+            raise ValueError(
+                "pysmooth's optimizers do not go into ZeroRedundancyOptimizer, which gives each "
+                "process some of the parameters: norms would be local. Use fully_shard (FSDP2)"
+            )
+
+
+class _View:
+    """The optimizer as an engine is to see it: local parts, with states of their own."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self._optimizer = optimizer
+        self.lists = [list(group["params"]) for group in optimizer.param_groups]
+        self.pairs: list[tuple[Any, Tensor]] = []  # DTensor, local part
+        self.param_groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            members = []
+            for p in group["params"]:
+                local = part_here(p)
+                if local is not p:
+                    local.requires_grad_(p.requires_grad)
+                    self.pairs.append((p, local))
+                members.append(local)
+            self.param_groups.append({**group, "params": members})
+        self.plain = [p for ps in self.lists for p in ps if not is_dtensor(p)]
+        self.state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def of(self, optimizer: FusedOptimizer) -> bool:
+        """Whether it still shows the optimizer's parameters."""
+        groups = optimizer.param_groups
+        return (
+            len(groups) == len(self.lists)
+            and all(
+                len(group["params"]) == len(known) and all(map(_same, group["params"], known))
+                for group, known in zip(groups, self.lists, strict=True)
+            )
+            and all(p._local_tensor.data_ptr() == q.data_ptr() for p, q in self.pairs)
+        )
+
+    def pull(self) -> None:
+        """Takes over gradients, and states that were changed from outside."""
+        held = self._optimizer.state
+        for p, local in self.pairs:
+            local.grad = None if p.grad is None else _gradient(p)
+            outer = held.get(p)
+            if outer is None:
+                self.state.pop(local, None)
+                continue
+            mine = self.state[local]
+            for key in [key for key in mine if key not in outer]:
+                del mine[key]
+            for key, value in outer.items():
+                kept = mine.get(key)
+                inner = value._local_tensor if is_dtensor(value) else value
+                if kept is None or inner is not kept:
+                    mine[key] = inner
+        for p in self.plain:
+            if p in held:
+                self.state[p] = held[p]
+            else:
+                self.state.pop(p, None)
+
+    def push(self) -> None:
+        """Shows the states that the step allocated."""
+        held = self._optimizer.state
+        for p, local in self.pairs:
+            local.grad = None
+            mine = self.state.get(local)
+            if mine is None:
+                held.pop(p, None)
+                continue
+            outer = held[p]
+            for key in [key for key in outer if key not in mine]:
+                del outer[key]
+            for key, value in mine.items():
+                known = outer.get(key)
+                inner = known._local_tensor if is_dtensor(known) else known
+                if inner is not value:
+                    outer[key] = value if _is_number(key, value) else like(p, value)
+        for p in self.plain:
+            if p in self.state:
+                held[p] = self.state[p]
+            else:
+                held.pop(p, None)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b
+
+
+def _is_number(key: str, value: object) -> bool:
+    return key in SCALARS or not isinstance(value, Tensor)
+
+
+def _gradient(p: Any) -> Tensor:
+    """The local part of a gradient, with its parameter's placement."""
+    g = p.grad
+    if not is_dtensor(g):
+        raise ValueError("a DTensor parameter has a gradient that is not a DTensor")
+    if g.placements != p.placements:
+        g = g.redistribute(placements=p.placements)
+        g = g.to_local()
+        return cast(Tensor, g.wait() if hasattr(g, "wait") else g)
+    return cast(Tensor, g._local_tensor)
+
+
+class ShardedEngine:
+    """Runs the CPU backend on local parts, with an `Exchange` between its passes."""
+
+    def __init__(self, inner: NativeEngine, sharding: Sharding) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._sharding = sharding
+        self._view: _View | None = None
+        self._exchange: Exchange | None = None
+        self._forms: tuple[object, ...] = ()
+
+    def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
+        """One fused step on all processes together."""
+        view = self._ready(optimizer)
+        exchange = self._exchange
+        assert exchange is not None
+        view.pull()
+        params = [p for ps in view.param_groups for p in ps["params"]]
+        exchange.live = [p.grad is not None for p in params]
+        try:
+            self._inner.step(cast("FusedOptimizer", view), amp)
+        except NonFiniteGradientError as error:
+            names = ", ".join(repr(name) for name in exchange.flagged)
+            where = names or "a parameter of another pipeline stage"
+            raise NonFiniteGradientError(f"non-finite gradient in {where}") from error
+        finally:
+            view.push()
+
+    def _ready(self, optimizer: FusedOptimizer) -> _View:
+        recipes = optimizer.recipes()
+        forms = tuple((r.rule, r.clip.mode) for r in recipes)
+        if self._view is None or forms != self._forms or not self._view.of(optimizer):
+            labels = optimizer.param_labels()
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            layouts = [
+                layout_of(p, f"parameter {label!r}")
+                for p, label in zip(params, labels, strict=True)
+            ]
+            for index, (group, recipe) in enumerate(
+                zip(optimizer.param_groups, recipes, strict=True)
+            ):
+                first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
+                for i, p in enumerate(group["params"], first):
+                    _check(optimizer, recipe, p, layouts[i], labels[i], self._sharding.compress)
+            self._exchange = Exchange(layouts, labels, self._sharding.process_group)
+            self._view = _View(optimizer)
+            self._forms = forms
+            self._inner.attach(self._exchange, self._sharding.compress == "global")
+        return self._view
+
+    def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
+        """Refused when hooks are made: gradients in backward are not final here."""
+        raise NotImplementedError("absorb=True does not go with DTensor parameters")
+
+    def selections(self) -> tuple[int, int]:
+        """How many selections there were so far, and how many needed a second look."""
+        return self._inner.selections()
+
+    def summed(self) -> int:
+        """No sums are taken in backward here."""
+        return 0
+
+    def settle(self, optimizer: FusedOptimizer) -> int:
+        """Skipped steps are counted as they happen."""
+        return 0
+
+    def norms(self) -> list[float] | Tensor | None:
+        """Norms of the last step per scope unit; None if it took none."""
+        return self._inner.norms()
+
+    def coefs(self) -> list[float] | Tensor | None:
+        """Clip coefficients of the last step per parameter; None if it took no norms."""
+        return self._inner.coefs()
+
+
+def _check(
+    optimizer: FusedOptimizer,
+    recipe: Any,
+    p: Tensor,
+    layout: Layout,
+    label: str,
+    compress: Compress | None,
+) -> None:
+    """Refuses what cannot be computed from parts, by name."""
+    if not layout.groups:
+        return
+    name, what = type(optimizer).__name__, f"parameter {label!r}, which is sharded"
+    if recipe.clip.mode == ClipMode.AGC:
+        rows = p.dim() >= 2 and all(
+            q.is_replicate() or (q.is_shard(0) and is_shard(q)) for q in cast(Any, p).placements
+        )
+        if not rows or recipe.accumulates:
+            raise ValueError(
+                f"clip='agc' needs whole rows, and does not go with {what}"
+                f"{' within them' if not rows else ' under an accumulated norm'}"
+            )
+    if recipe.rule.startswith("clip21") and recipe.rule.endswith("_noise"):
+        raise ValueError(f"{name} with noise_std does not go with {what}: shards would share noise")
+    compressor = getattr(optimizer, "compressor", None)
+    if compressor is None:
+        if getattr(optimizer, "chain", None) is not None:
+            raise ValueError(f"{name} put together from parts does not go with {what}")
+        return
+    kind = type(compressor).__name__
+    whole = kind in ("Identity", "ScaledSign", "HardThreshold") and compressor.scale_block is None
+    if whole or compress == "per_shard":
+        return
+    if compress == "global" and kind == "TopK" and compressor.scope == "tensor":
+        if not layout.in_order:
+            raise ValueError(
+                f"compress='global' selects where shards are cut along dimension 0 of one mesh "
+                f"dimension; {what} otherwise, is not"
+            )
+        return
+    choice = f"compress={compress!r} does not go" if compress else "does not go"
+    raise ValueError(f"{name}: {kind} {choice} with {what}; see pysmooth.distributed.set_sharding")
+
+
+def engine_for(optimizer: FusedOptimizer, name: str, inner: Any) -> Any:
+    """The engine for parameters that may be spread over processes, given a backend's own.
+
+    Raises:
+        ValueError: FSDP1 or ZeRO holds the parameters.
+        BackendError: they are spread, and the backend does not take such.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    refuse_flattened(optimizer, params)
+    if optimizer.sharding is None and not any(map(is_dtensor, params)):
+        return inner
+    if name != "cpu":
+        raise BackendError(
+            f"the {name} backend takes no DTensor parameters and no process_group yet; the cpu "
+            "backend does"
+        )
+    return ShardedEngine(inner, optimizer.sharding or Sharding())
