@@ -470,12 +470,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if key in recipes[p].keys and value is not None
             ]
             with torch.no_grad():
-                here = {p: part_here(p) for p, _, _ in todo}
-                owned = new_states([(here[p], key, recipes[p]) for p, key, _ in todo])
+                parts = {p: part_here(p) for p, _, _ in todo}
+                owned = new_states([(parts[p], key, recipes[p]) for p, key, _ in todo])
                 for (p, key, value), own in zip(todo, owned, strict=True):
                     # torch kept step counts as plain numbers once
                     new = value if isinstance(value, Tensor) else torch.tensor(float(value))
-                    if here[p] is not p and key not in SCALARS:
+                    if parts[p] is not p and key not in SCALARS:
                         from ..distributed.sharded import loaded_state
 
                         ready.append((p, key, loaded_state(p, own, new, key)))
