@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import pysmooth
 from pysmooth.optim._base import FusedOptimizer
@@ -106,6 +106,9 @@ def _refusals(folder: str) -> None:
         net(torch.ones(2, 6)).sum().backward()
         with pytest.raises(ValueError, match="FSDP1"):
             optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at import
+        from torch.distributed.optim import ZeroRedundancyOptimizer
     plain = nn.Linear(6, 4)
     zero = ZeroRedundancyOptimizer(
         plain.parameters(), optimizer_class=pysmooth.ClipSGD, lr=0.1, max_norm=1.0
