@@ -562,8 +562,8 @@ def _check_form(incoming: Any) -> list[dict[str, Any]]:
         raise ValueError("state_dict does not have a list 'param_groups' and a dict 'state'")
     for i, group in enumerate(groups):
         ids = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(ids, list | tuple) or not all(isinstance(n, int) for n in ids):
-            raise ValueError(f"group {i} of state_dict has no list 'params' of numbers")
+        if not isinstance(ids, list | tuple) or not all(isinstance(n, int | str) for n in ids):
+            raise ValueError(f"group {i} of state_dict has no list 'params' of numbers or names")
     ids = [n for group in groups for n in group["params"]]
     if len(set(ids)) < len(ids):
         raise ValueError("state_dict has a parameter more than once in its groups")
