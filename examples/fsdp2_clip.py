@@ -5,6 +5,8 @@ torchrun --nproc-per-node 2 examples/fsdp2_clip.py
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -52,6 +54,9 @@ def main() -> None:
         torch.testing.assert_close(p.full_tensor(), q, rtol=1e-4, atol=1e-5)
     if dist.get_rank() == 0:
         print(f"norm of the last gradient: sharded {norm:.6f}, whole {expected:.6f}")
+    del net, whole, mesh, p, q  # before their process group
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

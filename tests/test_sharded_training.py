@@ -125,9 +125,7 @@ def test_checkpoints_move_from_four_processes_to_two(tmp_path: Path) -> None:
 
 def test_the_example_runs() -> None:
     path = Path(__file__).parent.parent / "examples" / "fsdp2_clip.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "--master-port", "0", str(path)], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run([*command, "2", str(path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "norm of the last gradient: sharded" in done.stdout
