@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import ddp_worker as worker
@@ -304,3 +309,20 @@ def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], says: str
 def test_bad_methods(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_the_example_trains_alike() -> None:
+    path = Path(__file__).parent.parent / "examples" / "ddp_sign.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"loss ([\d.]+), (\d+) bytes", done.stdout)
+    (dense, all_bytes), (signs, few_bytes) = ((float(a), int(b)) for a, b in found)
+    assert abs(signs / dense - 1) < 0.1
+    assert few_bytes < all_bytes / 10

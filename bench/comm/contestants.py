@@ -33,14 +33,12 @@ class Contestant:
     Args:
         register: gives a model its hook; None for no communication at all.
         lr_scale: times the training's learning rate.
-        momentum: of SGD after the hook.
         scheme: what the cost model calls it; None if it has no word for it.
         bucket_mb: DDP's `bucket_cap_mb`; None for its default.
     """
 
     register: Register | None
     lr_scale: float = 1.0
-    momentum: float = 0.9
     scheme: str | None = None
     bucket_mb: int | None = None
 
@@ -83,13 +81,11 @@ CONTESTANTS: dict[str, Contestant] = {
     "sign, both ways, EF": Contestant(_pysmooth(TwoWaySign()), scheme="sign-ef"),
     "EF14 top-1 %": Contestant(_pysmooth(EF14(_TOP)), scheme="topk"),
     "EF21 top-1 %": Contestant(_pysmooth(EF21(_TOP)), scheme="topk"),
-    "EF21-SGDM top-1 %": Contestant(
-        _pysmooth(EF21(_TOP, eta=0.1)), momentum=0.0, lr_scale=10.0, scheme="topk"
-    ),
-    "mean of signs": Contestant(_pysmooth(DSignSGD()), lr_scale=0.002, scheme="sign"),
-    "majority vote": Contestant(_pysmooth(MajorityVote()), lr_scale=0.002),
+    "EF21-SGDM top-1 %": Contestant(_pysmooth(EF21(_TOP, eta=0.1)), scheme="topk"),
+    "mean of signs": Contestant(_pysmooth(DSignSGD()), lr_scale=0.005, scheme="sign"),
+    "majority vote": Contestant(_pysmooth(MajorityVote()), lr_scale=0.005),
     "rand-10 %": Contestant(_pysmooth(DCSGD(RandK(ratio=0.1)))),
     "QSGD, 15 levels": Contestant(_pysmooth(DCSGD(QSGD(levels=15, scope="block"))), scheme="qsgd"),
     "natural": Contestant(_pysmooth(DCSGD(NaturalCompression())), scheme="natural"),
-    "Clip21-SGD2M": Contestant(_pysmooth(Clip21SGD2M(1.0, beta=0.1)), momentum=0.0, lr_scale=10.0),
+    "Clip21-SGD2M": Contestant(_pysmooth(Clip21SGD2M(1.0, beta=0.1))),
 }

@@ -42,10 +42,9 @@ class Run:
     def __init__(self, training: Training, contestant: Contestant, group: Any = None) -> None:
         self.training = training
         self.model: nn.Module = training.make_model()
-        scale = contestant.lr_scale
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=training.lr * scale, momentum=contestant.momentum
-        )
+        # Without momentum: behind a hook it would multiply what compression adds.
+        lr = training.lr / (1 - training.momentum) * contestant.lr_scale
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
         self.ddp = self.model
         self.backward = 0.0  # seconds of the last one
         if contestant.register is not None:
@@ -164,7 +163,7 @@ def main() -> None:
     task = Task(**json.loads(os.environ["PYSMOOTH_COMM_TASK"]))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    training = WORKLOADS[task.workload].training()
+    training = WORKLOADS[task.workload].make()
     numel = sum(p.numel() for p in training.make_model().parameters())
     found: dict[str, Any] = {"numel": numel}
     if task.rounds > 0:

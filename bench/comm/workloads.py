@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,6 @@ class Workload:
 
     make: Callable[[], Training]
     steps: int
-
-    def training(self) -> Training:
-        """The training, without momentum's memory of steps of other sizes."""
-        return replace(self.make(), momentum=0.9)
 
 
 WORKLOADS = {"wide": Workload(wide, 150), "gpt": Workload(gpt, 300)}

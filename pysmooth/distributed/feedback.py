@@ -103,7 +103,7 @@ class EF21(_Compressing):
                sends C(v_i - h_i),  h_i += C(v_i - h_i)
     all:       h += mean_i C(v_i - h_i);  step with h
 
-    With `pysmooth.NormalizedSGD(scope="global")` as the optimizer this is norm-EF21 (with eta:
+    With `pysmooth.NormalizedSGD(momentum=0)` as the optimizer this is norm-EF21 (with eta:
     norm-EF21-SGDM): lr * h / ||h||.
 
     Args:
@@ -149,21 +149,24 @@ class EF21(_Compressing):
             return grad
         for i in range(self.momenta):
             key = "momentum_buffer" if i == 0 else f"momentum_buffer_{i + 1}"
-            kept = slot.state(key)
-            if slot.steps == 0 and self.init != "zero":
+            if key not in slot.states and self.init != "zero":
+                slot.state(key)
                 grad = slot.stage(key).copy_(grad)
             else:
+                kept = slot.state(key)
                 grad = slot.stage(key).copy_(kept).mul_(1 - self.eta).add_(grad * self.eta)
         return grad
 
     def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
         """C(v - h)."""
         v = self._momentum(slot, grad)
+        form, draw = format_of(self.compressor), context.draw(slot)
         x = Source(v, slot.state("estimate"), b=-1.0)
-        left = slot.stage("estimate")
-        format_of(self.compressor).encode(x, context.draw(slot), left, message)
-        # h + C(d) is what is left to v - (d - C(d)).
-        left.neg_().add_(v)
+        rest = slot.stage("estimate")
+        form.encode(x, draw, rest, message)
+        # What was sent, exactly: coordinates that were not stay as they are to the bit.
+        form.decode(message.unsqueeze(0), draw, rest, first=context.rank)
+        rest.add_(slot.state("estimate"))
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """The mean of all estimates."""

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .handshake import shake_hands
 from .method import Context, Method, Slot
+from .signs import bounds
 
 # DistributedDataParallel compares the hook's annotation with this.
 GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]
@@ -103,6 +104,8 @@ class CompressedState:
         self._about: dict[str, str] = {"method": repr(method)}
         self._about |= {"dense_below": str(dense_below), "warmup_steps": str(warmup_steps)}
         for index, (name, p) in enumerate(module.named_parameters()):
+            if p.numel() >= 2**32:
+                raise ValueError(f"parameter {name!r} has 2**32 elements or more")
             if p.is_complex():
                 raise TypeError(f"parameter {name!r} is complex; hooks take real parameters")
             self._slots[id(p)] = Slot(name, index, p.numel(), p.device)
@@ -118,7 +121,8 @@ class CompressedState:
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         """Averages a bucket; what the hook does."""
         if not self._shaken:
-            shake_hands(self._about, self._group)
+            about = {"steps": str(self.steps), "a scaler": str(self._scaler is not None)}
+            shake_hands(self._about | about, self._group)
             self._shaken = True
         if bucket.index() == 0:
             self._drop()
@@ -128,7 +132,7 @@ class CompressedState:
         if self.method.joint and not self._complete and not self._warming:
             return job.future
         jobs, self._jobs = self._jobs, []
-        if job.buffer.is_cuda:  # queued on the stream: the host does not wait
+        if job.buffer.is_cuda:  # in order on the stream
             self._work(jobs)
         else:
             if self._thread is None:
@@ -218,10 +222,12 @@ class CompressedState:
         rows = (ranks,) if method.two_phase else ()
         message = torch.zeros(*rows, width, dtype=torch.uint8, device=job.buffer.device)
         finite = all(_finite(grad) for _, grad in own)
-        message[..., 0] = 0 if finite else 1
         if finite:
             for (slot, grad), part in zip(own, _parts(message, sizes), strict=True):
                 method.encode(context, slot, grad, part)
+                # e + lr * g overflows where g did not.
+                finite = finite and all(_finite(slot.staged[key]) for key in slot.touched)
+        message[..., 0] = 0 if finite else 1
         self.sent_bytes += message.numel()
         if method.two_phase:
             received = torch.empty_like(message)
@@ -312,17 +318,9 @@ class CompressedState:
             )
         states = state_dict["states"]
         for slot in self._slots.values():
-            if slot.name not in states:
-                raise ValueError(f"state_dict lacks parameter {slot.name!r}")
-            for key, value in states[slot.name].items():
-                whole = key not in ("steps", "server_residual")
-                if whole and tuple(value.shape) != (slot.numel,):
-                    raise ValueError(
-                        f"{key!r} of parameter {slot.name!r} has shape {tuple(value.shape)}, "
-                        f"not {(slot.numel,)}"
-                    )
+            self._check_saved(slot, states.get(slot.name), same)
         self.steps = state_dict["steps"]
-        self._complete = self._failed = False
+        self._complete = self._failed = self._shaken = False
         for slot in self._slots.values():
             saved = dict(states[slot.name])
             slot.steps = saved.pop("steps")
@@ -332,6 +330,24 @@ class CompressedState:
             slot.staged, slot.touched = {}, set()
             if not same:
                 self.method.regroup(slot)
+
+    def _check_saved(self, slot: Slot, saved: dict[str, Any] | None, same: bool) -> None:
+        where = f"of parameter {slot.name!r}"
+        if saved is None or type(saved.get("steps")) is not int:
+            raise ValueError(f"state_dict lacks the states {where}, or their 'steps'")
+        for key, value in saved.items():
+            if key == "steps":
+                continue
+            numel = slot.numel
+            if key == "server_residual":
+                ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+                begin, end = bounds(slot.numel, ranks, rank)
+                numel = end - begin
+                if not same:
+                    continue  # dropped
+            if not isinstance(value, Tensor) or tuple(value.shape) != (numel,):
+                found = tuple(value.shape) if isinstance(value, Tensor) else value
+                raise ValueError(f"{key!r} {where} is {found}, not a tensor of shape {(numel,)}")
 
 
 def compressed_hook(state: CompressedState, bucket: GradBucket) -> Future[Tensor]:

@@ -36,7 +36,8 @@ def share_of(d: int, ranks: int) -> int:
     return 8 * -(-d // (8 * ranks))
 
 
-def _bounds(d: int, ranks: int, server: int) -> tuple[int, int]:
+def bounds(d: int, ranks: int, server: int) -> tuple[int, int]:
+    """Of a server's share: its first element, and the one after its last."""
     share = share_of(d, ranks)
     return min(d, server * share), min(d, (server + 1) * share)
 
@@ -44,7 +45,7 @@ def _bounds(d: int, ranks: int, server: int) -> tuple[int, int]:
 def _deal(packed: Tensor, shares: Tensor, d: int) -> None:
     """Packed signs of all elements, cut up for their servers."""
     for server in range(len(shares)):
-        begin, end = _bounds(d, len(shares), server)
+        begin, end = bounds(d, len(shares), server)
         piece = packed[begin // 8 : -(-end // 8)]
         shares[server, : len(piece)] = piece
 
@@ -70,13 +71,13 @@ class MajorityVote(Method):
 
     def serve(self, context: Context, slot: Slot, messages: Tensor, reply: Tensor) -> None:
         """Counts votes."""
-        begin, end = _bounds(slot.numel, context.ranks, context.rank)
+        begin, end = bounds(slot.numel, context.ranks, context.rank)
         codec.vote(messages, end - begin, reply[: -(-(end - begin) // 8)])
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """What was voted."""
         for server in range(context.ranks):
-            begin, end = _bounds(slot.numel, context.ranks, server)
+            begin, end = bounds(slot.numel, context.ranks, server)
             codec.sum_signs(messages[server : server + 1], None, 1.0, out[begin:end])
 
 
@@ -112,7 +113,7 @@ class TwoWaySign(Method):
 
     def serve(self, context: Context, slot: Slot, messages: Tensor, reply: Tensor) -> None:
         """The mean of a share and what was left of it, in scaled signs."""
-        begin, end = _bounds(slot.numel, context.ranks, context.rank)
+        begin, end = bounds(slot.numel, context.ranks, context.rank)
         if begin == end:
             return
         residual = slot.state("server_residual", end - begin)
@@ -125,7 +126,7 @@ class TwoWaySign(Method):
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """Every server's share."""
         for server in range(context.ranks):
-            begin, end = _bounds(slot.numel, context.ranks, server)
+            begin, end = bounds(slot.numel, context.ranks, server)
             if begin < end:
                 Signs().decode(messages[server : server + 1], context.draw(slot), out[begin:end])
         out.mul_(1.0 / slot.lr)

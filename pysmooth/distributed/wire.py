@@ -62,8 +62,11 @@ class Format(Protocol):
     def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
         """Writes C(x) into `message`, and x - C(x) into `out`."""
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor) -> None:
-        """Takes the sum over ranks, in their order, into `out`; a row is a rank's message."""
+    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
+        """Takes the sum over ranks, in their order, into `out`.
+
+        A row is a rank's message, from rank `first` on.
+        """
 
 
 def floats(message: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ class Signs:
         message[:4] = raw(scale.reshape(1)).to(message.device)
         codec.subtract_signs(out, scale)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor) -> None:
+    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
         """The sum of scaled signs."""
         codec.sum_signs(messages[:, 4:], floats(messages[:, :4]).reshape(-1), 1.0, out)
 
@@ -115,7 +118,7 @@ class _TopK:
             codec.pack_bits(index, _width(d), packed)
         message[len(packed) :] = raw(values)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor) -> None:
+    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
         d, k = len(out), self.compressor.chosen_of(len(out))
         out.zero_()
         for message in messages:
@@ -147,9 +150,9 @@ class _RandK:
         message.copy_(raw(sent))
         out[index] = kept - sent
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor) -> None:
+    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
         out.zero_()
-        for rank, message in enumerate(messages):
+        for rank, message in enumerate(messages, first):
             theirs = dataclasses.replace(draw, rank=rank)
             out[self._places(len(out), theirs, out.device)] += floats(message)
 
@@ -169,7 +172,7 @@ class _Natural:
         codec.pack_bits((bits < 0).long(), 1, message[len(out) :])
         out.copy_(value - sent)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor) -> None:
+    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
         out.zero_()
         for message in messages:
             size = (message[: len(out)].to(torch.int32) << 23).view(torch.float32)
@@ -206,7 +209,7 @@ class _QSGD:
         codec.pack_bits(level << 1 | (sent < 0), self._width(), message[4 * len(unit) :])
         out.copy_(value - sent)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor) -> None:
+    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
         d, units = len(out), self._units(len(out))
         out.zero_()
         for message in messages:
@@ -224,7 +227,7 @@ class _Raw:
         message.copy_(raw(x.value()))
         out.zero_()
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor) -> None:
+    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
         out.zero_()
         for message in messages:
             out += floats(message)
