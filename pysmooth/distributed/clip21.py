@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference.random import normal
 from .method import Context, Method, Slot
-from .wire import floats, raw
+from .wire import floats, raw, seed_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Clip21SGD2M(Method):
         change = slot.staged["grad_estimate"]
         sent = change
         if self.noise_std > 0:
-            seed = (self.seed + context.rank * 0x9E3779B97F4A7C15) % 2**64
+            seed = seed_of(self.seed, context.rank)
             drawn = normal(len(grad), seed=seed, step=context.step, tensor_id=slot.index)
             sent = change + self.noise_std * drawn.to(change.device)
         message.copy_(raw(sent))

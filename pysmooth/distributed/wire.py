@@ -242,10 +242,12 @@ def _bitmap(d: int, k: int) -> bool:
 
 
 def _of_rank(compressor: Any, rank: int) -> Any:
-    """Ranks draw independently: each has a key of its own."""
-    return dataclasses.replace(
-        compressor, seed=(compressor.seed + rank * 0x9E3779B97F4A7C15) % 2**64
-    )
+    return dataclasses.replace(compressor, seed=seed_of(compressor.seed, rank))
+
+
+def seed_of(seed: int, rank: int) -> int:
+    """Ranks draw independently: each has a key of its own, rank 0 that of a single process."""
+    return (seed + rank * 0x9E3779B97F4A7C15) % 2**64
 
 
 def format_of(compressor: Compressor) -> Format:
