@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -31,7 +32,10 @@ def worker(
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the others get gloo's error, not a wait for this one
+    gc.collect()  # shards, before their process group
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo do not always outlive the interpreter's end in peace
 
 
 def run(world: int, path: str, *cases: Callable[..., None], args: Any = ()) -> None:

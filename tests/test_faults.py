@@ -104,6 +104,8 @@ def test_interrupt_on_any_line_of_a_step(name: str, started: bool) -> None:
         set_grads(all_params(optimizer), rows[1])
         before = snapshot(optimizer)
         interrupted = interrupt_at(line, optimizer.step)
+        # A tracer can raise where a `with` is left and its exit not called yet; Ctrl-C comes later.
+        torch.set_grad_enabled(True)
         after = snapshot(optimizer)
         assert equal(after, before) or equal(after, want), f"line {line}"
         outcomes.add((interrupted, equal(after, want)))

@@ -570,6 +570,8 @@ def _check_form(incoming: Any) -> list[dict[str, Any]]:
     for n, held in state.items():
         if not isinstance(held, dict):
             raise ValueError(f"state {n!r} in state_dict is not a dict")
+        if isinstance(n, int) and n not in ids:
+            raise ValueError(f"state {n} in state_dict is of no parameter in its groups")
     return list(groups)
 
 
