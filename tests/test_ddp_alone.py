@@ -137,6 +137,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
         (lambda s: s["states"][name].pop("steps"), "steps"),
         (lambda s: s["states"].pop(name), name),
         (lambda s: s.update(rank=5), "rank 5"),
+        (lambda s: s.pop("world_size"), "world_size"),
     ):
         saved = state.state_dict()
         saved["steps"] = 77

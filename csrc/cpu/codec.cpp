@@ -121,6 +121,10 @@ void sum_chunk(const SignMessages& m, int64_t begin, int64_t length, float facto
 
 }  // namespace
 
-CodecTable codec_table() { return {code_chunk, subtract_chunk, sum_chunk}; }
+KernelTable codec_table() {
+  KernelTable table{};
+  table.codec = {code_chunk, subtract_chunk, sum_chunk};
+  return table;
+}
 
 PYSMOOTH_KERNELS_END

@@ -7,57 +7,12 @@
 
 #include <cstdint>
 
+#include "cpu/kernels.h"
+
 namespace pysmooth {
 
-// What is coded: x = b * e + a * g; b is 1 or -1.
-struct CodedSource {
-  const float *g, *e;  // e: null for none
-  float a, b;
-};
-
 constexpr int64_t kCodecChunk = int64_t{1} << 15;
-
-// Room for more than a chunk's elements, since whole vectors are stored.
-struct Candidates {
-  float* values;
-  uint32_t* index;  // of the tensor
-  int64_t count;
-};
 constexpr int64_t kCandidateRoom = kCodecChunk + 64;
-
-struct CodedChunk {
-  CodedSource source;
-  int64_t begin, length;  // begin: a multiple of 64
-  float* out;             // x, from the tensor's first element; null: not kept
-  uint8_t* bits;          // likewise, signs
-  double filter;          // least magnitude of a candidate
-  Candidates* found;      // null: none are wanted
-};
-
-struct SignMessages {
-  const uint8_t* const* bits;
-  const float* scales;  // null: 1
-  int ranks;
-};
-
-struct CodecTable {
-  double (*code)(const CodedChunk&);  // the sum of |x|
-  // x -= scale * sign(x)
-  void (*subtract)(float* x, int64_t n, float scale);
-  // out = factor * (the sum of scale * sign over ranks); or its sign, where out is null
-  void (*sum)(const SignMessages&, int64_t begin, int64_t length, float factor, float* out,
-              uint8_t* signs);
-};
-
-namespace baseline {
-CodecTable codec_table();
-}
-namespace avx2 {
-CodecTable codec_table();
-}
-namespace avx512 {
-CodecTable codec_table();
-}
 
 // Runs over chunks, on so many threads.
 double code(const CodedSource& source, int64_t n, float* out, uint8_t* bits, int threads);

@@ -158,6 +158,45 @@ struct ProbeArgs {
 };
 using ProbeFn = double (*)(const ProbeArgs&);
 
+// ---- codec: what leaves the process -------------------------------------------------------------
+
+// What is coded: x = b * e + a * g; b is 1 or -1.
+struct CodedSource {
+  const float *g, *e;  // e: null for none
+  float a, b;
+};
+
+// Room for more than a chunk's elements, since whole vectors are stored.
+struct Candidates {
+  float* values;
+  uint32_t* index;  // of the tensor
+  int64_t count;
+};
+
+struct CodedChunk {
+  CodedSource source;
+  int64_t begin, length;  // begin: a multiple of 64
+  float* out;             // x, from the tensor's first element; null: not kept
+  uint8_t* bits;          // likewise, signs
+  double filter;          // least magnitude of a candidate
+  Candidates* found;      // null: none are wanted
+};
+
+struct SignMessages {
+  const uint8_t* const* bits;
+  const float* scales;  // null: 1
+  int ranks;
+};
+
+struct CodecInfo {
+  double (*code)(const CodedChunk&);  // the sum of |x|
+  // x -= scale * sign(x)
+  void (*subtract)(float* x, int64_t n, float scale);
+  // out = factor * (the sum of scale * sign over ranks); or its sign, where out is null
+  void (*sum)(const SignMessages&, int64_t begin, int64_t length, float factor, float* out,
+              uint8_t* signs);
+};
+
 struct KernelTable {
   const char* isa;
   const ReduceFn (*reduce)[kDTypes];  // [reduction][dtype]
@@ -166,6 +205,7 @@ struct KernelTable {
   const SourceInfo* sources;  // in the order of rules
   int rule_count;
   const ProbeFn (*probe)[3];  // [streams read and written][streams read]
+  CodecInfo codec;
 };
 
 namespace baseline {
@@ -173,18 +213,21 @@ KernelTable reduce_table();
 KernelTable apply_table();
 KernelTable source_table();
 KernelTable probe_table();
+KernelTable codec_table();
 }  // namespace baseline
 namespace avx2 {
 KernelTable reduce_table();
 KernelTable apply_table();
 KernelTable source_table();
 KernelTable probe_table();
+KernelTable codec_table();
 }  // namespace avx2
 namespace avx512 {
 KernelTable reduce_table();
 KernelTable apply_table();
 KernelTable source_table();
 KernelTable probe_table();
+KernelTable codec_table();
 }  // namespace avx512
 
 }  // namespace pysmooth

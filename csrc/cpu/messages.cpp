@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "cpu/codec.h"
@@ -14,20 +13,6 @@
 
 namespace pysmooth {
 namespace {
-
-const CodecTable& table() {
-  static const CodecTable levels[] = {
-#if PYSMOOTH_ISA_LEVELS > 1
-      avx512::codec_table(), avx2::codec_table(),
-#endif
-      baseline::codec_table()};
-  const std::string isa = kernels().isa;
-#if PYSMOOTH_ISA_LEVELS > 1
-  return levels[isa == "avx512" ? 0 : isa == "avx2" ? 1 : 2];
-#else
-  return levels[0];
-#endif
-}
 
 int64_t chunks_of(int64_t n) { return (n + kCodecChunk - 1) / kCodecChunk; }
 
@@ -74,7 +59,8 @@ double filter_of(const CodedSource& source, int64_t n, int64_t k) {
 double code(const CodedSource& source, int64_t n, float* out, uint8_t* bits, int threads) {
   std::vector<double> sums(static_cast<size_t>(chunks_of(n)));
   each_chunk(n, threads, [&](int64_t i, int64_t begin, int64_t length) {
-    sums[static_cast<size_t>(i)] = table().code({source, begin, length, out, bits, 0.0, nullptr});
+    sums[static_cast<size_t>(i)] =
+        kernels().codec.code({source, begin, length, out, bits, 0.0, nullptr});
   });
   double total = 0.0;
   for (const double sum : sums) total += sum;
@@ -83,14 +69,14 @@ double code(const CodedSource& source, int64_t n, float* out, uint8_t* bits, int
 
 void subtract_signs(float* x, int64_t n, float scale, int threads) {
   each_chunk(n, threads, [&](int64_t, int64_t begin, int64_t length) {
-    table().subtract(x + begin, length, scale);
+    kernels().codec.subtract(x + begin, length, scale);
   });
 }
 
 void sum_signs(const SignMessages& messages, int64_t n, float factor, float* out, uint8_t* signs,
                int threads) {
   each_chunk(n, threads, [&](int64_t, int64_t begin, int64_t length) {
-    table().sum(messages, begin, length, factor, out, signs);
+    kernels().codec.sum(messages, begin, length, factor, out, signs);
   });
 }
 
@@ -104,7 +90,7 @@ void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int
       const std::unique_ptr<float[]> values(new float[kCandidateRoom]);
       const std::unique_ptr<uint32_t[]> places(new uint32_t[kCandidateRoom]);
       Candidates picked{values.get(), places.get(), 0};
-      table().code({source, begin, length, out, nullptr, filter, &picked});
+      kernels().codec.code({source, begin, length, out, nullptr, filter, &picked});
       std::vector<uint64_t>& ranks = found[static_cast<size_t>(i)];
       ranks.clear();
       for (int64_t j = 0; j < picked.count; ++j)

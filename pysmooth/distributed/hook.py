@@ -305,9 +305,12 @@ class CompressedState:
             ValueError: it is another method's or another rank's, or does not fit the parameters;
                 then nothing has changed.
         """
-        if state_dict.get("method") != repr(self.method):
+        missing = {"method", "rank", "world_size", "steps", "states"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict lacks {', '.join(map(repr, sorted(missing)))}")
+        if state_dict["method"] != repr(self.method):
             raise ValueError(
-                f"state_dict is of {state_dict.get('method')}, this state of {self.method!r}"
+                f"state_dict is of {state_dict['method']}, this state of {self.method!r}"
             )
         same = state_dict["world_size"] == dist.get_world_size(self._group)
         wanted = dist.get_rank(self._group) if same else 0

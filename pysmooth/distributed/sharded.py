@@ -290,7 +290,7 @@ class ShardedEngine:
 
     def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
         """Refused when hooks are made: gradients in backward are not final here."""
-        raise NotImplementedError("absorb=True does not go with DTensor parameters")
+        raise BackendError("absorb=True does not go with DTensor parameters")
 
     def selections(self) -> tuple[int, int]:
         """How many selections there were so far, and how many needed a second look."""
