@@ -37,6 +37,11 @@ test: lint tidy $(VENV)/checked ## Lint, types, build with warnings as errors, a
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -q --timeout 600
 	$(BIN)/python -m pysmooth.triton_kernels.compile
 	.ci/wheel-smoke $(BIN)/python
+	$(MAKE) docs
+
+.PHONY: docs
+docs: $(VENV)/built ## Build the documentation into docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -q -n -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 
 # Every CUDA kernel with every dtype, size and layout, and looked at for races.
 KERNELS := tests/test_cuda_kernels.py
@@ -113,7 +118,7 @@ $(VENV)/made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -U 'pip>=25.1' 'setuptools>=77' wheel
 	$(PIP) install $(TORCH)
-	$(PIP) install 'pybind11>=3.0' 'ninja>=1.11' 'apache-tvm-ffi>=0.1.5' --group dev --group integrations
+	$(PIP) install 'pybind11>=3.0' 'ninja>=1.11' 'apache-tvm-ffi>=0.1.5' --group dev --group docs --group integrations
 	touch $@
 
 # The package, editable. The extension is compiled incrementally by ninja (setup.py).

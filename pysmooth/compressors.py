@@ -58,11 +58,11 @@ class Compressor:
         return [unflatten(x, flat) for x, flat in zip(xs, out, strict=True)]
 
     def alpha(self, d: int) -> float | None:
-        """E||C(x) - x||^2 <= (1 - alpha) ||x||^2 for x of d elements; None: not so."""
+        r"""E\|\|C(x) - x\|\|^2 <= (1 - alpha) \|\|x\|\|^2 for x of d elements; None: not so."""
         return None
 
     def omega(self, d: int) -> float | None:
-        """Unbiased, with variance at most omega ||x||^2 in d dimensions; None: biased."""
+        r"""Unbiased, with variance at most omega \|\|x\|\|^2 in d dimensions; None: biased."""
         return None
 
     def bits(self, d: int) -> int:
@@ -99,7 +99,7 @@ class Compressor:
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """C(x) = x."""
+    """C(x) = x: nothing is compressed."""
 
     def alpha(self, d: int) -> float:
         """1."""
@@ -245,12 +245,12 @@ class RandK(Compressor):
 
 @dataclass(frozen=True)
 class ScaledSign(Compressor):
-    """C(x) = (||x||_1 / d) * sign(x), with sign(0) = +1: one bit per coordinate.
+    r"""C(x) = (\|\|x\|\|_1 / d) * sign(x), with sign(0) = +1: one bit per coordinate.
 
-    Contractive: alpha = ||x||_1^2 / (d ||x||_2^2), at least 1 / d.
+    Contractive: alpha = \|\|x\|\|_1^2 / (d \|\|x\|\|_2^2), at least 1 / d.
 
     Args:
-        scope: over what the mean of |x| is taken: "tensor" or "global".
+        scope: over what the mean magnitude is taken: "tensor" or "global".
 
     Source: arXiv:1901.09847.
     """
@@ -280,7 +280,7 @@ class ScaledSign(Compressor):
 
 @dataclass(frozen=True)
 class HardThreshold(Compressor):
-    """Keeps coordinates of at least `threshold` in magnitude. ||C(x) - x||^2 <= d threshold^2.
+    r"""Keeps coordinates of at least `threshold`; \|\|C(x) - x\|\|^2 <= d threshold^2.
 
     Args:
         threshold: greater than 0.
@@ -311,7 +311,7 @@ class HardThreshold(Compressor):
 
 @dataclass(frozen=True)
 class QSGD(Compressor):
-    """||x||_2 sign(x) n / levels, with n one of the integers next to levels |x| / ||x||_2.
+    r"""\|\|x\|\|_2 sign(x) n / levels, n being an integer next to levels \|x\| / \|\|x\|\|_2.
 
     Which one is drawn. Unbiased: omega = min(d / levels^2, sqrt(d) / levels), d being the elements
     of a tensor or of a block.
@@ -364,7 +364,7 @@ class QSGD(Compressor):
 
 @dataclass(frozen=True)
 class NaturalCompression(Compressor):
-    """Rounds |x| to one of the next two powers of two, at random. Unbiased: omega = 1 / 8.
+    """Rounds magnitudes to one of the next two powers of two, drawn. Unbiased: omega = 1 / 8.
 
     Args:
         seed: of the rounding, from 0 to 2^64 - 1.

@@ -14,7 +14,14 @@ _MILD, _EXTREME = 0.0035, 1.2e-6
 
 
 class Smoothness(NamedTuple):
-    """Local smoothness along a run, and its fit L0 + L1 * norm by least squares, both >= 0."""
+    """Local smoothness along a run, and its fit L0 + L1 * norm by least squares.
+
+    Attributes:
+        L0: where the fit meets norm 0, at least 0; in units of curvature.
+        L1: its slope, at least 0: by how much curvature grows with the gradient's norm.
+        norms: of the gradient, before each step that moved.
+        local: smoothness between the ends of each of these steps.
+    """
 
     L0: float
     L1: float
@@ -23,7 +30,13 @@ class Smoothness(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """`tail_index`: Hill's; `mild`, `extreme`: outliers over those of a normal sample."""
+    """The tail of a sample of norms.
+
+    Attributes:
+        tail_index: Hill's estimate of alpha in P(norm > t) ~ t^-alpha.
+        mild: the share beyond Q3 + 1.5 interquartile ranges, over that of a normal sample.
+        extreme: the same beyond Q3 + 3.
+    """
 
     tail_index: float
     mild: float

@@ -71,7 +71,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Chain:
-    """Parts in the order in which they run."""
+    """Parts in the order in which they run.
+
+    Args:
+        parts: of `pysmooth.composition.parts`.
+    """
 
     parts: tuple[Part, ...]
 
@@ -111,7 +115,10 @@ class Chain:
 
 
 def chain(*parts: Part) -> Chain:
-    """Parts of `pysmooth.parts`, in the order in which they run; see `pysmooth.compose`.
+    """Parts in the order in which they run, for `pysmooth.compose`.
+
+    Args:
+        parts: any number, of `pysmooth.composition.parts`.
 
     Raises:
         TypeError: something is not a part.

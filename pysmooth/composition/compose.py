@@ -36,7 +36,7 @@ def compose(
 
         u = p.grad                          # -p.grad to maximize
         for part in chain.parts:
-            u = part(u)                     # the formulas are in pysmooth.parts
+            u = part(u)                     # their formulas: pysmooth.parts
         p = p - lr * u
 
     Where a fused kernel computes exactly this chain, the result is the optimizer that is named for
@@ -48,7 +48,7 @@ def compose(
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
             `pysmooth.ClipSGD`. Groups may differ in `lr` and `maximize`.
-        chain: of `pysmooth.chain(...)`.
+        chain: made by `pysmooth.chain`.
         lr: learning rate, at least 0.
         maximize: ascend instead of descend.
         nonfinite: "propagate", "skip" or "raise", as in `pysmooth.ClipSGD`; for chains that keep a
@@ -79,8 +79,12 @@ def compose(
 class ComposedOptimizer(FusedOptimizer):
     """Runs the parts of a chain one after another, in plain torch: `compose(backend="eager")`.
 
-    Arguments and errors as there. `last_norm()` is None unless the policy asks for finite gradients
-    first: norms belong to the parts.
+    Errors as there. `last_norm()` is None unless the policy asks for finite gradients first: norms
+    belong to the parts.
+
+    Args:
+        params, chain, lr, maximize, nonfinite, norm, precision: as in `pysmooth.compose`.
+        backend: "eager".
     """
 
     chain: Chain

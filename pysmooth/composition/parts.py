@@ -28,7 +28,15 @@ Start = Literal["zero", "first"]
 
 @dataclass(frozen=True)
 class Clip(Part):
-    """u = coef * u, with `coef` as `pysmooth.ClipSGD` has it for `clip=mode`; "value" clamps."""
+    """u = coef * u, with `coef` as `pysmooth.ClipSGD` has it for `clip=mode`; "value" clamps.
+
+    Args:
+        max_norm: the threshold, greater than 0.
+        mode: "hard", "smooth", "normalize" or "value".
+        scope: of the norm: "global", "group" or "tensor".
+        eps: added to the norm, at least 0.
+        norm_type: order of the norm, greater than 0.
+    """
 
     max_norm: float
     mode: Literal["hard", "smooth", "normalize", "value"] = "hard"
@@ -62,7 +70,14 @@ class Clip(Part):
 
 @dataclass(frozen=True)
 class AdaptiveClip(Part):
-    """Each row of u by its own min(1, factor * max(||row of p||, eps) / ||row of u||): AGC."""
+    r"""Each row of u by its own min(1, factor * max(\|\|row of p\|\|, eps) / \|\|row of u\|\|).
+
+    Args:
+        factor: of the parameter's norm, greater than 0.
+        eps: the least norm that a row of p counts as.
+
+    Source: arXiv:2102.06171 (adaptive gradient clipping).
+    """
 
     factor: float = 0.01
     eps: float = 1e-3
@@ -88,6 +103,10 @@ class Decay(Part):
     """u = u + weight_decay * p; decoupled: p shrinks by lr * weight_decay * p, wherever it stands.
 
     A decay that is not decoupled acts where it stands: what follows sees it.
+
+    Args:
+        weight_decay: at least 0.
+        decoupled: whether the parameter shrinks by itself, as AdamW's does.
     """
 
     weight_decay: float
@@ -110,7 +129,10 @@ class Decay(Part):
 class Momentum(Part):
     """m = momentum * m + (1 - dampening) * u (m = u at first); u = m, as torch.optim.SGD has it.
 
-    With `nesterov` u = u + momentum * m.
+    Args:
+        momentum: greater than 0.
+        dampening: of u.
+        nesterov: u = u + momentum * m instead; without dampening.
     """
 
     momentum: float = 0.9
@@ -140,7 +162,12 @@ class Momentum(Part):
 
 @dataclass(frozen=True)
 class Average(Part):
-    """m = decay * m + (1 - decay) * u; u = m. It starts from zero, or from the first u."""
+    """m = decay * m + (1 - decay) * u; u = m.
+
+    Args:
+        decay: in [0, 1).
+        start: m before the first step: "zero", or "first": m = u in it.
+    """
 
     decay: float = 0.9
     start: Start = "zero"
@@ -166,7 +193,13 @@ class Average(Part):
 
 @dataclass(frozen=True)
 class ScaleByAdam(Part):
-    """u = m / (sqrt(v) + eps), of averages of u and u^2 without bias: `pysmooth.Adam`."""
+    """u = m / (sqrt(v) + eps), of averages of u and u^2 without bias: `pysmooth.Adam`.
+
+    Args:
+        betas: decay rates of the averages of u and u^2, in [0, 1).
+        eps: added to the root, at least 0.
+        amsgrad: v is the largest there was.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -203,7 +236,13 @@ class ScaleByAdam(Part):
 
 @dataclass(frozen=True)
 class ScaleByAdagrad(Part):
-    """u = u / (sqrt(sum of u^2) + eps), and by 1 / (1 + step * lr_decay): `pysmooth.Adagrad`."""
+    """u = u / (sqrt(sum of u^2) + eps), and by 1 / (1 + step * lr_decay): `pysmooth.Adagrad`.
+
+    Args:
+        lr_decay: at least 0.
+        initial_accumulator_value: where the sum starts.
+        eps: added to the root, at least 0.
+    """
 
     lr_decay: float = 0.0
     initial_accumulator_value: float = 0.0
@@ -236,10 +275,22 @@ class ScaleByAdagrad(Part):
 
 @dataclass(frozen=True)
 class ScaleByNorm(Part):
-    """u = m / b, of an average m and an accumulated norm b: `pysmooth.MAdagradNorm`, `AdamNorm`.
+    r"""u = m / b, of an average m and an accumulated norm b: `pysmooth.MAdagradNorm`, `AdamNorm`.
 
-    Without `beta2` b^2 = b^2 + reweight * ||u||^2, else b^2 = beta2 * b^2 + (1 - beta2) * reweight
-    * ||u||^2; per coordinate with `coordinate_wise`. `delayed` divides by the b of before.
+    Without `beta2` b^2 = b^2 + reweight * \|\|u\|\|^2, else b^2 = beta2 * b^2 + (1 - beta2) *
+    reweight * \|\|u\|\|^2.
+
+    Args:
+        b_init: b before the first step, greater than 0.
+        beta1: decay rate of m, in [0, 1); 0: m = u.
+        beta2: decay rate of b^2, in [0, 1); None: a sum.
+        reweight: greater than 0.
+        delayed: divide by the b of before the step.
+        coordinate_wise: a b for each coordinate, u^2 in the place of the norm's square.
+        eps: added to a coordinate's b.
+        scope: of the norm: "global", "group" or "tensor".
+
+    Source: arXiv:2406.04443.
     """
 
     b_init: float
@@ -309,7 +360,11 @@ class ScaleByNorm(Part):
 
 @dataclass(frozen=True)
 class Sign(Part):
-    """u = sign(u), 0 where it is 0; `scaled`: times the mean of |u| in the tensor."""
+    """u = sign(u), 0 where it is 0.
+
+    Args:
+        scaled: times the mean magnitude of u in the tensor.
+    """
 
     scaled: bool = False
 
@@ -323,7 +378,11 @@ class Sign(Part):
 
 @dataclass(frozen=True)
 class ScaleByLion(Part):
-    """u = sign(beta1 * m + (1 - beta1) * u); m = beta2 * m + (1 - beta2) * u: `pysmooth.Lion`."""
+    """u = sign(beta1 * m + (1 - beta1) * u); m = beta2 * m + (1 - beta2) * u: `pysmooth.Lion`.
+
+    Args:
+        betas: weights of the interpolation and of the momentum, in [0, 1).
+    """
 
     betas: tuple[float, float] = (0.9, 0.99)
 
@@ -347,7 +406,12 @@ class ScaleByLion(Part):
 
 @dataclass(frozen=True)
 class Normalize(Part):
-    """u = u / (||u|| + eps), 0 where u is 0; the norm over the scope."""
+    r"""u = u / (\|\|u\|\| + eps), 0 where u is 0.
+
+    Args:
+        eps: added to the norm, at least 0.
+        scope: of the norm: "global", "group" or "tensor".
+    """
 
     eps: float = 0.0
     _: KW_ONLY
@@ -370,9 +434,14 @@ class Normalize(Part):
 class Compress(Part):
     """u = C(u), of one of `pysmooth.compressors`, with or without feedback.
 
-    - "none": u = C(u); what is lost is lost
-    - "ef": v = e + lr * u; c = C(v); e = v - c; u = c / lr: `pysmooth.EFSGD`
-    - "ef21": h = h + C(u - h); u = h: `pysmooth.EF21`. h starts from zero or from the first u
+    Args:
+        compressor: C.
+        feedback: what becomes of the rest.
+
+            - "none": u = C(u); what is lost is lost
+            - "ef": v = e + lr * u; c = C(v); e = v - c; u = c / lr: `pysmooth.EFSGD`
+            - "ef21": h = h + C(u - h); u = h: `pysmooth.EF21`
+        start: for "ef21": h before the first step: "zero", or "first": h = u in it.
     """
 
     compressor: Compressor
@@ -452,7 +521,13 @@ class Compress(Part):
 
 @dataclass(frozen=True)
 class ClipDifference(Part):
-    """d = u - h; h = h + beta_hat * d * min(1, tau / ||d||); u = h: `pysmooth.Clip21`."""
+    r"""d = u - h; h = h + beta_hat * d * min(1, tau / \|\|d\|\|); u = h: `pysmooth.Clip21`.
+
+    Args:
+        tau: the threshold, greater than 0.
+        beta_hat: step of the estimate, in (0, 1].
+        scope: of the norm: "global", "group" or "tensor".
+    """
 
     tau: float = 1.0
     beta_hat: float = 1.0

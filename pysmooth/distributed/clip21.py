@@ -15,13 +15,15 @@ from .wire import floats, raw, seed_of
 
 @dataclass(frozen=True)
 class Clip21SGD2M(Method):
-    """Clip21 with momentum on workers and a damped server, and noise for local privacy.
+    r"""Clip21 with momentum on workers and a damped server, and noise for local privacy.
 
-    Worker i:  v_i = (1 - beta) * v_i + beta * g_i
-               u_i = clip_tau(v_i - g^_i),  sends c_i = u_i + noise_i,  g^_i += beta_hat * u_i
-    all:       g^ += beta_hat * mean_i c_i;  step with g^
+    ::
 
-    clip_tau(u) = min(1, tau / ||u||) * u, over all parameters together, so that nothing is sent
+        Worker i:  v_i = (1 - beta) * v_i + beta * g_i
+                   u_i = clip_tau(v_i - g^_i),  sends c_i = u_i + noise_i,  g^_i += beta_hat * u_i
+        all:       g^ += beta_hat * mean_i c_i;  step with g^
+
+    clip_tau(u) = min(1, tau / \|\|u\|\|) * u, over all parameters together, so that nothing is sent
     before backward is done; 32 d bits per rank: clipping is not compression. The worker's own copy
     stays free of noise. No privacy budget is counted here.
 

@@ -33,10 +33,13 @@ class _Compressing(Method):
 class DCSGD(_Compressing):
     """The mean of C(g_i), the compressor drawing independently on every rank. No states.
 
-    For unbiased compressors: `RandK`, `QSGD`, `NaturalCompression`. Source: arXiv:2506.00181.
+    Args:
+        compressor: an unbiased one: `RandK`, `QSGD`, `NaturalCompression`.
 
     Raises:
         ValueError: the compressor is biased.
+
+    Source: arXiv:2506.00181.
     """
 
     def __post_init__(self) -> None:
@@ -62,9 +65,15 @@ class DCSGD(_Compressing):
 class EF14(_Compressing):
     """Error feedback, its memory in units of the parameters.
 
-    Worker i:  m_i = momentum * m_i + g_i   (g_i itself where momentum is 0)
-               x_i = e_i + lr * m_i,  sends C(x_i),  e_i = x_i - C(x_i)
-    all:       step with mean_i C(x_i) / lr
+    ::
+
+        Worker i:  m_i = momentum * m_i + g_i   (g_i itself where momentum is 0)
+                   x_i = e_i + lr * m_i,  sends C(x_i),  e_i = x_i - C(x_i)
+        all:       step with mean_i C(x_i) / lr
+
+    Args:
+        compressor: one of `pysmooth.compressors`.
+        momentum: in [0, 1), before compression.
 
     At lr 0 nothing is sent, and e stays. States: `residual`, and `momentum_buffer`; 8 bytes per
     parameter each, since a step's changes are staged. Source: arXiv:1809.07599, arXiv:1901.09847.
@@ -97,14 +106,16 @@ class EF14(_Compressing):
 
 @dataclass(frozen=True)
 class EF21(_Compressing):
-    """EF21: every rank's estimate follows its gradient through a compressor.
+    r"""EF21: every rank's estimate follows its gradient through a compressor.
 
-    Worker i:  v_i = (1 - eta) * v_i + eta * g_i   (`momenta` times; g_i itself without eta)
-               sends C(v_i - h_i),  h_i += C(v_i - h_i)
-    all:       h += mean_i C(v_i - h_i);  step with h
+    ::
 
-    With `pysmooth.NormalizedSGD(momentum=0)` as the optimizer this is norm-EF21 (with eta:
-    norm-EF21-SGDM): lr * h / ||h||.
+        Worker i:  v_i = (1 - eta) * v_i + eta * g_i   (`momenta` times; g_i itself without eta)
+                   sends C(v_i - h_i),  h_i += C(v_i - h_i)
+        all:       h += mean_i C(v_i - h_i);  step with h
+
+    With `pysmooth.NormalizedSGD` and momentum=0 as the optimizer this is norm-EF21 (with eta:
+    norm-EF21-SGDM): lr * h / \|\|h\|\|.
 
     Args:
         compressor: one of `pysmooth.compressors`.
@@ -114,8 +125,8 @@ class EF21(_Compressing):
             "full": the first step sends gradients as they are. In both, momenta start from the
             first gradient. "zero": everything starts from 0.
 
-    States: `estimate` (h_i), `mean_estimate` (h), and `momentum_buffer`s; 8 bytes per parameter
-    each, since a step's changes are staged. Source: arXiv:2106.05203, arXiv:2305.15155,
+    States: `estimate` (h_i), `mean_estimate` (h), and momenta, `momentum_buffer`; 8 bytes per
+    parameter each, since a step's changes are staged. Source: arXiv:2106.05203, arXiv:2305.15155,
     arXiv:2410.16871.
     """
 

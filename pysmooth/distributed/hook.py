@@ -354,7 +354,15 @@ class CompressedState:
 
 
 def compressed_hook(state: CompressedState, bucket: GradBucket) -> Future[Tensor]:
-    """For `model.register_comm_hook(state, compressed_hook)`."""
+    """For `model.register_comm_hook(state, compressed_hook)`; DDP calls it, for each bucket.
+
+    Args:
+        state: what is sent, and what is kept between steps.
+        bucket: the gradients that are ready.
+
+    Raises:
+        MismatchError: ranks were set up differently.
+    """
     return state.reduce(bucket)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Network:
-    """A rank's link.
+    """A rank's link, as a latency and a bandwidth.
 
     Args:
         bandwidth: bytes per second, each way.

@@ -220,7 +220,7 @@ class AdagradNorm(MAdagradNorm):
 class ClipRAdaGradD(AdagradNorm):
     """Clip-RAdaGradD: clipped, reweighted, delayed AdaGrad-Norm.
 
-    Equivalent to `pysmooth.AdagradNorm(..., delayed=True)` with a clip that is not optional::
+    Equivalent to `pysmooth.AdagradNorm` with delayed=True and a clip that is not optional::
 
         p = p - lr / sqrt(norm_sq) * clip(p.grad)
         norm_sq = norm_sq + reweight * sum_squares                # of clip(p.grad), over the scope
@@ -353,7 +353,7 @@ class AdamNorm(_AdaptiveNorm):
 class AdamDNorm(AdamNorm):
     """AdamD-Norm: `pysmooth.AdamNorm` that divides by the accumulator of the step before.
 
-    Equivalent to `pysmooth.AdamNorm(..., delayed=True)`; state, arguments and errors as there.
+    Equivalent to `pysmooth.AdamNorm` with delayed=True; state, arguments and errors as there.
 
     Source: arXiv:2406.04443, algorithms 1 and 2.
     """

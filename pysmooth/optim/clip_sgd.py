@@ -36,6 +36,9 @@ class ClipSGD(FusedOptimizer):
     With `max_norm=None` or `clip="none"` it is `torch.optim.SGD`: fp32 results differ by at most
     two units in the last place of max(\|p\|, \|update\|) per step. State dicts load both ways.
 
+    State: `momentum_buffer` with momentum, 4 bytes per parameter (float32 also for 16-bit
+    parameters), 8 for float64. None without.
+
     Args:
         params: parameters, named parameters, or groups of either, on one device. Any dense or
             strided layout; float32, float64, bfloat16, float16, complex64, complex128. The gradient
@@ -58,8 +61,7 @@ class ClipSGD(FusedOptimizer):
         clip_eps: added to the norm, as in `torch.nn.utils.clip_grad_norm_`; 0 for theory.
         agc_factor, agc_eps: of clip="agc"; `scope` and `norm_type` do not matter to it. The norms
             take two reads, of parameters and gradients.
-        momentum: momentum factor. With it, `state[p]["momentum_buffer"]` is kept: 4 bytes per
-            parameter (float32 also for 16-bit parameters), 8 for float64.
+        momentum: momentum factor, at least 0.
         dampening: dampening of the momentum.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening = 0.
         weight_decay: weight decay, applied after the clip.

@@ -12,7 +12,14 @@ HYPER = ("lr", "beta1", "keep", "admit", "delayed", "eps", "weight_decay")
 
 
 def accumulate(norm_sq: Tensor, sum_squares: Tensor, *, keep: float, admit: float) -> Tensor:
-    """The accumulated squared norm after a step."""
+    """The accumulated squared norm after a step.
+
+    Args:
+        norm_sq: before it.
+        sum_squares: the squared norm of the step's clipped gradients.
+        keep: what the first is multiplied by.
+        admit: what the second is multiplied by.
+    """
     return keep * norm_sq + admit * sum_squares
 
 

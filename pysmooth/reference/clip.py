@@ -20,7 +20,12 @@ def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm of the tensors' norms, in float32 or float64, on the first tensor's device."""
+    """The norm of the tensors' norms, in float32 or float64, on the first tensor's device.
+
+    Args:
+        tensors: of any dtypes and devices.
+        norm_type: order of the norm.
+    """
     tensors = [t for t in tensors if t.numel() > 0]
     if not tensors:
         return torch.zeros(())
@@ -51,7 +56,12 @@ def _widened(dtype: torch.dtype, norm: torch.dtype) -> torch.dtype:
 
 
 def clip_coefficient(clip: ClipSpec, norm: Tensor) -> Tensor:
-    """What a gradient of this norm is multiplied by; see `pysmooth.ClipSGD` for the formulas."""
+    """What a gradient of this norm is multiplied by; see `pysmooth.ClipSGD` for the formulas.
+
+    Args:
+        clip: which formula, with its numbers.
+        norm: of the gradient, shape ().
+    """
     mode = clip.mode.name
     if mode == "HARD":
         return (clip.max_norm / (norm + clip.eps)).clamp(max=1.0)
@@ -69,6 +79,12 @@ def agc_coefficients(clip: ClipSpec, p: Tensor, grad: Tensor, unscale: float) ->
     """What each row of a gradient is multiplied by; see `pysmooth.agc_`.
 
     Of shape (rows, 1, ...), to go with the gradient; () where the whole tensor is one row.
+
+    Args:
+        clip: its factor and eps.
+        p: the parameter.
+        grad: its gradient.
+        unscale: what the gradient is multiplied by first.
     """
     dtype = norm_dtype([p, grad])
     norms = [_row_norms(t, dtype) for t in (p, grad)]
@@ -87,7 +103,12 @@ def _row_norms(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
-    """Multiplies every tensor by `coef`, in place, the product in float32 or wider."""
+    """Multiplies every tensor by `coef`, in place, the product in float32 or wider.
+
+    Args:
+        tensors: what is multiplied.
+        coef: a number, or a tensor of one element.
+    """
     for t in tensors:
         factor = coef if isinstance(coef, float) else coef.to(t.device)
         if t.dtype in (torch.bfloat16, torch.float16):

@@ -134,8 +134,11 @@ def permutation(count: int, size: int, *, seed: int, step: int, tensor_id: int) 
 def round_stochastically(x: Tensor, *, step: int, tensor_id: int, turn: int) -> Tensor:
     """float32 numbers as bfloat16: rounded up with the probability of what is cut off.
 
-    Elements are numbered in memory order. `turn`: the number of the state, of those that are
-    rounded so.
+    Args:
+        x: a dense tensor; its elements are numbered in memory order.
+        step: the optimizer's steps before this one.
+        tensor_id: the parameter's place among all of the optimizer.
+        turn: the number of the state, of those that are rounded so.
     """
     flat = _memory_order(x).contiguous()
     key = philox([torch.tensor(n) for n in (0, 0, step, tensor_id)], (0x6A09E667, 0xBB67AE85))

@@ -27,7 +27,15 @@ def gradient_in(
     *,
     zero_nonfinite: bool = False,
 ) -> Tensor:
-    """What becomes of a gradient before a rule sees it."""
+    """What becomes of a gradient before a rule sees it.
+
+    Args:
+        grad: as backward left it.
+        dtype: what the rule computes in.
+        coef: the clip coefficient; None: 1.
+        clip: whether to clamp, and to ascend.
+        zero_nonfinite: coordinates that are not finite count as 0.
+    """
     g = grad.to(dtype)
     if zero_nonfinite:
         g = torch.where(g.isfinite(), g, 0.0)
@@ -40,7 +48,7 @@ def gradient_in(
 
 @dataclass(frozen=True)
 class EagerRule:
-    """A rule by name.
+    """An update rule in plain torch, by name.
 
     Attributes:
         name: the same in every backend.

@@ -17,7 +17,11 @@ _PASS = 8  # two turns for each of the pairs that csrc/core/random.h counts
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
+    """What a rule computes in: float32, or float64 for float64.
+
+    Args:
+        param: the parameter.
+    """
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 

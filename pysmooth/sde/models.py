@@ -15,7 +15,12 @@ Field = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SDE:
-    """dX = drift(X) dt + diffusion(X) dW, with a diagonal diffusion; X is (paths, d)."""
+    """dX = drift(X) dt + diffusion(X) dW, with a diagonal diffusion; X is (paths, d).
+
+    Args:
+        drift: of points (paths, d), of their shape.
+        diffusion: of points likewise: the standard deviation of each coordinate.
+    """
 
     drift: Field
     diffusion: Field
@@ -42,7 +47,16 @@ def dcsgd(gradient: Field, lr: float, sigma: float, omega: float, *, workers: in
 
     Diffusion per coordinate sqrt(lr / N) sqrt(sigma^2 + omega (grad^2 + sigma^2)): a coordinate is
     sent, times 1 + omega, with probability 1 / (1 + omega). What sampling without replacement
-    correlates between coordinates is left out. Arguments as in `dsgd`.
+    correlates between coordinates is left out.
+
+    Args:
+        gradient: grad f of points (paths, d).
+        lr: step size, greater than 0.
+        sigma: standard deviation of the noise per coordinate, at least 0.
+        omega: the compressor's variance, at least 0.
+        workers: N.
+
+    Source: arXiv:2502.17009.
     """
     _check(lr, sigma, workers)
     if not omega >= 0:
@@ -62,7 +76,20 @@ def dsignsgd(
 
     With y = grad f / sigma and F the distribution function of t_nu: drift -(2 F(y) - 1), diffusion
     sqrt(lr / N) sqrt(1 - (2 F(y) - 1)^2). nu = inf: Gaussian, the drift being -erf(y / sqrt 2).
-    Other nu than 1, 2 and infinity need scipy: `pip install 'pysmooth[bench]'`.
+
+    Args:
+        gradient: grad f of points (paths, d).
+        lr: step size, greater than 0.
+        sigma: scale of the noise per coordinate, greater than 0.
+        nu: degrees of freedom. Others than 1, 2 and infinity need scipy:
+            ``pip install 'pysmooth[bench]'``.
+        workers: N.
+
+    Raises:
+        ImportError: scipy is needed, and not there.
+        ValueError: a number is out of range.
+
+    Source: arXiv:2502.17009, arXiv:2506.00181.
     """
     _check(lr, sigma, workers)
     if sigma == 0:
@@ -97,7 +124,11 @@ def sgd_stability(
 
 
 def sign_slope(nu: float = math.inf) -> float:
-    """Twice the density of t_nu at 0: the slope of sign SGD's drift."""
+    """Twice the density of t_nu at 0: the slope of sign SGD's drift.
+
+    Args:
+        nu: degrees of freedom, greater than 0; infinity: a normal distribution.
+    """
     if not nu > 0:
         raise ValueError(f"nu must be greater than 0; got {nu}")
     if math.isinf(nu):
@@ -121,6 +152,15 @@ def stationary_variance(
     DSGD: lr sigma^2 / (2 N curvature). DCSGD: the exact one of its SDE, lr (1 + omega) sigma^2 /
     (N (2 curvature - lr omega curvature^2 / N)). DSignSGD: lr sigma / (2 N slope curvature), finite
     also where the noise has no mean.
+
+    Args:
+        method: "dsgd", "dcsgd" or "dsignsgd".
+        lr: step size, greater than 0.
+        curvature: of the parabola, greater than 0.
+        sigma: standard deviation of the noise per coordinate; for "dsignsgd" its scale.
+        workers: N.
+        nu: degrees of freedom, for "dsignsgd".
+        omega: the compressor's variance, for "dcsgd".
     """
     _check(lr, sigma, workers)
     if not curvature > 0:
