@@ -239,7 +239,7 @@ class NinjaBuild(build_ext):
             add("nvcc", CSRC / "cuda" / f"{name}.cu", name)
         for source in [
             *sorted(CSRC.glob("bindings/cuda/*.cpp")),
-            *(CSRC / "bindings" / f"{name}.cpp" for name in ("direct", "tensor_reader")),
+            *(CSRC / "bindings" / f"{x}.cpp" for x in ("aliasing", "direct", "tensor_reader")),
             *sorted(CSRC.glob("cuda/*.cpp")),
         ]:
             add("compile", source, f"{source.parent.name}.{source.stem}")

@@ -21,7 +21,7 @@ WORK = ROOT / "build" / "gpu"
 PYTHON = [sys.executable, "-m"]
 RIVALS = "torch foreach,torch fused,torch fused with masters,eager in place,torch.compile"
 RIVALS += ",apex fused,TransformerEngine fused"  # where they are installed
-USUAL = "clip_sgd_momentum,clip_adamw,signum"
+USUAL = "clip_sgd_momentum,clip_adamw,signum,clip_grad_norm (clipped)"
 
 
 def _bench(models: str, methods: str, rivals: str = RIVALS, dtype: str = "fp32") -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_ as torch_clip
 
 import pysmooth
-from pysmooth.engine import available_backends
+from pysmooth.engine.backends import fastest
 from pysmooth.optim._base import FusedOptimizer
 
 from . import rivals, written
@@ -60,11 +60,7 @@ def _optimizer(
 
 
 def _clip(problem: Problem) -> tuple[Step, str]:
-    native = "cpu" in available_backends()
-    on_cpu = all(p.device.type == "cpu" for p in problem.params)
-    backend = "cpu" if native and on_cpu else "eager"
-    if not on_cpu and "triton" in available_backends():
-        backend = "triton"
+    backend = fastest(problem.params)  # of any function: there is no choice
     return lambda: pysmooth.clip_grad_norm_(problem.params, problem.max_norm), backend
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import types
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .engine.backends import available_backends, fastest, native_module
+from .engine.backends import available_backends, cuda_module, fastest, native_module
 from .engine.checks import check_layout, check_memory
 
 _Tensors = Tensor | Iterable[Tensor]
@@ -39,9 +41,11 @@ def clip_grad_norm_(
     gradients' dtype; where nothing has to be clipped the gradients are not rewritten; and the norm
     is the same to the bit for any number of threads.
 
-    CPU gradients go through the native kernels, those on a GPU through the Triton backend where it
-    is available. All others, and complex ones for a `norm_type` other than 2, go through the
-    equivalent torch ops; so do GPU gradients with `error_if_nonfinite`, which has to wait anyway.
+    Gradients on CPU and on an NVIDIA GPU go through the native kernels, on a GPU without those
+    through the Triton backend where it is available (not with `error_if_nonfinite`, nor a
+    `norm_type` of 0 or less). All others, and complex ones for a `norm_type` other than 2, go
+    through the equivalent torch ops. On a GPU nobody waits, but for `error_if_nonfinite`; a CUDA
+    graph can capture the call where the same one ran before.
 
     Gradients that are DTensors (FSDP2, tensor parallelism) count as the whole tensors that they are
     parts of: sums go over the mesh dimensions on which a gradient is sharded, in one all-reduce per
@@ -62,8 +66,8 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         ValueError: `max_norm` is negative or NaN; a gradient is sparse; a gradient to be scaled
-            overlaps itself or another one in memory; a DTensor holds partial sums. No gradient has
-            been changed.
+            overlaps itself or another one in memory (on a GPU, one that might have to be scaled);
+            a DTensor holds partial sums. No gradient has been changed.
     """
     is_generator = not isinstance(parameters, Tensor | list | tuple)
     params = _as_list(parameters)
@@ -92,6 +96,17 @@ def clip_grad_norm_(
         total = get_total_norm(grads, norm_type, error_if_nonfinite, process_group=process_group)
         clip_grads_with_norm_(params, max_norm, total)
         return total
+    if (cuda := _cuda_module(grads, norm_type)) is not None:
+        from .engine import cuda_clip
+
+        try:
+            total = cuda_clip.clip(grads, max_norm, norm_type, error_if_nonfinite)
+        except cuda.UnsupportedError:
+            pass
+        else:
+            if error_if_nonfinite and not math.isfinite(float(total)):
+                raise _nonfinite(norm_type)
+            return total
     if not error_if_nonfinite and _on_triton(grads, norm_type):
         from .engine import triton_clip
 
@@ -138,6 +153,11 @@ def get_total_norm(
         from .distributed import clip
 
         total = clip.total_norm(tensors, norm_type, process_group)
+    if total is None and (cuda := _cuda_module(tensors, norm_type)) is not None:
+        from .engine import cuda_clip
+
+        with suppress(cuda.UnsupportedError):
+            total = cuda_clip.total_norm(tensors, norm_type)
     if total is None and _on_triton(tensors, norm_type):
         from .engine import triton_clip
 
@@ -247,6 +267,13 @@ def _native_norm(tensors: list[Tensor], norm_type: float, *, of_grads: bool) -> 
         return True
     values = [t.grad for t in tensors if t.grad is not None] if of_grads else tensors
     return not any(t.is_complex() for t in values)
+
+
+def _cuda_module(tensors: list[Tensor], norm_type: float) -> types.ModuleType | None:
+    """The native CUDA module, if its kernels define this norm of these gradients."""
+    if not tensors or fastest(tensors) != "cuda":
+        return None
+    return None if norm_type != 2.0 and any(t.is_complex() for t in tensors) else cuda_module()
 
 
 def _on_triton(tensors: list[Tensor], norm_type: float) -> bool:

@@ -1,6 +1,7 @@
 """Types of the native CUDA module (csrc/bindings/cuda), which not every installation has."""
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -55,6 +56,33 @@ class Plan:
         clips: Sequence[tuple[int, float, float, float, float, float, bool]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        inputs: int,
+        stream: int,
+        /,
+    ) -> bool: ...
+
+class Part(Enum):
+    WHOLE = 0
+    NORMS = 1
+    REST = 2
+
+class ClipPlan:
+    def __init__(self, grads: list[Tensor], norm_type: float, /) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def input_bytes(self) -> int: ...
+    @property
+    def norm_at(self) -> int: ...
+    @property
+    def is_wide(self) -> bool: ...
+    def upload(self, memory: int, stream: int, /) -> None: ...
+    def run(
+        self,
+        grads: list[Tensor],
+        max_norm: float,
+        part: Part,
+        writes: bool,
         inputs: int,
         stream: int,
         /,

@@ -141,6 +141,40 @@ def test_strided_gradients_and_parameters() -> None:
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf"), 0.0, 3.0])
+def test_clipping_functions(norm_type: float) -> None:
+    """The CPU's bits, where nothing but sums in a fixed order is involved; nobody waits."""
+    twins = make_params(LARGE)
+    params = moved(twins)
+    for i, row in enumerate(record_grads(twins, 2)):
+        set_grads(params, row)
+        set_grads(twins, row)
+        held = [p.grad for p in params if p.grad is not None]
+        expected = pysmooth.get_total_norm([g.cpu() for g in held], norm_type)
+        max_norm = 0.5 * float(expected)
+        exact = norm_type != 3.0
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if i > 0 else "default")
+        norm = pysmooth.get_total_norm(held, norm_type)
+        same = pysmooth.clip_grad_norm_(params, max_norm, norm_type)
+        torch.cuda.set_sync_debug_mode("default")
+        assert norm.is_cuda
+        assert torch.equal(norm, same)
+        torch.testing.assert_close(norm.cpu(), expected, rtol=0 if exact else 1e-6, atol=0)
+        pysmooth.clip_grad_norm_(twins, max_norm, norm_type)
+        for p, q in zip(params, twins, strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad.cpu(), q.grad, rtol=0 if exact else 1e-6, atol=0)
+
+
 # ---- determinism, streams ------------------------------------------------------------------------
 
 
@@ -159,12 +193,6 @@ def test_same_bits_from_run_to_run_and_on_a_side_stream(entry: Entry) -> None:
         aside = run()
     torch.cuda.current_stream().wait_stream(side)
     assert_same_bits(first, aside)
-
-
-@pytest.fixture
-def no_sync() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("no_sync")

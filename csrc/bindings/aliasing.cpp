@@ -68,7 +68,7 @@ bool share(const Region& a, const Region& b) {
 
 }  // namespace
 
-Region Region::of(void* data, const RealView& view, int index) {
+Region Region::of(const void* data, const RealView& view, int index) {
   Region r;
   r.begin = r.end = reinterpret_cast<uintptr_t>(data);
   r.itemsize = pysmooth::itemsize(view.dtype);

@@ -111,49 +111,18 @@ void cut_last(GradList* list, py::handle param) {
   slot.rows = &cut.shape;
 }
 
-// The usual case, found out quickly: every gradient is one dense block, and no two of them meet.
-bool far_apart(const GradList& list) {
-  std::vector<std::pair<uintptr_t, uintptr_t>> spans;
-  spans.reserve(list.grads.size());
-  for (const Slot& slot : list.pipeline.slots) {
-    if (slot.layout != nullptr) return false;
-    const auto begin = reinterpret_cast<uintptr_t>(slot.param);
-    spans.emplace_back(begin, begin + static_cast<uintptr_t>(slot.numel) *
-                                          static_cast<uintptr_t>(itemsize(slot.param_dtype)));
-  }
-  std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i)
-    if (spans[i].first < spans[i - 1].second) return false;
-  return true;
-}
-
-// In-place scaling would hit an element of an expanded gradient more than once, and memory that two
-// gradients share twice over, at the same time.
 void check_writable(const GradList& list) {
-  if (far_apart(list)) return;
-  std::vector<Region> regions;
-  std::deque<RealView> views;
-  for (size_t t = 0; t < list.grads.size(); ++t) {
-    const Slot& slot = list.pipeline.slots[t];
-    if (slot.layout == nullptr) {
-      regions.push_back(
-          Region::dense(slot.param, slot.numel, itemsize(slot.param_dtype), static_cast<int>(t)));
-      continue;
-    }
-    DLTensor d;
-    list.grads[t].read(&d, "gradient");
-    views.push_back(view_of(d, "gradient"));
-    const RealView& v = views.back();
-    if (overlaps_itself(static_cast<int>(v.shape.size()), v.shape.data(), v.strides.data()))
-      throw py::value_error("gradient " + std::to_string(t) +
-                            " overlaps itself in memory (an expanded tensor?) and cannot be "
-                            "scaled in place; clone it first");
-    regions.push_back(Region::of(d.data, v, static_cast<int>(t)));
-  }
-  const auto [a, b] = find_alias(std::move(regions));
-  if (a >= 0)
-    throw py::value_error("gradients " + std::to_string(a) + " and " + std::to_string(b) +
-                          " share memory and cannot be scaled in place");
+  check_scalable(
+      list.grads.size(),
+      [&](size_t t) {
+        const Slot& slot = list.pipeline.slots[t];
+        return Scaled{slot.param, slot.numel, slot.param_dtype, slot.layout == nullptr};
+      },
+      [&](size_t t) {
+        DLTensor d;
+        list.grads[t].read(&d, "gradient");
+        return view_of(d, "gradient");
+      });
 }
 
 struct NormResult {

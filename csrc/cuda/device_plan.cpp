@@ -361,7 +361,7 @@ View DevicePlan::view(void* device, const void* inputs, const GroupInput* groups
   return v;
 }
 
-std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups) const {
+std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups, Part part) const {
   const auto* const items = reinterpret_cast<const Item*>(static_cast<char*>(device) + at_.items);
   const KernelTable& table = kernels();
   std::vector<Launch> out;
@@ -403,8 +403,9 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups)
   const bool by_blocks = spec.scope == SelectScope::block && spec.kind == Selector::top_k;
   const bool filters = selects && spec.kind == Selector::top_k && !by_blocks;
 
-  if (reduces(groups))
+  if (reduces(groups) && part != Part::rest)
     add(table.reduce[static_cast<int>(reduction_of(settings_.norm_type))], reduce_, 0, 0);
+  if (part == Part::norms) return out;
   prepare(-1);
   if (selects && !by_blocks) units(table.begin_select);
   if (filters) {

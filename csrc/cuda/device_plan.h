@@ -47,6 +47,10 @@ struct Settings {
   int multiprocessors = 132;
 };
 
+// The launches of a step that are wanted: all of them, or those that take norms and, later, the
+// rest, with the same inputs.
+enum class Part { whole, norms, rest };
+
 struct Launch {
   Kernel kernel;
   int blocks;
@@ -66,7 +70,8 @@ class DevicePlan {
                            const StepInput& step) const;
 
   // Of a step with these inputs. What a launch gets beside its work is view().
-  std::vector<Launch> launches(void* device, const GroupInput* groups) const;
+  std::vector<Launch> launches(void* device, const GroupInput* groups,
+                               Part part = Part::whole) const;
   View view(void* device, const void* inputs, const GroupInput* groups) const;
 
   // Where results of the last step lie in the device memory, from its beginning.

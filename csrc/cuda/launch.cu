@@ -38,20 +38,23 @@ int upload(const DevicePlan& plan, void* device, void* stream) {
 }
 
 int step(const DevicePlan& plan, void* device, void* inputs, const void* const* grads,
-         const GroupInput* groups, const StepInput& numbers, void* stream) {
-  const std::vector<char> bytes = plan.inputs(grads, groups, numbers);
-  char* const to = static_cast<char*>(inputs);
-  cudaError_t error =
-      bytes.size() <= 8 * kFewWords
-          ? put<kFewWords>(kernels().put_few, to, bytes.data(), bytes.size(), stream_of(stream))
-          : put<kManyWords>(kernels().put_many, to, bytes.data(), bytes.size(), stream_of(stream));
-  if (error != cudaSuccess) return error;
+         const GroupInput* groups, const StepInput& numbers, void* stream, Part part) {
+  if (part != Part::rest) {
+    const std::vector<char> bytes = plan.inputs(grads, groups, numbers);
+    char* const to = static_cast<char*>(inputs);
+    const cudaError_t error =
+        bytes.size() <= 8 * kFewWords
+            ? put<kFewWords>(kernels().put_few, to, bytes.data(), bytes.size(), stream_of(stream))
+            : put<kManyWords>(kernels().put_many, to, bytes.data(), bytes.size(),
+                              stream_of(stream));
+    if (error != cudaSuccess) return error;
+  }
   View view = plan.view(device, inputs, groups);
-  for (Launch& launch : plan.launches(device, groups)) {
+  for (Launch& launch : plan.launches(device, groups, part)) {
     void* arguments[] = {&view, &launch.work};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(launch.kernel),
-                             dim3(static_cast<unsigned>(launch.blocks)), dim3(kThreads), arguments,
-                             0, stream_of(stream));
+    const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(launch.kernel),
+                                               dim3(static_cast<unsigned>(launch.blocks)),
+                                               dim3(kThreads), arguments, 0, stream_of(stream));
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

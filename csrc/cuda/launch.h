@@ -25,7 +25,7 @@ int upload(const DevicePlan& plan, void* device, void* stream);
 // `grads`: of each tensor, null for one that sits out; `groups`: one per group. Host memory, read
 // before this returns. Addresses in `groups` and `numbers` are device memory, read by kernels.
 int step(const DevicePlan& plan, void* device, void* inputs, const void* const* grads,
-         const GroupInput* groups, const StepInput& numbers, void* stream);
+         const GroupInput* groups, const StepInput& numbers, void* stream, Part part = Part::whole);
 
 int multiprocessors(int device, int* count);
 int device_count(int* count);

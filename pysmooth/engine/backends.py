@@ -160,7 +160,8 @@ def _cuda_missing() -> str | None:
     return reason
 
 
-def _cuda_module() -> types.ModuleType:
+def cuda_module() -> types.ModuleType:
+    """The native CUDA module, where it could be loaded."""
     module = _load_cuda()
     assert isinstance(module, types.ModuleType)
     return module
@@ -168,7 +169,7 @@ def _cuda_module() -> types.ModuleType:
 
 @cache
 def _cuda_rules() -> frozenset[str]:
-    return frozenset(rule["name"] for rule in _cuda_module().rules())
+    return frozenset(rule["name"] for rule in cuda_module().rules())
 
 
 def _cuda_devices() -> tuple[str, ...]:
@@ -185,7 +186,7 @@ def _cuda_lacks(recipe: Recipe) -> str | None:
 def _cuda_engine() -> Engine:
     from .cuda import CudaEngine
 
-    return CudaEngine(_cuda_module())
+    return CudaEngine(cuda_module())
 
 
 # ---- triton --------------------------------------------------------------------------------------

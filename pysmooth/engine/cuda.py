@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from .state import version_roots
 
 if TYPE_CHECKING:
     from .._cpu import StateSnapshot
-    from .._cuda import Plan, RuleInfo
+    from .._cuda import ClipPlan, Plan, RuleInfo
     from ..optim._base import FusedOptimizer
 
 NUMBERS = {
@@ -29,6 +29,50 @@ NUMBERS = {
     "started": torch.int32,
     "spoiled": torch.int32,
 }
+
+
+class PlanMemory:
+    """A plan's memory on a device, and the stream that launches on it went to last.
+
+    Attributes:
+        plan: what kernels leave to each other, and to the host.
+        captured: whether graphs hold launches on it.
+    """
+
+    def __init__(self, plan: Plan | ClipPlan, device: torch.device) -> None:
+        self._device, self.captured = device, False
+        self.plan = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
+        self._inputs = torch.empty(plan.input_bytes, dtype=torch.uint8, device=device)
+        with _current(device):
+            self._stream, _ = _stream(device)
+            plan.upload(self.plan.data_ptr(), self._stream)
+
+    def is_free(self) -> bool:
+        """Whether a launch now keeps its distance from others: as it is on their stream.
+
+        Replays go to any stream. What a graph has is for captures alone from then on.
+        """
+        with _current(self._device):
+            stream, captures = _stream(self._device)
+        return captures or (stream == self._stream and not self.captured)
+
+    def launch(self, run: Callable[[int, int], bool], keep: Callable[[], None]) -> bool:
+        """What run(address of the step's inputs, stream) says.
+
+        keep() is called in the capture of a graph, which needs the memory from then on.
+        """
+        with _current(self._device):
+            stream, captures = _stream(self._device)
+            if captures:
+                self.captured = True
+                keep()
+                # Part of the graph's own memory, as everything that is allocated in a capture.
+                return run(torch.empty_like(self._inputs).data_ptr(), stream)
+            if stream != self._stream and self.plan.is_cuda:
+                for memory in (self.plan, self._inputs):
+                    memory.record_stream(torch.cuda.current_stream(self._device))
+            self._stream = stream
+            return run(self._inputs.data_ptr(), stream)
 
 
 class CudaEngine(DeviceEngine):
@@ -50,8 +94,7 @@ class CudaEngine(DeviceEngine):
         self._built_for: tuple[object, ...] = ()
         self._states: StateSnapshot | None = None
         self._device = torch.device("cpu")
-        self._stream = 0
-        self._memory = self._inputs = torch.empty(0, dtype=torch.uint8)
+        self._memory: PlanMemory | None = None
         self._numbers: dict[str, Tensor] = {}
         self._reduces = False
         self._copied = False  # gradients, into new states, for the step to come
@@ -80,8 +123,9 @@ class CudaEngine(DeviceEngine):
             self.settled(optimizer)
 
     def _enqueue(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> bool:
-        plan = self._plan
+        plan, memory = self._plan, self._memory
         assert plan is not None
+        assert memory is not None
         numbers = (
             [group["params"] for group in optimizer.param_groups],
             [
@@ -92,18 +136,15 @@ class CudaEngine(DeviceEngine):
             on_device(self._device, amp.scale),
             on_device(self._device, amp.found_inf),
         )
-        with _current(self._device):
-            stream, captures = _stream(self._device)
-            if captures:
-                optimizer.keep_for_graphs(self._memory)
-                self._fresh = {}  # a replay may use the states at any time
-                # Part of the graph's own memory, as everything that is allocated in a capture.
-                return plan.step(*numbers, torch.empty_like(self._inputs).data_ptr(), stream)
-            if stream != self._stream and self._memory.is_cuda:
-                for memory in (self._memory, self._inputs):
-                    memory.record_stream(torch.cuda.current_stream(self._device))
-            self._stream = stream
-            return plan.step(*numbers, self._inputs.data_ptr(), stream)
+
+        def launch(inputs: int, stream: int) -> bool:
+            return plan.step(*numbers, inputs, stream)
+
+        def keep() -> None:
+            optimizer.keep_for_graphs(memory)
+            self._fresh = {}  # a replay may use the states at any time
+
+        return memory.launch(launch, keep)
 
     def reads(self, value: object) -> bool:
         """Whether kernels read this learning rate where it is: on the device."""
@@ -123,11 +164,7 @@ class CudaEngine(DeviceEngine):
     # ---- plans ---------------------------------------------------------------------------------
 
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> None:
-        if _stream(torch.device(self._native.device_type))[1]:
-            raise BackendError(
-                "backend 'cuda' cannot prepare a step while a CUDA graph is captured; run the same "
-                "step once before"
-            )
+        refuse_in_capture(torch.device(self._native.device_type))
         copies = any(recipe.initial(key) == GRADIENT for recipe in recipes for key in recipe.keys)
         scale = amp.read() if copies else 1.0
         members, device = self.gather(optimizer, recipes, 0.0 if scale is None else scale)
@@ -149,17 +186,13 @@ class CudaEngine(DeviceEngine):
                 stage_scopes=[int(scope) for scope in optimizer.stage_scopes],
                 select=optimizer.select_spec(),
             )
-            memory = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
-            inputs = torch.empty(plan.input_bytes, dtype=torch.uint8, device=device)
-            with _current(device):
-                self._stream, _ = _stream(device)
-                plan.upload(memory.data_ptr(), self._stream)
+            memory = PlanMemory(plan, device)
         except BaseException:
             self.forget(optimizer, list(self._fresh))
             raise
-        self._plan, self._memory, self._inputs, self._device = plan, memory, inputs, device
+        self._plan, self._memory, self._device = plan, memory, device
         self._numbers = {
-            name: memory[at : at + count * NUMBERS[name].itemsize].view(NUMBERS[name])
+            name: memory.plan[at : at + count * NUMBERS[name].itemsize].view(NUMBERS[name])
             for name, (at, count) in plan.places.items()
         }
         self._told = Told(*(self._numbers[name] for name in Told._fields))
@@ -201,6 +234,15 @@ def lacks(recipe: Recipe, rules: Container[str]) -> str | None:
     if recipe.scales_blocks:
         return "scope='block' of QSGD"
     return None
+
+
+def refuse_in_capture(device: torch.device) -> None:
+    """A plan's memory has to outlive the capture that it is first used in."""
+    if _stream(device)[1]:
+        raise BackendError(
+            "backend 'cuda' cannot prepare a step while a CUDA graph is captured; run the same "
+            "step once before"
+        )
 
 
 def _is_late(device: torch.device) -> bool:

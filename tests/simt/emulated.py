@@ -7,14 +7,17 @@ import importlib.util
 import sysconfig
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pybind11
+import pytest
 import torch
 from torch import Tensor
+
+from pysmooth.engine import backends
 
 from .build import HERE, ROOT, library
 
@@ -113,7 +116,7 @@ def kernels() -> ctypes.CDLL:
     plain += [(str(cuda / name), []) for name in ("device_plan.cpp", "launch.cu")]
     bindings = ROOT / "csrc" / "bindings"
     bound = [*sorted(bindings.glob("cuda/*.cpp"))]
-    bound += [bindings / f"{name}.cpp" for name in ("direct", "tensor_reader")]
+    bound += [bindings / f"{name}.cpp" for name in ("aliasing", "direct", "tensor_reader")]
     plain += [(str(path), BINDING_FLAGS) for path in bound]
     lib = library("kernels", sources, plain)
     for name in ("rule_name", "rule_hyper"):
@@ -130,6 +133,13 @@ def module() -> types.ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def take_cpu_tensors(patch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: "auto" finds this backend, then one that computes everything."""
+    infos = {info.name: info for info in backends.REGISTERED}
+    cuda = replace(infos["cuda"], devices=lambda: ("cpu",), auto=("cpu",))
+    patch.setattr(backends, "REGISTERED", (cuda, infos["eager"]))
 
 
 class Calls(NamedTuple):

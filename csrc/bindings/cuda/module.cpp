@@ -1,5 +1,6 @@
 // The extension module pysmooth._cuda. It loads where there is no driver and no GPU.
 
+#include "bindings/cuda/clip.h"
 #include "bindings/cuda/plan.h"
 #include "cuda/kernels.h"
 
@@ -77,4 +78,18 @@ PYBIND11_MODULE(_cuda, m) {
         out["spoiled"] = py::make_tuple(plan.spoiled_at(), n);
         return out;
       });
+  py::enum_<Part>(m, "Part")
+      .value("WHOLE", Part::whole)
+      .value("NORMS", Part::norms)
+      .value("REST", Part::rest);
+  py::class_<ClipPlan>(m, "ClipPlan")
+      .def(py::init<const py::list&, double>())
+      .def("upload", &ClipPlan::upload)
+      .def("run", &ClipPlan::run)
+      .def_property_readonly("is_wide", &ClipPlan::is_wide)
+      .def_property_readonly("bytes", [](const ClipPlan& p) { return p.device_plan().bytes(); })
+      .def_property_readonly("input_bytes",
+                             [](const ClipPlan& p) { return p.device_plan().input_bytes(); })
+      .def_property_readonly("norm_at",
+                             [](const ClipPlan& p) { return p.device_plan().norms_at(); });
 }

@@ -9,10 +9,6 @@
 namespace pysmooth::cuda {
 namespace {
 
-void check(int error, const char* what) {
-  if (error != 0) throw std::runtime_error(std::string("CUDA: ") + what + ": " + error_name(error));
-}
-
 PyObject* item(const py::list& list, size_t i) {
   return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
 }
@@ -28,6 +24,10 @@ const float* float_at(const py::object& tensor, const char* name) {
 }
 
 }  // namespace
+
+void check(int error, const char* what) {
+  if (error != 0) throw std::runtime_error(std::string("CUDA: ") + what + ": " + error_name(error));
+}
 
 int find_rule(const std::string& name) {
   for (int i = 0; i < kRules; ++i)

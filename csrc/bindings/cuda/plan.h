@@ -85,5 +85,7 @@ class StepPlan {
 
 // Index of a rule by name in the kernels' table.
 int find_rule(const std::string& name);
+// Raises RuntimeError for a code of CUDA's that is an error.
+void check(int error, const char* what);
 
 }  // namespace pysmooth::cuda
