@@ -22,6 +22,10 @@ bench: $(VENV)/built ## Train small models, measure against every rival, write a
 bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 	$(BIN)/python -m pysmooth.bench --full
 
+.PHONY: papers
+papers: $(VENV)/built ## Claims of papers, measured: figures and verdicts in docs/papers.md (DATA=folder, libsvm)
+	$(BIN)/python -m pysmooth.bench papers --docs docs $(if $(DATA),--data $(DATA))
+
 # Tests of the Triton backend, in its interpreter: these of all that take a backend.
 BATTERY := $(wildcard tests/test_battery_*.py)
 INTERPRETED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,triton triton_select triton_plus triton_graphs agc bad_input_optim grad_scaler))

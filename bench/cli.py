@@ -13,10 +13,12 @@ from . import rivals
 from .comm.cli import comm
 from .methods import DTYPES, METHODS
 from .models import MODELS
+from .papers.cli import papers
 from .suite import Options, run_suite, set_threads
 
 app = typer.Typer(add_completion=False)
 app.command()(comm)
+app.command()(papers)
 
 CPU_MODELS = ["resnet20", "resnet50", "bert-base", "many-tiny", "gpt2-124m"]
 GPU_MODELS = [*CPU_MODELS, "llama-3.2-1b"]

@@ -1,0 +1,1 @@
+"""One experiment per file; see `pysmooth.bench.papers`."""
