@@ -216,11 +216,11 @@ def _check(group: dict[str, Any]) -> None:
     check_flag("maximize", group["maximize"])
 
 
-def _recipe(group: dict[str, Any], rule: str, *states: str) -> Recipe:
+def _recipe(group: dict[str, Any], rule: str, *states: str, noisy: bool = False) -> Recipe:
     """Noise is drawn by step, and makes the server's estimate a state of its own."""
     hyper = floats(group, "lr", "tau", "beta", "beta_hat", "weight_decay", "noise_std")
     hyper += halves(int(group["seed"]))
     clip = ClipSpec(maximize=group["maximize"])
-    if group["noise_std"] == 0:
+    if group["noise_std"] == 0 and not noisy:
         return Recipe(rule, hyper, states, clip)
     return Recipe(f"{rule}_noise", hyper, (*states, "server_estimate"), clip, counts_steps=True)
