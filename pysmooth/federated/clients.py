@@ -40,7 +40,12 @@ class Task:
 
 @dataclass
 class FunctionClient:
-    """A client of a function: `gradient(x, batch)`, over `samples` samples."""
+    """A client of a function.
+
+    Args:
+        gradient: `gradient(x, batch)`, as `grad` of any client.
+        samples: how many it has.
+    """
 
     gradient: Callable[[Tensor, Tensor | None], Tensor]
     samples: int = 1

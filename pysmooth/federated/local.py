@@ -155,9 +155,14 @@ class CLERR(_Clipped):
 
 
 def nastya(lr: float, server_lr: float, **options: object) -> CLERR:
-    """NASTYA (Malinovsky et al., arXiv:2201.11066): reshuffling with a server step of its own.
+    """NASTYA: reshuffling with a constant server step; `CLERR` with c0 = 1 / server_lr, c1 = 0.
 
-    It is `CLERR` with c0 = 1 / server_lr and c1 = 0.
+    Args:
+        lr: clients' step size.
+        server_lr: greater than 0.
+        options: others of `CLERR`.
+
+    Source: arXiv:2201.11066.
     """
     if not server_lr > 0:
         raise ValueError(f"server_lr must be greater than 0; got {server_lr!r}")

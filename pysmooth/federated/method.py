@@ -18,7 +18,12 @@ Upload = tuple[Tensor, ...]
 
 @dataclass
 class State:
-    """What the server keeps: the parameters, and how many rounds are finished."""
+    """What the server keeps.
+
+    Args:
+        x: the parameters, a vector.
+        rounds: how many are finished.
+    """
 
     x: Tensor
     rounds: int = 0
@@ -56,9 +61,12 @@ class State:
 
 
 class Outcome(NamedTuple):
-    """What the server did: it moved by `step` times a vector of length `norm`.
+    """What the server did.
 
-    `measured` is the norm that the step size came from.
+    Args:
+        norm: of what clients' vectors were summed up to.
+        step: what that was multiplied by.
+        measured: the norm that the step size came from.
     """
 
     norm: float
