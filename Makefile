@@ -60,7 +60,7 @@ lint: $(VENV)/built ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy pysmooth bench triton_kernels
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cu' 'tests/*.h' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'docs/*.h' 'tests/*.cu' 'tests/*.h' 'tests/*.cpp')
 
 # What is compiled once; not the kernels, which are templates compiled once per instruction set.
 TIDIED := $(wildcard csrc/bindings/*.cpp) $(addprefix csrc/cpu/,$(addsuffix .cpp,dispatch messages rows run select staged))

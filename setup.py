@@ -10,6 +10,7 @@ Environment:
     PYSMOOTH_WERROR=1       warnings are errors (CI)
     PYSMOOTH_CXXFLAGS=...   extra compiler flags
     PYSMOOTH_LDFLAGS=...    extra linker flags; symbols are then kept
+    PYSMOOTH_LEVELS=baseline  only these instruction sets, of baseline,avx2,avx512
     PYSMOOTH_BUILD=name     objects go to build/name: builds of other flags leave each other alone
     PYSMOOTH_CUDA=1|0       build the CUDA module wherever nvcc is found (fail without), or never
     PYSMOOTH_CUDA_ARCHS=90  architectures, separated by commas; else those of the GPUs that are
@@ -49,6 +50,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
     ISA_FLAGS["avx512"] += ["-mfma", "-mf16c"]
+if os.environ.get("PYSMOOTH_LEVELS"):
+    ISA_FLAGS = {name: ISA_FLAGS[name] for name in os.environ["PYSMOOTH_LEVELS"].split(",")}
 
 
 # No contraction here either.
