@@ -87,3 +87,15 @@ def test_every_example_is_run_and_shown() -> None:
             re.search(rf"^ +(?:import|from) {example.stem}\b", tests, re.M)
         ), f"{example.name} is not tested"
         assert f"../examples/{example.name}" in page
+
+
+def test_streams_are_those_of_the_benchmark() -> None:
+    from pysmooth.bench.methods import METHODS
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| (\(.*\)) \| (\d+) \|$", page, re.M)
+    assert len(rows) > 10
+    for name, passes, streams in rows:
+        method = METHODS[name]
+        assert passes == ", ".join(f"({w}, {r})" for w, r in method.passes), name
+        assert int(streams) == method.streams, name

@@ -1,6 +1,6 @@
 """Federated learning: what clients and a server do to vectors, round by round, whoever fails.
 
-`Server` runs a method with clients in this process; `pysmooth.federated.flower` with Flower.
+`Server` runs a method with clients in this process; ``pysmooth.federated.flower`` with Flower.
 """
 
 from . import attacks
