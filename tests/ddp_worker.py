@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, 8, 8, generator=g), torch.randint(5, (4,), generator=g)
 
 
+class Pair(nn.Module):
+    """Two layers by name."""
+
+    def __init__(self, names: str, size: int = 20) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(192 if name == names[0] else size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One behind the other."""
+        for layer in self.children():
+            x = layer(x.flatten(1).to(layer.weight.dtype))
+        return x
+
+
 def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
     """Cross entropy on it."""
     x, y = batch(rank, step)
@@ -72,15 +88,28 @@ def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
 class Job:
     """A model on its way under a hook."""
 
-    def __init__(self, method: Method, **kwargs: Any) -> None:
-        self.model = make_model()
+    def __init__(
+        self,
+        method: Method,
+        *,
+        lr: float = LR,
+        model: nn.Module | None = None,
+        ddp: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.model = make_model() if model is None else model
         # Buckets of 4 KB: several, and put together anew after the first step.
-        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=0.004)
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=LR)
+        self.ddp = DistributedDataParallel(self.model, **{"bucket_cap_mb": 0.004, **(ddp or {})})
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
         self.state = CompressedState(
             self.ddp, self.optimizer, method, **{"dense_below": 8, **kwargs}
         )
         self.ddp.register_comm_hook(self.state, compressed_hook)
+
+    def optimize(self, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+        """With another optimizer than SGD."""
+        self.optimizer = self.state._optimizer = make(self.model.parameters())
+        self.optimizer.register_step_post_hook(lambda *_: self.state._stepped())
 
     def step(self, number: int) -> None:
         """One step."""
@@ -143,9 +172,7 @@ def not_finite(found: dict[str, Any]) -> None:
     """A NaN on one rank: NaN everywhere, residuals as they were; then on as if nothing was."""
     job, calm = Job(EF14(TOP)), Job(EF14(TOP))
     for it in (job, calm):
-        it.optimizer = pysmooth.ClipSGD(it.model.parameters(), LR, nonfinite="skip")
-        it.state._optimizer = it.optimizer
-        it.optimizer.register_step_post_hook(lambda *_, it=it: it.state._stepped())
+        it.optimize(lambda params: pysmooth.ClipSGD(params, LR, nonfinite="skip"))
     for step in range(4):
         if step == 2:
             job.optimizer.zero_grad()
@@ -210,15 +237,59 @@ def void(found: dict[str, Any]) -> None:
 
 
 def mismatched(found: dict[str, Any]) -> None:
-    """Ranks that mean other things hear of it before anything is sent."""
-    rank = dist.get_rank()
-    job = Job(EF14(compressors.TopK(ratio=0.1 if rank == 0 else 0.2)))
-    try:
-        job.step(0)
-    except MismatchError as error:
-        found["mismatch"] = str(error)
-    except RuntimeError as error:
-        found["mismatch"] = str(error)
+    """Ranks that mean other things hear of it before anything is sent: what is told, by case."""
+    first = dist.get_rank() == 0
+    top, rate = compressors.TopK(ratio=0.1 if first else 0.2), LR if first else 2 * LR
+    scaler = torch.amp.GradScaler("cpu") if first else None
+    half = torch.float16 if first else torch.bfloat16
+    # Buckets as they are from the first backward on.
+    unused, cap = {"find_unused_parameters": True}, {"bucket_cap_mb": 0.004 if first else 25}
+    cases: dict[str, Callable[[], Job]] = {
+        "compressor": lambda: Job(EF14(top)),
+        "seed": lambda: Job(DCSGD(compressors.QSGD(levels=7, seed=int(first)))),
+        "method": lambda: Job(EF14(TOP) if first else EF21(TOP)),
+        "dense_below": lambda: Job(EF14(TOP), dense_below=8 if first else 9),
+        "warm-up": lambda: Job(EF14(TOP), warmup_steps=int(first)),
+        "scaler": lambda: Job(EF14(TOP), scaler=scaler),
+        "rate": lambda: Job(EF14(TOP), lr=rate),
+        "rate of 0": lambda: Job(EF14(TOP), lr=LR if first else 0.0),
+        "buckets": lambda: Job(EF14(TOP), model=Pair("ab", 600), ddp=unused if first else {}),
+        "last buckets": lambda: Job(EF14(TOP), model=Pair("ab", 600), ddp=unused | cap),
+        "names": lambda: Job(EF14(TOP), model=Pair("ab" if first else "cd")),
+        "order": lambda: Job(EF14(TOP), model=Pair("ab" if first else "ba", 192)),
+        "dtype": lambda: Job(EF14(TOP), model=Pair("ab").to(half)),
+        "shape": lambda: Job(EF14(TOP), model=Pair("ab", 20 + first), ddp={"init_sync": False}),
+    }
+    for name, make in cases.items():
+        try:
+            job = make()
+            job.step(0)
+        except MismatchError as error:
+            found[f"mismatch: {name}"] = str(error)
+            assert job.state.steps == 0, name
+            assert not any(slot.states for slot in job.state._slots.values()), name
+        except RuntimeError as error:  # torch's own
+            found[f"mismatch: {name}"] = str(error)
+    job = Job(DSignSGD(), lr=rate)
+    for step in range(3):
+        job.step(step)  # each rank may step as far as it likes
+    for name, later in (("rate", rate), ("rate of 0", LR if first else 0.0)):
+        job = Job(METHODS["ef14 top-k"])
+        for step in range(3):
+            job.step(step)
+        before = job.state.state_dict()
+        job.optimizer.param_groups[0]["lr"] = later
+        try:
+            job.step(3)
+        except MismatchError as error:
+            found[f"mismatch: {name}, later"] = str(error)
+        after = job.state.state_dict()
+        assert after["steps"] == before["steps"] == 3
+        for slot, states in before["states"].items():
+            for key, value in states.items():
+                assert torch.equal(
+                    torch.as_tensor(after["states"][slot][key]), torch.as_tensor(value)
+                )
 
 
 def changed_world(found: dict[str, Any]) -> None:

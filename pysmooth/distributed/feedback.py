@@ -75,7 +75,7 @@ class EF14(_Compressing):
         compressor: one of `pysmooth.compressors`.
         momentum: in [0, 1), before compression.
 
-    At lr 0 nothing is sent, and e stays. States: `residual`, and `momentum_buffer`; 8 bytes per
+    At lr 0 zeros are sent, and e stays. States: `residual`, and `momentum_buffer`; 8 bytes per
     parameter each, since a step's changes are staged. Source: arXiv:1809.07599, arXiv:1901.09847.
     """
 

@@ -1,4 +1,4 @@
-"""Whether all ranks mean the same: asked once, before the first gradient is sent."""
+"""Whether all ranks mean the same: asked before the first gradients are sent."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def shake_hands(about: dict[str, str], group: Any) -> None:
     dist.all_gather_object(everybody, about, group=group)
     first = everybody[0]
     for rank, theirs in enumerate(everybody):
-        if theirs == first:  # in the same order, or the bytes mean something else
-            if list(theirs) == list(first):
-                continue
+        # In the same order, or the bytes mean something else.
+        if theirs.keys() == first.keys() and list(theirs) != list(first):
             raise MismatchError(f"rank {rank} has its parameters in another order than rank 0")
         for key in [*first, *theirs]:
             if theirs.get(key) != first.get(key):
