@@ -18,8 +18,8 @@ import pysmooth
 from pysmooth.engine.backends import fastest
 from pysmooth.optim._base import FusedOptimizer
 
-from . import rivals, written
-from .rivals import Problem, Step
+from . import packages, rivals, written
+from .problem import Problem, Step
 from .written import Written
 
 Pass = tuple[int, int]
@@ -125,7 +125,7 @@ METHODS = {
                 "torch for-loop": rivals.torch_adagrad(foreach=False, fused=False),
                 "torch foreach": rivals.torch_adagrad(foreach=True),
                 "torch fused": rivals.torch_adagrad(fused=True),
-                rivals.DEEPSPEED: rivals.deepspeed_adagrad(),
+                **packages.adagrad(),
             },
             compiled=Written(written.adagrad, 1).compiled,
             clips=True,
@@ -142,11 +142,9 @@ METHODS = {
                 "torch for-loop": rivals.torch_adamw(foreach=False, fused=False),
                 "torch foreach": rivals.torch_adamw(foreach=True),
                 "torch fused": rivals.torch_adamw(fused=True),
-                rivals.DEEPSPEED: rivals.deepspeed_adamw(),
-                rivals.APEX: rivals.apex_adamw(),
-                rivals.TE: rivals.te_adamw(),
+                **packages.adamw(),
             },
-            compiled=Written(written.adamw, 2).compiled,
+            compiled=Written(written.adamw, 2, counts=True).compiled,
             clips=True,
             states=2,
             models=("gpt2-124m",),
@@ -165,7 +163,7 @@ METHODS = {
                 )
             ),
             {"torch fused": rivals.torch_adamw(fused=True)},
-            compiled=Written(written.adamw, 2).compiled,
+            compiled=Written(written.adamw, 2, counts=True).compiled,
             clips=True,
             states=1,
             models=(),
@@ -214,6 +212,7 @@ METHODS = {
             {
                 rivals.EAGER: Written(written.signum_loop, 1).eager,
                 "torch foreach": Written(written.signum, 1).eager,
+                **packages.signum(),
             },
             compiled=Written(written.signum, 1).compiled,
             states=1,

@@ -27,7 +27,7 @@ from pysmooth.optim._base import FusedOptimizer
 
 from . import rivals
 from .methods import DTYPES, METHODS, Method
-from .rivals import Problem, Step
+from .problem import Problem, Step
 
 SHAPES = [(64, 33), (257,), (), (16, 8, 3, 3)]
 CHECKPOINTS = (1, 100, 1000)
@@ -47,7 +47,7 @@ def relative_error(actual: list[Tensor], truth: list[Tensor]) -> float:
     return float((square / sum(float(t.square().sum()) for t in truth)) ** 0.5)
 
 
-class _Contestant:
+class Contestant:
     """One optimizer, or one function of gradients, in one dtype."""
 
     def __init__(
@@ -70,7 +70,7 @@ class _Contestant:
         changed = params if self.keeps is not None else [p.grad for p in params]
         return [x.detach().cpu().double().clone() for x in changed if x is not None]
 
-    def take(self, other: _Contestant) -> None:
+    def take(self, other: Contestant) -> None:
         """Takes on the other's parameters and states."""
         with torch.no_grad():
             for p, q in zip(self.problem.params, other.problem.params, strict=True):
@@ -86,7 +86,7 @@ class _Contestant:
         self.set_gradients(grads)
         self.step()
 
-    def one_step_error(self, twin: _Contestant, grads: Sequence[Tensor]) -> float:
+    def one_step_error(self, twin: Contestant, grads: Sequence[Tensor]) -> float:
         """Advances; the largest error against a twin in float64."""
         twin.take(self)
         self.set_gradients(grads)
@@ -104,7 +104,7 @@ def _reference(method: Method) -> Callable[[Problem], Step]:
         step = method.ours(problem)[0]
         optimizer = getattr(step, "__self__", None)
         if not isinstance(optimizer, FusedOptimizer):
-            return _pick(method, *_PLAIN)[1](problem)
+            return pick(method, *PLAIN)[1](problem)
         optimizer._backend, optimizer._engine = "eager", None
         return step
 
@@ -112,10 +112,10 @@ def _reference(method: Method) -> Callable[[Problem], Step]:
 
 
 _BEST = ("torch fused", rivals.EAGER, "torch foreach")
-_PLAIN = ("torch for-loop", rivals.EAGER, "torch fused")
+PLAIN = ("torch for-loop", rivals.EAGER, "torch fused")
 
 
-def _pick(method: Method, *names: str) -> tuple[str, Callable[[Problem], Step]]:
+def pick(method: Method, *names: str) -> tuple[str, Callable[[Problem], Step]]:
     name = next(name for name in names if name in method.rivals)
     return name, method.rivals[name]
 
@@ -143,16 +143,16 @@ def _compare(method: Method, device: str, steps: tuple[int, ...]) -> list[dict[s
         return [torch.randn(s, generator=generator).to(device) for s in SHAPES]
 
     start, target = [p.to(dtype) for p in drawn()], drawn()
-    name, rival = _pick(method, *_BEST)
-    free = _Contestant(_pick(method, *_PLAIN)[1], method, start, torch.float64)
+    name, rival = pick(method, *_BEST)
+    free = Contestant(pick(method, *PLAIN)[1], method, start, torch.float64)
     sides = {
         "pysmooth": (lambda p: method.ours(p)[0], _reference(method)),
         "rival": (rival, rival),
     }
     runs = {
         side: (
-            _Contestant(make, method, start, dtype),
-            None if method.rounds_states else _Contestant(exact, method, start, torch.float64),
+            Contestant(make, method, start, dtype),
+            None if method.rounds_states else Contestant(exact, method, start, torch.float64),
         )
         for side, (make, exact) in sides.items()
     }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,46 +12,13 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch.nn.utils import clip_grad_norm_
 
-from pysmooth.engine.backends import Backend
-
-Step = Callable[[], object]
-
-
-@dataclass
-class Problem:
-    """Parameters with gradients, and what to do with them; shared by all contestants."""
-
-    params: list[Tensor]
-    lr: float
-    momentum: float
-    max_norm: float
-    recorded: list[Tensor] | None = None  # the gradients, to be put back before every call
-    backend: Backend = "auto"  # pysmooth's
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Undoes what clipping did to the gradients: else only the first call would clip."""
-        if self.recorded is not None:
-            torch._foreach_copy_([p.grad for p in self.params if p.grad is not None], self.recorded)
-
-
-def keeping(step: Step, keeps: object) -> Step:
-    """The step, with what it keeps between calls noted: an optimizer, or lists of states."""
-    step.keeps = keeps  # type: ignore[attr-defined]
-    return step
-
-
-def _torch_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Step:
-    def step() -> None:
-        clip_grad_norm_(problem.params, problem.max_norm)
-        optimizer.step()
-
-    return keeping(step, optimizer)
+from . import packages
+from .problem import Problem, Step, keeping, torch_step
 
 
 def _torch_sgd(problem: Problem, **kind: bool) -> Step:
     optimizer = torch.optim.SGD(problem.params, lr=problem.lr, momentum=problem.momentum, **kind)
-    return _torch_step(problem, optimizer)
+    return torch_step(problem, optimizer)
 
 
 def torch_loop(problem: Problem) -> Step:
@@ -112,81 +76,17 @@ def compiled(problem: Problem) -> tuple[Step, float]:
 
     start = time.perf_counter()
     step()
-    return step, time.perf_counter() - start
-
-
-class MissingError(Exception):
-    """A rival that cannot run here, and why."""
-
-
-def _deepspeed(module: str, name: str, **kind: Any) -> Callable[[Problem], Step]:
-    def make(problem: Problem) -> Step:
-        try:
-            optimizers = importlib.import_module(f"deepspeed.ops.{module}")
-            # The first of them compiles its kernels, for minutes; later ones find them.
-            optimizer = getattr(optimizers, name)(problem.params, lr=problem.lr, **kind)
-        except Exception as error:
-            raise MissingError(f"{name}: {error}") from error
-        return _torch_step(problem, optimizer)
-
-    return make
-
-
-def deepspeed_adagrad() -> Callable[[Problem], Step]:
-    """DeepSpeed's AdaGrad for parameters in host memory, after torch's clip_grad_norm_."""
-    return _deepspeed("adagrad", "DeepSpeedCPUAdagrad")
-
-
-def deepspeed_adamw() -> Callable[[Problem], Step]:
-    """DeepSpeed's AdamW for parameters in host memory, after torch's clip_grad_norm_."""
-    return _deepspeed("adam", "DeepSpeedCPUAdam", adamw_mode=True, weight_decay=0.01)
-
-
-def _adamw_of(module: str) -> Callable[[Problem], Step]:
-    """FusedAdam of a package for GPUs, as AdamW, after torch's clip_grad_norm_."""
-
-    def make(problem: Problem) -> Step:
-        try:
-            fused = importlib.import_module(module).FusedAdam
-            optimizer = fused(problem.params, lr=problem.lr, weight_decay=0.01, adam_w_mode=True)
-        except Exception as error:
-            raise MissingError(f"{module}: {error}") from error
-        return _torch_step(problem, optimizer)
-
-    return make
-
-
-def apex_adamw() -> Callable[[Problem], Step]:
-    """FusedAdam of apex: multi-tensor launches."""
-    return _adamw_of("apex.optimizers")
-
-
-def te_adamw() -> Callable[[Problem], Step]:
-    """TransformerEngine's FusedAdam, which came from apex."""
-    return _adamw_of("transformer_engine.pytorch.optimizers")
-
-
-def present(name: str, device: str) -> bool:
-    """Whether a rival is installed and takes parameters of the device."""
-    if name not in INSTALLED:
-        return True
-    package, kind = INSTALLED[name]
-    return device.startswith(kind) and importlib.util.find_spec(package) is not None
-
-
-def deepspeed_left_out() -> list[str]:
-    """A line where DeepSpeed is not installed."""
-    return [] if present(DEEPSPEED, "cpu") else ["DeepSpeed: not installed"]
+    return keeping(step, [buffers]), time.perf_counter() - start
 
 
 def torch_adagrad(**kind: Any) -> Callable[[Problem], Step]:
     """torch.optim.Adagrad after clip_grad_norm_."""
-    return lambda p: _torch_step(p, torch.optim.Adagrad(p.params, lr=p.lr, **kind))
+    return lambda p: torch_step(p, torch.optim.Adagrad(p.params, lr=p.lr, **kind))
 
 
 def torch_adamw(**kind: Any) -> Callable[[Problem], Step]:
     """torch.optim.AdamW after clip_grad_norm_."""
-    return lambda p: _torch_step(p, torch.optim.AdamW(p.params, lr=p.lr, weight_decay=0.01, **kind))
+    return lambda p: torch_step(p, torch.optim.AdamW(p.params, lr=p.lr, weight_decay=0.01, **kind))
 
 
 def torch_adamw_masters(problem: Problem) -> Step:
@@ -217,13 +117,5 @@ COMPILED = "torch.compile"
 EAGER = "eager"
 IN_PLACE = "eager in place"
 MASTERS = "torch fused with masters"
-DEEPSPEED = "DeepSpeed CPU"
-APEX = "apex fused"
-TE = "TransformerEngine fused"
-# What has to be installed for them, and where their parameters are.
-INSTALLED = {
-    DEEPSPEED: ("deepspeed", "cpu"),
-    APEX: ("apex", "cuda"),
-    TE: ("transformer_engine", "cuda"),
-}
-NAMES = [*RIVALS, EAGER, IN_PLACE, MASTERS, *INSTALLED, COMPILED]
+# Those of bench/packages.py come with their packages.
+NAMES = [*RIVALS, EAGER, IN_PLACE, MASTERS, *packages.PACKAGES, COMPILED]

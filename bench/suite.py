@@ -14,7 +14,7 @@ from pysmooth import BackendError
 from pysmooth.engine import available_backends
 from pysmooth.engine.backends import REGISTERED, Backend
 
-from . import bandwidth, host, machine, numerics, rivals, selection
+from . import bandwidth, host, machine, numerics, packages, rivals, selection
 from .methods import METHODS, Method, make_problem
 from .models import MODELS, numel
 from .timing import Timed, device_clock, interleave, ratio
@@ -75,7 +75,7 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
         if model in options.models:
             progress(f"host cost: {model}")
             results["host"].append(host.measure(model, options.device))
-    results["left_out"] += rivals.deepspeed_left_out()
+    results["left_out"] += packages.left_out(options.device)
 
     for model in options.models:
         for name in options.methods:
@@ -119,10 +119,10 @@ def measure(
         except BackendError as error:
             left_out.append(f"{other} on {method.name}, {model}: {error}")
     for name, make in method.rivals.items():
-        if name in options.rivals and rivals.present(name, options.device):
+        if name in options.rivals and packages.present(name, options.device):
             try:
                 contestants[name] = make(problem)
-            except rivals.MissingError as missing:
+            except packages.MissingError as missing:
                 left_out.append(str(missing))
     compile_s: float | None = None
     if method.compiled is not None and rivals.COMPILED in options.rivals:

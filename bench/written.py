@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from .rivals import Problem, Step, keeping
+from .problem import Problem, Step, keeping
 
 Lists = Sequence[list[Tensor]]
 Function = Callable[[list[Tensor], list[Tensor], Lists, float, float], None]
@@ -27,10 +27,14 @@ LEVELS = 256  # of QSGD
 
 @dataclass(frozen=True)
 class Written:
-    """A step: step(params, grads, states, lr, max_norm), and how many state lists it keeps."""
+    """A step: step(params, grads, states, lr, max_norm), and how many state lists it keeps.
+
+    One that counts has a list more, of one number: a Python number would compile anew each step.
+    """
 
     step: Function
     states: int
+    counts: bool = False
 
     def eager(self, problem: Problem) -> Step:
         """The step as it is."""
@@ -51,6 +55,7 @@ class Written:
     def _bound(self, problem: Problem, function: Function) -> Step:
         params = [p.detach() for p in problem.params]
         states = [[torch.zeros_like(p) for p in params] for _ in range(self.states)]
+        states += [[params[0].new_zeros(())]] * self.counts
 
         def step() -> None:
             grads = [p.grad for p in problem.params if p.grad is not None]
@@ -91,15 +96,19 @@ def adagrad(
 def adamw(
     params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
 ) -> None:
-    """Clip and AdamW; the bias corrections of a late step, which are 1."""
-    first, second = states
+    """Clip and AdamW."""
+    first, second, (count,) = states
+    step = count.add_(1)
     g = _clipped(grads, max_norm)
     torch._foreach_mul_(params, 1 - lr * 0.01)
     torch._foreach_lerp_(first, g, 0.1)
     torch._foreach_mul_(second, 0.999)
     torch._foreach_addcmul_(second, g, g, 0.001)
-    roots = torch._foreach_add(torch._foreach_sqrt(second), 1e-8)
-    torch._foreach_addcdiv_(params, first, roots, value=-lr)
+    roots = torch._foreach_mul(torch._foreach_sqrt(second), (1 - 0.999**step).rsqrt())
+    torch._foreach_add_(roots, 1e-8)
+    updates = torch._foreach_div(first, roots)
+    torch._foreach_mul_(updates, -lr / (1 - 0.9**step))
+    torch._foreach_add_(params, updates)
 
 
 def adam_norm(
