@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,11 +14,13 @@ from .comm.cli import comm
 from .methods import DTYPES, METHODS
 from .models import MODELS
 from .papers.cli import papers
+from .page.cli import report
 from .suite import Options, run_suite, set_threads
 
 app = typer.Typer(add_completion=False)
 app.command()(comm)
 app.command()(papers)
+app.command()(report)
 
 CPU_MODELS = ["resnet20", "resnet50", "bert-base", "many-tiny", "gpt2-124m"]
 GPU_MODELS = [*CPU_MODELS, "llama-3.2-1b"]
@@ -86,9 +88,7 @@ def run(
 
 def execute(options: Options, out_dir: Path) -> None:
     """Runs the suite, prints the report, writes the files and names them."""
-    from .html_page import write_html
-    from .plots import write_plots
-    from .report import print_report, write_json
+    from .report import print_report
 
     console = Console()
     if not console.is_terminal:
@@ -97,11 +97,20 @@ def execute(options: Options, out_dir: Path) -> None:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
         results = run_suite(options, lambda text: progress.update(task, description=text))
-    out_dir.mkdir(parents=True, exist_ok=True)
     print_report(results, console)
+    write_files(results, out_dir, console)
+
+
+def write_files(results: dict[str, Any], out_dir: Path, console: Console) -> None:
+    """Writes the JSON, the pictures and the page, and names them."""
+    from .page import write_page
+    from .plots import write_plots
+    from .report import write_json
+
+    out_dir.mkdir(parents=True, exist_ok=True)
     files = [write_json(results, out_dir)]
     plots = write_plots(results, out_dir)
-    files += [*plots, write_html(results, plots, out_dir)]
+    files += [*plots, write_page(results, out_dir)]
     console.print("\n[bold]Files written[/]")
     for path in files:
         console.print(f"  {path}", soft_wrap=True)

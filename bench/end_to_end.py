@@ -47,6 +47,15 @@ class _Side:
             self.total.append(end - start)
             self.optimizer.append(end - middle)
 
+    def seconds_to(self, loss: float) -> float:
+        """Seconds of training until the mean of a block's losses is as low as this."""
+        seconds = 0.0
+        for i in range(0, len(self.losses), BLOCK):
+            seconds += sum(self.total[i : i + BLOCK])
+            if statistics.mean(self.losses[i : i + BLOCK]) <= loss:
+                break
+        return seconds
+
     def figures(self) -> dict[str, float]:
         total, share = self.total[BLOCK:], self.optimizer[BLOCK:]  # the first block warms up
         return {
@@ -54,6 +63,11 @@ class _Side:
             "optimizer_ms": statistics.median(share) * 1e3,
             "optimizer_share": statistics.median(o / t for o, t in zip(share, total, strict=True)),
         }
+
+
+def _last(side: _Side) -> float:
+    """The mean of the last block's losses."""
+    return statistics.mean(side.losses[-BLOCK:])
 
 
 def _torch_update(spec: Training) -> Callable[[nn.Module], Callable[[], object]]:
@@ -92,6 +106,7 @@ def run(spec: Training, seconds: float) -> dict[str, object]:
     torch_figures, our_figures = theirs.figures(), mine.figures()
     speedup = torch_figures["optimizer_ms"] / our_figures["optimizer_ms"]
     gain = our_figures["steps_per_s"] / torch_figures["steps_per_s"]
+    target = max(_last(theirs), _last(mine))
     difference = max(abs(a - b) for a, b in zip(theirs.losses, mine.losses, strict=True))
     return {
         "name": spec.name,
@@ -104,6 +119,11 @@ def run(spec: Training, seconds: float) -> dict[str, object]:
         "pysmooth": our_figures,
         "optimizer_speedup": speedup,
         "end_to_end_speedup": gain,
+        "reached": {
+            "loss": target,
+            "torch": theirs.seconds_to(target),
+            "pysmooth": mine.seconds_to(target),
+        },
         "losses_torch": theirs.losses,
         "losses_pysmooth": mine.losses,
         "max_loss_difference": difference,

@@ -61,6 +61,7 @@ class Contestant:
         self.keeps: Any = getattr(self.step, "keeps", getattr(self.step, "__self__", None))
 
     def set_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Gives every parameter its gradient, in its own dtype."""
         for p, g in zip(self.problem.params, grads, strict=True):
             p.grad = g.to(p, copy=True)
 
@@ -83,6 +84,7 @@ class Contestant:
                     torch._foreach_copy_(mine, its)
 
     def advance(self, grads: Sequence[Tensor]) -> None:
+        """A step on these gradients."""
         self.set_gradients(grads)
         self.step()
 
@@ -116,6 +118,7 @@ PLAIN = ("torch for-loop", rivals.EAGER, "torch fused")
 
 
 def pick(method: Method, *names: str) -> tuple[str, Callable[[Problem], Step]]:
+    """The first of these rivals that the method has."""
     name = next(name for name in names if name in method.rivals)
     return name, method.rivals[name]
 

@@ -120,7 +120,7 @@ def adamw() -> dict[str, Callable[[Problem], Step]]:
         **_of(DEEPSPEED, "DeepSpeedCPUAdam", ".adam", adamw_mode=True, **usual),
         **_of("bitsandbytes", "AdamW32bit", **usual),
         **_of("bitsandbytes 8-bit", "AdamW8bit", **usual),
-        **_of("heavyball", "AdamW", **usual),
+        **_of("heavyball", "AdamW", consume_grad=False, **usual),
         **_of("optimi", "AdamW", **usual),
         **_of("flashoptim", "FlashAdamW", **usual),
         **_of("apex fused", "FusedAdam", adam_w_mode=True, **usual),

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .suite import claims
@@ -28,24 +29,31 @@ OURS = "#2a9d6f"
 def write_plots(results: dict[str, Any], out_dir: Path) -> list[Path]:
     """Writes the pictures for which there is data."""
     written = []
-    rows = [row for row in results["rows"] if claims(row)]
-    if rows:
-        written.append(_speedups(rows, out_dir / "speedups.png"))
-    bounded = [row for row in rows if row["roofline_fraction"] is not None]
-    if bounded:
-        written.append(_roofline(bounded, out_dir / "roofline.png"))
-    if results["numerics"]:
-        written.append(_numerics(results["numerics"], out_dir / "numerics.png"))
-    if results["end_to_end"]:
-        written.append(_losses(results["end_to_end"], out_dir / "losses.png"))
+    for name, figure in figures(results).items():
+        written.append(out_dir / f"{name}.png")
+        figure.savefig(written[-1], dpi=120)
     return written
 
 
-def _save(path: Path) -> Path:
-    plt.tight_layout()
-    plt.savefig(path, dpi=120)
-    plt.close()
-    return path
+def figures(results: dict[str, Any]) -> dict[str, Figure]:
+    """The pictures for which there is data, by name."""
+    found: dict[str, Figure] = {}
+    rows = [row for row in results["rows"] if claims(row)]
+    if rows:
+        found["speedups"] = _speedups(rows)
+    bounded = [row for row in rows if row["roofline_fraction"] is not None]
+    if bounded:
+        found["roofline"] = _roofline(bounded)
+    if results["numerics"]:
+        found["numerics"] = _numerics(results["numerics"])
+    if results["end_to_end"]:
+        found["losses"] = _losses(results["end_to_end"])
+    if results["scaling"]:
+        found["scaling"] = _scaling(results["scaling"])
+    for figure in found.values():
+        figure.tight_layout()
+        plt.close(figure)  # pyplot need not keep it
+    return found
 
 
 def _clean(axis: Axes) -> None:
@@ -53,8 +61,8 @@ def _clean(axis: Axes) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _speedups(rows: list[dict[str, Any]], path: Path) -> Path:
-    _, axis = plt.subplots(figsize=(9, 0.9 + 0.95 * len(rows)))
+def _speedups(rows: list[dict[str, Any]]) -> Figure:
+    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.95 * len(rows)))
     ticks, labels = [], []
     at = 0.0
     for row in reversed(rows):
@@ -74,11 +82,11 @@ def _speedups(rows: list[dict[str, Any]], path: Path) -> Path:
     handles = [Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in names]
     axis.legend(handles, names, fontsize=8, frameon=False, loc="lower right")
     _clean(axis)
-    return _save(path)
+    return figure
 
 
-def _roofline(rows: list[dict[str, Any]], path: Path) -> Path:
-    _, axis = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)))
+def _roofline(rows: list[dict[str, Any]]) -> Figure:
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)))
     names = [f"{row['method']}, {row['model']}" for row in reversed(rows)]
     values = [row["roofline_fraction"] for row in reversed(rows)]
     axis.barh(names, values, 0.6, color=OURS)
@@ -88,14 +96,14 @@ def _roofline(rows: list[dict[str, Any]], path: Path) -> Path:
     axis.axvline(1.0, color="#333333", linewidth=1)
     axis.set_xlabel("fraction of the bandwidth floor measured in the same rounds")
     _clean(axis)
-    return _save(path)
+    return figure
 
 
-def _numerics(rows: list[dict[str, Any]], path: Path) -> Path:
+def _numerics(rows: list[dict[str, Any]]) -> Figure:
     last = max(row["steps"] for row in rows)
     # Nothing to see of an error of 0.
     rows = [r for r in reversed(rows) if r["steps"] == last and r["pysmooth_relative_error"] > 0]
-    _, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)))
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)))
     names = [row["method"] for row in rows]
     theirs = [row["rival_relative_error"] for row in rows]
     axis.plot(theirs, names, "o", color="#4a6fa5", markersize=9, alpha=0.5, label="rival")
@@ -105,11 +113,11 @@ def _numerics(rows: list[dict[str, Any]], path: Path) -> Path:
     axis.set_xlabel(f"distance from a float64 run after {last} steps, relative")
     axis.legend(frameon=False, fontsize=8)
     _clean(axis)
-    return _save(path)
+    return figure
 
 
-def _losses(rows: list[dict[str, Any]], path: Path) -> Path:
-    _, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False)
+def _losses(rows: list[dict[str, Any]]) -> Figure:
+    figure, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         axis.plot(_smooth(row["losses_torch"]), color="#4a6fa5", linewidth=4, alpha=0.5)
         axis.plot(_smooth(row["losses_pysmooth"]), color=OURS, linewidth=1.2)
@@ -118,7 +126,41 @@ def _losses(rows: list[dict[str, Any]], path: Path) -> Path:
         axis.set_xlabel("step")
         axis.set_ylabel("loss, mean of 10 steps")
         _clean(axis)
-    return _save(path)
+    return figure
+
+
+def _scaling(series: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Cost per unit over units, both logarithmic: a flat line is a cost in proportion."""
+    units = {
+        "parameters": ("ns per parameter", 1e9, True),
+        "tensors": ("us per tensor of 64, fresh gradients", 1e6, True),
+        "threads": ("ms, ResNet-50", 1e3, False),
+    }
+    chosen = [name for name in units if series.get(name)]
+    figure, axes = plt.subplots(1, len(chosen), figsize=(4.2 * len(chosen), 3.8), squeeze=False)
+    for axis, name in zip(axes[0], chosen, strict=True):
+        label, scale, per_unit = units[name]
+        points = series[name]
+        for style, method in zip("-:", dict.fromkeys(p["method"] for p in points), strict=False):
+            own = [p for p in points if p["method"] == method]
+            for contestant in own[0]["seconds"]:
+                y = [scale * p["seconds"][contestant] / (p["x"] if per_unit else 1) for p in own]
+                color = OURS if contestant == "pysmooth" else COLORS.get(contestant, "#999999")
+                axis.plot(
+                    [p["x"] for p in own],
+                    y,
+                    style,
+                    marker=".",
+                    color=color,
+                    label=f"{contestant}, {method}",
+                )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(name)
+        axis.set_title(label, fontsize=9)
+        axis.legend(frameon=False, fontsize=6)
+        _clean(axis)
+    return figure
 
 
 def _smooth(losses: list[float], width: int = 10) -> list[float]:

@@ -14,10 +14,21 @@ from pysmooth import BackendError
 from pysmooth.engine import available_backends
 from pysmooth.engine.backends import REGISTERED, Backend
 
-from . import bandwidth, host, machine, numerics, packages, rivals, selection
+from . import (
+    agreement,
+    bandwidth,
+    host,
+    machine,
+    memory,
+    numerics,
+    packages,
+    rivals,
+    scaling,
+    selection,
+)
 from .methods import METHODS, Method, make_problem
 from .models import MODELS, numel
-from .timing import Timed, device_clock, interleave, ratio
+from .timing import Timed, device_clock, interleave, ratio, ratio_quartiles
 
 Progress = Callable[[str], None]
 
@@ -36,6 +47,12 @@ class Options:
     rivals: list[str] = field(default_factory=lambda: list(rivals.NAMES))
     selection: bool = True  # how often top-k looks twice
     compile_models: list[str] = field(default_factory=lambda: ["resnet20", "gpt2-124m"])
+    # What a sceptic asks besides: do all do the same work, in how much memory, at what sizes?
+    sceptic: bool = False
+    memory_methods: tuple[str, ...] = ("clip_sgd_momentum", "clip_adamw")
+    memory_model: str = "resnet50"
+    largest: int = 10**9  # parameters, in the series over sizes
+    scaling_seconds: float = 2.0  # a point
     every_method: bool = False  # on every model, also where a default run leaves it out
     rounds: int = 15
     end_to_end_seconds: float = 50.0
@@ -45,6 +62,24 @@ class Options:
     compile_reserve: float = 110.0
 
 
+def empty_results(device: str) -> dict[str, Any]:
+    """Every part of the results, with nothing measured but the environment."""
+    return {
+        "environment": machine.environment(device),
+        "end_to_end": [],
+        "bandwidth": {},
+        "rows": [],
+        "first_step": [],
+        "host": [],
+        "numerics": [],
+        "agreement": [],
+        "memory": [],
+        "scaling": {},
+        "selection": [],
+        "left_out": [],
+    }
+
+
 def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
     """All parts, in the order of their importance to a reader."""
     began = time.perf_counter()
@@ -52,17 +87,7 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
     def left() -> float:
         return options.seconds - (time.perf_counter() - began)
 
-    results: dict[str, Any] = {
-        "environment": machine.environment(options.device),
-        "end_to_end": [],
-        "bandwidth": {},
-        "rows": [],
-        "first_step": [],
-        "host": [],
-        "numerics": [],
-        "selection": [],
-        "left_out": [],
-    }
+    results = empty_results(options.device)
     if options.end_to_end_seconds > 0:
         from .end_to_end import run_all
 
@@ -74,7 +99,7 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
     for model in ("many-tiny", "resnet20"):
         if model in options.models:
             progress(f"host cost: {model}")
-            results["host"].append(host.measure(model, options.device))
+            results["host"].append(host.per_tensor(model, MODELS[model](), options.device))
     results["left_out"] += packages.left_out(options.device)
 
     for model in options.models:
@@ -92,6 +117,20 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
             results["bandwidth"] = measure_bandwidth(numel(MODELS[model]()), options)
     progress("numerics against float64")
     results["numerics"] = numerics.compare(options.methods, options.device)
+    if options.sceptic:
+        progress("agreement of the contestants")
+        compiled = rivals.COMPILED in options.rivals
+        results["agreement"] = agreement.measure(options.methods, options.device, compiled)
+        for name in options.memory_methods:
+            progress(f"memory: {name}")
+            results["memory"] += memory.measure(name, options.memory_model, options.device)
+        results["scaling"] = scaling.measure(
+            options.memory_methods,
+            options.device,
+            options.largest,
+            options.scaling_seconds,
+            progress,
+        )
     return results
 
 
@@ -178,11 +217,14 @@ def measure(
 
 
 def _contestant(name: str, timed: dict[str, Timed], compile_s: float | None) -> dict[str, Any]:
+    low, high = ratio_quartiles(timed[name], timed["pysmooth"])
     return {
         "name": name,
         "median_ms": timed[name].median * 1e3,
         "iqr_ms": timed[name].iqr * 1e3,
         "ratio": ratio(timed[name], timed["pysmooth"]),
+        "ratio_low": low,
+        "ratio_high": high,
         "compile_s": compile_s if name == rivals.COMPILED else None,
     }
 

@@ -248,7 +248,7 @@ def test_training_learns_and_both_curves_agree() -> None:
 def test_a_small_run_writes_the_whole_report(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from .html_page import write_html
+    from .page import write_page
     from .plots import write_plots
     from .report import print_report, write_json
 
@@ -257,10 +257,10 @@ def test_a_small_run_writes_the_whole_report(tmp_path: Path) -> None:
     results = run_suite(options, lambda _: None)
     print_report(results, Console(quiet=True))
     plots = write_plots(results, tmp_path)
-    page = write_html(results, plots, tmp_path)
+    page = write_page(results, tmp_path)
     data = json.loads(write_json(results, tmp_path).read_text())
     assert {p.name for p in plots} == {"speedups.png", "numerics.png", "losses.png"}
-    assert page.read_text().count("data:image/png;base64,") == len(plots)
+    assert page.read_text().count("<svg") == len(plots)
     usual = [m.name for m in METHODS.values() if m.models is None or "resnet20" in m.models]
     assert [row["method"] for row in data["rows"]] == usual
     for row in data["rows"]:

@@ -82,6 +82,15 @@ def interleave(
     return {name: Timed(values) for name, values in times.items()}
 
 
+def ratio_quartiles(rival: Timed, ours: Timed) -> tuple[float, float]:
+    """Between which ratios the middle half of the rounds lies."""
+    ratios = [r / o for r, o in zip(rival.seconds, ours.seconds, strict=True)]
+    if len(ratios) < 2:
+        return ratios[0], ratios[0]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return low, high
+
+
 def ratio(rival: Timed, ours: Timed) -> float:
     """How many times as long the rival takes: the median of the per-round ratios."""
     return statistics.median(r / o for r, o in zip(rival.seconds, ours.seconds, strict=True))
