@@ -22,6 +22,15 @@ bench: $(VENV)/built ## Train small models, measure against every rival, write a
 bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 	$(BIN)/python -m pysmooth.bench --full
 
+.PHONY: report
+report: $(VENV)/rivals ## One page for sceptics: also memory, scaling, other packages' optimizers (40 minutes)
+	$(BIN)/python -m pysmooth.bench report
+
+# Optimizers of other packages.
+$(VENV)/rivals: $(VENV)/built
+	$(PIP) install --group rivals
+	touch $@
+
 .PHONY: papers
 papers: $(VENV)/built ## Claims of papers, measured: figures and verdicts in docs/papers.md (DATA=folder, libsvm)
 	$(BIN)/python -m pysmooth.bench papers --docs docs $(if $(DATA),--data $(DATA))

@@ -13,8 +13,8 @@ from . import rivals
 from .comm.cli import comm
 from .methods import DTYPES, METHODS
 from .models import MODELS
-from .papers.cli import papers
 from .page.cli import report
+from .papers.cli import papers
 from .suite import Options, run_suite, set_threads
 
 app = typer.Typer(add_completion=False)

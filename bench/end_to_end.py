@@ -134,7 +134,15 @@ def run(spec: Training, seconds: float) -> dict[str, object]:
 def verdict(share: float, speedup: float, gain: float) -> str:
     """What the figures mean for someone who trains this model."""
     could = 1 / (1 - share + share / speedup) if speedup > 0 else 1.0
-    size = "small" if gain < 1.05 else "noticeable" if gain < 1.3 else "large"
+    size = (
+        "not there"
+        if gain < 0.995
+        else "small"
+        if gain < 1.05
+        else "noticeable"
+        if gain < 1.3
+        else "large"
+    )
     return (
         f"The end-to-end gain is {size} ({gain:.2f}x): clip and optimizer are {share:.1%} of "
         f"torch's step, and making them {speedup:.1f}x faster can give {could:.2f}x."

@@ -17,7 +17,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ from .models import MODELS, numel
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def measure(method: str, model: str, device: str) -> list[dict[str, Any]]:
-    """A row per contestant of the method; one that fails has an "error" instead of figures."""
+def measure(method: str, model: str, device: str, chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for pysmooth and each of the method's rivals among the chosen.
+
+    One that fails has an "error" instead of figures.
+    """
     if not device.startswith("cuda") and not RESET.exists():
         return []
-    names = ["pysmooth", *(n for n in METHODS[method].rivals if packages.present(n, device))]
+    names = [n for n in METHODS[method].rivals if packages.present(n, device)]
     if METHODS[method].compiled is not None:
         names.append(rivals.COMPILED)
+    names = ["pysmooth", *(n for n in names if n in chosen)]
     rows: list[dict[str, Any]] = []
     for name in names:
         command = [sys.executable, "-W", "ignore", "-m", __spec__.name, method, name, model, device]

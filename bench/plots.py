@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -11,7 +12,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 
 from .suite import claims
 
@@ -22,8 +25,15 @@ COLORS = {
     "torch.compile": "#c8713b",
     "eager": "#d9d2c5",
     "eager in place": "#b5a68d",
+    "DeepSpeed CPU": "#7d5ba6",
+    "bitsandbytes": "#a06c9c",
+    "bitsandbytes 8-bit": "#c9a3c6",
+    "heavyball": "#b0576b",
+    "optimi": "#cf8a97",
+    "pytorch_optimizer": "#8a7f5c",
 }
 OURS = "#2a9d6f"
+LINES: tuple[Literal["-", ":", "--", "-."], ...] = ("-", ":", "--", "-.")
 
 
 def write_plots(results: dict[str, Any], out_dir: Path) -> list[Path]:
@@ -62,7 +72,8 @@ def _clean(axis: Axes) -> None:
 
 
 def _speedups(rows: list[dict[str, Any]]) -> Figure:
-    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.95 * len(rows)))
+    height = 1.3 + sum(0.2 * len(row["contestants"]) + 0.05 for row in rows)
+    figure, axis = plt.subplots(figsize=(9, height))
     ticks, labels = [], []
     at = 0.0
     for row in reversed(rows):
@@ -80,7 +91,16 @@ def _speedups(rows: list[dict[str, Any]]) -> Figure:
     axis.set_xlabel("rival's time / pysmooth's time (log scale; the green line is pysmooth)")
     names = [n for n in COLORS if any(c["name"] == n for r in rows for c in r["contestants"])]
     handles = [Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in names]
-    axis.legend(handles, names, fontsize=8, frameon=False, loc="lower right")
+    axis.legend(
+        handles,
+        names,
+        fontsize=8,
+        frameon=False,
+        ncols=min(len(names), 5),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+    )
+    axis.margins(y=0.01)
     _clean(axis)
     return figure
 
@@ -137,29 +157,44 @@ def _scaling(series: dict[str, list[dict[str, Any]]]) -> Figure:
         "threads": ("ms, ResNet-50", 1e3, False),
     }
     chosen = [name for name in units if series.get(name)]
+    everything = [p for name in chosen for p in series[name]]
+    lines = dict(zip(dict.fromkeys(p["method"] for p in everything), cycle(LINES)))
     figure, axes = plt.subplots(1, len(chosen), figsize=(4.2 * len(chosen), 3.8), squeeze=False)
     for axis, name in zip(axes[0], chosen, strict=True):
         label, scale, per_unit = units[name]
         points = series[name]
-        for style, method in zip("-:", dict.fromkeys(p["method"] for p in points), strict=False):
+        for method, line in lines.items():
             own = [p for p in points if p["method"] == method]
-            for contestant in own[0]["seconds"]:
+            for contestant in own[0]["seconds"] if own else ():
                 y = [scale * p["seconds"][contestant] / (p["x"] if per_unit else 1) for p in own]
                 color = OURS if contestant == "pysmooth" else COLORS.get(contestant, "#999999")
-                axis.plot(
-                    [p["x"] for p in own],
-                    y,
-                    style,
-                    marker=".",
-                    color=color,
-                    label=f"{contestant}, {method}",
-                )
+                axis.plot([p["x"] for p in own], y, linestyle=line, marker=".", color=color)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel(name)
         axis.set_title(label, fontsize=9)
-        axis.legend(frameon=False, fontsize=6)
         _clean(axis)
+        # Threads come in powers of two, and minor ticks would be labelled over one another.
+        if name == "threads":
+            axis.set_xticks(sorted({p["x"] for p in points}), minor=False)
+            axis.set_xticks([], minor=True)
+            axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    keys = [
+        Line2D([], [], color=OURS if n == "pysmooth" else COLORS.get(n, "#999999"), label=n)
+        for n in dict.fromkeys(n for p in everything for n in p["seconds"])
+    ] + [
+        Line2D([], [], color="#888888", linestyle=line, label=method)
+        for method, line in lines.items()
+    ]
+    axes[0][0].legend(
+        handles=keys,
+        frameon=False,
+        fontsize=8,
+        ncols=6,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.08),
+    )
     return figure
 
 

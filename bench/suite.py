@@ -123,7 +123,9 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
         results["agreement"] = agreement.measure(options.methods, options.device, compiled)
         for name in options.memory_methods:
             progress(f"memory: {name}")
-            results["memory"] += memory.measure(name, options.memory_model, options.device)
+            results["memory"] += memory.measure(
+                name, options.memory_model, options.device, options.rivals
+            )
         results["scaling"] = scaling.measure(
             options.memory_methods,
             options.device,
