@@ -40,7 +40,7 @@ BATTERY := $(wildcard tests/test_battery_*.py)
 INTERPRETED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,triton triton_select triton_plus triton_graphs agc bad_input_optim grad_scaler))
 
 # The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
-EMULATED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip clip_grad bad_input_optim grad_scaler layouts \
+EMULATED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip clip_grad agc bad_input_optim grad_scaler layouts \
 	low_precision param_storage state_dict torch_integration))
 
 .PHONY: test

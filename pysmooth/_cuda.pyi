@@ -35,6 +35,7 @@ class Plan:
         names: list[str],
         first: list[bool],
         param_storage: list[int],
+        by_rows: list[bool],
         state_roots: list[Tensor],
         scope: int,
         policy: int,

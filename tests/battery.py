@@ -43,7 +43,7 @@ INTERPRETED = ("clip_sgd", "adam", "m_adagrad_norm", "clip21_sgd2m", "ef_sgd", "
 CUDA_LACKS_RULES = frozenset({"ef21_plus", "ef21_plus_m"})
 CUDA_LACKS = (
     *map(repr, sorted(CUDA_LACKS_RULES)),
-    *("clip='agc'", "absorb=True", "scope='block' of QSGD"),
+    *("absorb=True", "scope='block' of QSGD"),
 )
 TRITON_LACKS = ("absorb=True",)
 

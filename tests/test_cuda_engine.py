@@ -104,6 +104,8 @@ LAUNCHES: list[tuple[Any, Kwargs, int]] = [
     # put, reduce, prepare, apply
     (ClipSGD, {"max_norm": 1.0, "momentum": 0.9}, 4),
     (AdamW, {"max_norm": 1.0, "nonfinite": "skip"}, 4),
+    # norms of rows, and coefficients of these
+    (ClipSGD, {"clip": "agc", "momentum": 0.9}, 6),
     # no norm
     (ClipSGD, {"momentum": 0.9}, 3),
     # one pass more, with a prepare of its own
@@ -419,7 +421,7 @@ def for_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("for_cpu")
 def test_auto_goes_on_to_a_backend_that_has_the_kernels() -> None:
     assert ClipSGD(make_params(), 0.1).resolved_backend == "cuda"
-    assert ClipSGD(make_params(), 0.1, clip="agc").resolved_backend == "eager"
+    assert ClipSGD(make_params(), 0.1, clip="agc").resolved_backend == "cuda"
     top_k: Any = {"compressor": pysmooth.TopK(k=3), "backend": "auto"}
     assert pysmooth.EFSGD(make_params(), 0.1, **top_k).resolved_backend == "cuda"
     assert pysmooth.EFSGD(make_params(), 0.1, absorb=True, **top_k).resolved_backend == "eager"
@@ -429,7 +431,6 @@ def test_auto_goes_on_to_a_backend_that_has_the_kernels() -> None:
 @pytest.mark.parametrize(
     ("make", "kwargs", "what"),
     [
-        (ClipSGD, {"clip": "agc"}, "clip='agc'"),
         (pysmooth.EFSGD, {"compressor": pysmooth.TopK(k=3), "absorb": True}, "absorb=True"),
         (pysmooth.EF21Plus, {"compressor": pysmooth.TopK(k=3)}, "'ef21_plus'"),
         (pysmooth.EF21, {"compressor": pysmooth.QSGD(4, scope="block")}, "scope='block' of QSGD"),

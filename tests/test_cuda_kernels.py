@@ -145,7 +145,7 @@ def on_cpu(slots: Sequence[Slot], run: Run) -> Run:
         select=run.select if run.select[0] else None,
         low_states=low,
         param_storage=[slot.storage for slot in slots],
-        by_rows=[False] * len(slots),
+        by_rows=[slot.by_rows for slot in slots],
         sums=[None] * len(slots),
         absorbs=False,
     )
@@ -349,6 +349,103 @@ def test_nonfinite_gradients(norm_type: float, bad: float) -> None:
         assert run.nonfinite
         assert run.nonfinite_tensors == [False, True, False]
         assert run.skipped == (policy == 1)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+AGC = (5, 0.3, 1e-3, 0.0, 0.0, -1.0, False)
+# Many rows in a chunk, and in several; rows of several runs, and of several chunks; one row.
+ROWS = [(700, 1), (33, 9), (2, 3, 5), (5, 8195), (3, 11, 3001), (2, 40000), (70001,), (1, 9), ()]
+
+
+def by_rows(slots: Sequence[Slot]) -> list[Slot]:
+    for slot in slots:
+        slot.by_rows = True
+        assert slot.grad is not None
+        if slot.grad.dim() > 1 and slot.grad.numel() > 0:
+            slot.grad[0] *= 1e-4  # nothing to clip
+            slot.grad[-1] = 0.0
+    return list(slots)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: str(d).replace("torch.", ""))
+def test_clips_by_rows(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    slots = by_rows([make_slot("sgd_momentum", shape, dtypes) for shape in (*ROWS, (0, 4), (4, 0))])
+    assert_same(slots, run_of("sgd_momentum", clip=AGC, order=2, resident=2))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_with_a_clip_by_rows(rule: str) -> None:
+    if not INFO[rule].reads_grad:
+        pytest.skip("reads no gradient of its own")
+    shapes = [(5, 33), (40, 3, 2), (77,), (3, 1500)]
+    slots = [make_slot(rule, shape, dtypes) for shape in shapes for dtypes in DTYPES[::4]]
+    slots += [make_slot(rule, shape, lay=transposed) for shape in shapes[:2]]
+    assert_same(by_rows(slots), run_of(rule, clip=AGC), steps=2)
+
+
+@pytest.mark.parametrize("lay", [transposed, with_gaps])
+def test_rows_of_strided_operands(lay: Callable[[Tensor, int], Tensor]) -> None:
+    for dtypes in [(F32, F32), (BF16, F32), (F64, F64), (F32, BF16)]:
+        slots = [make_slot("adam", s, dtypes, lay=lay) for s in [(3, 5, 7), (2, 6007), (9, 5, 33)]]
+        assert_same(by_rows(slots), run_of("adam", clip=AGC, order=1))
+
+
+@pytest.mark.parametrize("misplaced", [1, 2, 3, 5])
+def test_rows_off_their_16_byte_boundaries(misplaced: int) -> None:
+    for dtypes in [(F32, F32), (BF16, F32), (F64, F64)]:
+        off = [misplaced * x.itemsize for x in dtypes] + [0] * 4
+        slots = [make_slot("sgd", s, dtypes, misplaced=off) for s in [(9, 67), (3, 9001), (50,)]]
+        assert_same(by_rows(slots), run_of("sgd", clip=AGC))
+
+
+@pytest.mark.parametrize("storage", [1, 2, 3], ids=["master", "kahan", "stochastic"])
+def test_rows_of_16_bit_parameters(storage: int) -> None:
+    """They are compared with the rows of the parameter, not with those of its master."""
+    slots = [make_slot("adam", s, (BF16, F32), storage=storage, low=True) for s in [(5, 9), (3,)]]
+    assert_same(by_rows(slots), run_of("adam", clip=AGC), steps=2)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+@pytest.mark.parametrize("scope", [0, 1, 2])
+def test_norms_beside_rows(norm_type: float, scope: int) -> None:
+    """Tensors of one group are clipped by rows, those of the other by their norm."""
+    slots = by_rows([make_slot("sgd_momentum", s) for s in [(5, 8195), (3,), (2, 40000)]])
+    slots += [make_slot("sgd_momentum", s, group=1) for s in [(9000,), (7, 3)]]
+    slots[1].grad = None
+    run = Run(hypers=[hyper_of("sgd_momentum")] * 2, clips=[AGC, HARD])
+    run.scope, run.norm_type = scope, norm_type
+    assert_same(slots, run)
+
+
+def test_rows_of_a_norm_that_accumulates() -> None:
+    rule = "norm_accumulator_momentum"
+    slots = by_rows([make_slot(rule, s) for s in [(5, 8195), (9, 31), (70001,)]])
+    for scope in (0, 2):
+        assert_same(slots, run_of(rule, clip=AGC, scope=scope), steps=2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("policy", [0, 1, 3])
+def test_a_row_that_is_not_finite(bad: float, policy: int) -> None:
+    slots = by_rows([make_slot("sgd", s) for s in [(5, 9000), (3, 7)]])
+    assert slots[0].grad is not None
+    slots[0].grad[2, 8999] = bad
+    run = run_of("sgd", clip=AGC, policy=policy)
+    assert_same(slots, run)
+    assert run.nonfinite_tensors == [True, False]
+
+
+def test_no_race_among_rows() -> None:
+    slots = by_rows([make_slot("sgd", s) for s in [(130, 3), (2, 40000), (3, 9000)]])
+    for order in (0, 1, 2):
+        assert_same(slots, run_of("sgd", clip=AGC, order=order, resident=3, races=True))
+
+
+def test_a_plan_knows_what_is_clipped_by_rows() -> None:
+    slot = make_slot("sgd", (3, 4))
+    assert "by rows" in step([slot], run_of("sgd", clip=AGC))
+    assert "by rows" in step(by_rows([slot]), run_of("sgd"))
 
 
 # ---- finalize and prepare ------------------------------------------------------------------------

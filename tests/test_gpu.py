@@ -329,7 +329,8 @@ def test_skipped_and_raised() -> None:
 
 def test_auto_takes_it_and_goes_on_where_it_has_no_kernel() -> None:
     assert ClipSGD(moved(make_params()), 0.1).resolved_backend == "cuda"
-    assert ClipSGD(moved(make_params()), 0.1, clip="agc").resolved_backend != "cuda"
+    top_k: Any = {"compressor": pysmooth.TopK(k=3), "absorb": True}
+    assert pysmooth.EFSGD(moved(make_params()), 0.1, **top_k).resolved_backend == "eager"
 
 
 def test_resuming_continues_to_the_bit() -> None:

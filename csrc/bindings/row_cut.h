@@ -1,11 +1,10 @@
-// How a parameter and its gradient are cut into rows: those of the first dimension. A vector, or a
-// number, is one row.
+// How a parameter and its gradient are cut into rows.
 #pragma once
 
 #include <vector>
 
 #include "bindings/tensor_reader.h"
-#include "cpu/rows.h"
+#include "core/rows.h"
 
 namespace pysmooth {
 

@@ -9,22 +9,12 @@
 #include <vector>
 
 #include "core/chunks.h"
+#include "core/rows.h"
 #include "cpu/kernels.h"
 
 namespace pysmooth {
 
 struct Pipeline;
-
-// How a tensor that is clipped by rows lies in memory. A vector or a number is one row.
-struct RowShape {
-  int64_t rows = 1;
-  int64_t length = 0;           // elements of a row
-  int64_t run = 1;              // so many in a row, in the order that apply walks in
-  const void* param = nullptr;  // what the gradient's rows are compared with
-  DType param_dtype = DType::f32;
-  const Layout* param_layout = nullptr;  // row after row; null: linear
-  const Layout* grad_layout = nullptr;
-};
 
 struct Rows {
   std::vector<size_t> parts_at;     // per chunk: where the sums of its rows begin

@@ -34,6 +34,7 @@ struct Span {
   static constexpr int kAll = kOperands + (kPairs ? 1 : 0);
 
   char* base[kAll];
+  const View& plan;
   const Entry& entry;
   const Layout* layout;
   int64_t begin = 0, length = 0;
@@ -41,8 +42,10 @@ struct Span {
   int end_row = 0;       // the same for all teams of a warp
   bool vectors = false;  // groups lie on 16-byte boundaries in every operand
 
-  PYSMOOTH_DEVICE Span(const View& plan, int t, unsigned touched)
-      : entry(plan.entries[t]), layout(entry.layout < 0 ? nullptr : plan.layouts + entry.layout) {
+  PYSMOOTH_DEVICE Span(const View& plan_, int t, unsigned touched)
+      : plan(plan_),
+        entry(plan.entries[t]),
+        layout(entry.layout < 0 ? nullptr : plan.layouts + entry.layout) {
     auto* const grad = static_cast<char*>(const_cast<void*>(plan.grads[t]));
     if (companion()) touched |= 1u << kCompanion;
     PYSMOOTH_UNROLL
@@ -87,11 +90,45 @@ struct Span {
   PYSMOOTH_DEVICE ParamStorage storage() const {
     return kPairs ? static_cast<ParamStorage>(entry.storage) : ParamStorage::plain;
   }
+  PYSMOOTH_DEVICE bool by_rows() const { return entry.cut >= 0; }
   PYSMOOTH_DEVICE bool companion() const { return has_companion(storage()); }
   PYSMOOTH_DEVICE int size_of(int k) const { return itemsize(dtype(k)); }
   PYSMOOTH_DEVICE static int64_t clamped(int64_t left, int64_t most) {
     return left < 0 ? 0 : left < most ? left : most;
   }
+};
+
+// What neighbouring elements are multiplied by where a gradient is clipped by rows, one after the
+// other.
+template <class C>
+class RowFactors {
+ public:
+  // From the element at `index` on, in the order that the tensor is walked in.
+  template <class Rule, class A>
+  PYSMOOTH_DEVICE void begin(const Span<Rule, A>& span, int64_t index) {
+    const RowCut& cut = span.plan.cuts[span.entry.cut];
+    const int64_t runs = index / cut.run;
+    at_ = first(span.plan, cut) + runs % cut.rows;
+    left_ = cut.run - (index - runs * cut.run);
+  }
+  template <class Rule, class A>
+  PYSMOOTH_DEVICE C next(const Span<Rule, A>& span) {
+    const C out = *at_;
+    if (--left_ == 0) {
+      const RowCut& cut = span.plan.cuts[span.entry.cut];
+      const C* const begin = first(span.plan, cut);
+      at_ = at_ + 1 == begin + cut.rows ? begin : at_ + 1;
+      left_ = cut.run;
+    }
+    return out;
+  }
+
+ private:
+  PYSMOOTH_DEVICE static const C* first(const View& plan, const RowCut& cut) {
+    return reinterpret_cast<const C*>(plan.row_coefs + cut.first_coef);
+  }
+  const C* at_ = nullptr;
+  int64_t left_ = 0;
 };
 
 // ---- 16-byte words
@@ -202,6 +239,7 @@ struct Port {
   static constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   static constexpr unsigned kTouched = kUse.reads | kUse.writes;
   static constexpr bool kDraws = Use::kStreams.draws;
+  static constexpr int kClipped = Rule::kReadsGrad ? 1 : 0;  // what rows' factors are for
 
   PYSMOOTH_DEVICE static C& part(Element& x, int k) {
     return k == 0 ? x.param : k == 1 ? x.grad : x.state[k < 2 ? 0 : k - 2];
@@ -247,8 +285,7 @@ struct Port {
         raw[k] = take_words<A>(span.base[k] + (span.begin + at) * size, A::kGroup * size / 4);
       }
   }
-  PYSMOOTH_DEVICE Element element(const Where& span, const GradientIn<C>& take, int j,
-                                  bool reads_param) const {
+  PYSMOOTH_DEVICE Element element(const Where& span, int j, bool reads_param) const {
     Element x{};
     PYSMOOTH_UNROLL
     for (int k = 0; k < kOperands; ++k)
@@ -256,7 +293,6 @@ struct Port {
     if constexpr (Where::kPairs)
       if (reads(span, kCompanion, reads_param))
         x.param += number(raw[kCompanion], span.dtype(kCompanion), j);
-    if (has(kUse.reads, 1)) x.grad = take(x.grad);
     return x;
   }
   PYSMOOTH_DEVICE void put(const Where& span, Element& x, int j, int64_t index, NoiseKey key) {
@@ -298,6 +334,11 @@ struct Port {
         x.param += value;
       else
         part(x, k) = value;
+    }
+    if (has(kUse.reads, kClipped) && span.by_rows()) {
+      RowFactors<C> rows;
+      rows.begin(span, index);
+      part(x, kClipped) *= rows.next(span);
     }
     if (has(kUse.reads, 1)) x.grad = take(x.grad);
     return x;
@@ -347,6 +388,33 @@ constexpr int turns_of(unsigned read) {
   return turns >= 4 ? 4 : turns >= 2 ? 2 : 1;
 }
 
+// kTurns groups of the thread, whole and on 16-byte boundaries.
+template <int kTurns, bool kByRows, class P, class Body>
+PYSMOOTH_DEVICE void take_groups(const typename P::Where& span,
+                                 const GradientIn<typename P::C>& take,
+                                 Drawer<typename P::C>* drawer, NoiseKey key, bool reads_param,
+                                 int row, int64_t at, Body body) {
+  P port[kTurns];
+  PYSMOOTH_UNROLL
+  for (int u = 0; u < kTurns; ++u) port[u].load(span, at + u * kRow, reads_param);
+  PYSMOOTH_UNROLL
+  for (int u = 0; u < kTurns; ++u) {
+    RowFactors<typename P::C> factors;
+    if (kByRows) factors.begin(span, span.begin + at + u * kRow);
+    PYSMOOTH_UNROLL
+    for (int j = 0; j < P::kGroup; ++j) {
+      const int64_t index = span.begin + at + u * kRow + j;
+      auto x = port[u].element(span, j, reads_param);
+      if (kByRows) P::part(x, P::kClipped) *= factors.next(span);
+      if (has(P::kUse.reads, 1)) x.grad = take(x.grad);
+      if constexpr (P::kDraws) x.drawn = (*drawer)(index);
+      body(x, row + u, j, true, index);
+      port[u].put(span, x, j, index, key);
+    }
+    port[u].store(span, at + u * kRow);
+  }
+}
+
 // Takes every element of the warp's item through body(x, row, j, there, index): element j of the
 // thread's group in a row. What body makes of x is stored. All lanes of the warp come to every
 // (row, j) together; for those that have no element there `there` is false.
@@ -354,27 +422,20 @@ template <class P, class Body>
 PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typename P::C>& take,
                           Drawer<typename P::C> drawer, NoiseKey key, bool reads_param, Body body) {
   constexpr int kGroup = P::kGroup, kTurns = turns_of<typename P::Access>(P::kUse.reads);
+  // One turn at a time: factors would take registers from all others.
+  const bool by_rows = has(P::kUse.reads, P::kClipped) && span.by_rows();
+  const int turns = by_rows ? 1 : kTurns;
   const int first = span.head + kGroup * Team<kGroup>().member;  // in a row
   int row = span.head > 0 ? -1 : 0;
   while (row < span.end_row) {
     const int64_t at = int64_t{row} * kRow + first;
-    const bool whole = span.vectors && at >= 0 && at + (kTurns - 1) * kRow + kGroup <= span.length;
+    const bool whole = span.vectors && at >= 0 && at + (turns - 1) * kRow + kGroup <= span.length;
     if (__all_sync(kEveryLane, whole)) {
-      P port[kTurns];
-      PYSMOOTH_UNROLL
-      for (int u = 0; u < kTurns; ++u) port[u].load(span, at + u * kRow, reads_param);
-      PYSMOOTH_UNROLL
-      for (int u = 0; u < kTurns; ++u) {
-        PYSMOOTH_UNROLL
-        for (int j = 0; j < kGroup; ++j) {
-          auto x = port[u].element(span, take, j, reads_param);
-          if constexpr (P::kDraws) x.drawn = drawer(span.begin + at + u * kRow + j);
-          body(x, row + u, j, true, span.begin + at + u * kRow + j);
-          port[u].put(span, x, j, span.begin + at + u * kRow + j, key);
-        }
-        port[u].store(span, at + u * kRow);
-      }
-      row += kTurns;
+      if (by_rows)
+        take_groups<1, true, P>(span, take, &drawer, key, reads_param, row, at, body);
+      else
+        take_groups<kTurns, false, P>(span, take, &drawer, key, reads_param, row, at, body);
+      row += turns;
       continue;
     }
     PYSMOOTH_ROLLED

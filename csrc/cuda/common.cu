@@ -4,6 +4,7 @@
 #include "cuda/prepare.cuh"
 #include "cuda/put.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/rows.cuh"
 #include "cuda/units.cuh"
 
 namespace pysmooth::cuda {
@@ -20,6 +21,8 @@ void fill_common(KernelTable* table) {
   fill_reduce<Reduction::min_abs>(table);
   fill_reduce<Reduction::count_nonzero>(table);
   fill_reduce<Reduction::sum_power>(table);
+  table->row_sums = generic::row_sums;
+  table->row_coefs = generic::row_coefs;
   table->prepare = generic::prepare;
   table->begin_select = generic::begin_select;
   table->set_filter = generic::set_filter;

@@ -37,6 +37,7 @@ using cuda::kThreads;
 using cuda::kWarp;
 using cuda::kWarps;
 using cuda::Prepared;
+using cuda::RowCut;
 using cuda::StepInput;
 using cuda::View;
 using cuda::Work;

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "core/chunks.h"
 #include "cuda/kernels.h"
 
 namespace pysmooth::cuda {
@@ -55,6 +56,13 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     };
     layout_of_.push_back(number(tensor.layout));
     grad_layout_of_.push_back(number(tensor.grad_layout));
+    row_cut_of_.push_back(-1);
+    if (tensor.rows != nullptr && tensor.numel > 0) {
+      row_cut_of_.back() = static_cast<int32_t>(row_cuts_.size());
+      RowCut& cut = row_cuts_.emplace_back();
+      cut.param_layout = number(tensor.rows->param_layout);
+      cut.grad_layout = number(tensor.rows->grad_layout);
+    }
     const Access access = access_of(tensor);
     auto found = std::find_if(classes_.begin(), classes_.end(), [&](const Class& c) {
       return c.rule == tensor.rule && c.access == access;
@@ -64,6 +72,34 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     class_of_.push_back(static_cast<int32_t>(found - classes_.begin()));
   }
   cut();
+}
+
+// Room for a sum per run of a row's part in a chunk, and for a coefficient per row.
+void DevicePlan::cut_rows() {
+  std::vector<int> tensors;
+  for (size_t t = 0; t < tensors_.size(); ++t) {
+    if (row_cut_of_[t] < 0) continue;
+    const Tensor& tensor = tensors_[t];
+    const RowShape& shape = *tensor.rows;
+    RowCut& cut = row_cuts_[static_cast<size_t>(row_cut_of_[t])];
+    tensors.push_back(static_cast<int>(t));
+    cut.param = shape.param;
+    cut.param_dtype = static_cast<uint8_t>(shape.param_dtype);
+    cut.rows = shape.rows;
+    cut.length = shape.length;
+    cut.run = shape.run;
+    cut.runs =
+        static_cast<int32_t>((std::min(shape.length, kChunk) + kFoldElements - 1) / kFoldElements);
+    cut.first_sum = row_sums_;
+    cut.first_chunk = row_chunks_;
+    cut.first_coef = row_coef_bytes_;
+    const int64_t chunks = (tensor.numel + kChunk - 1) / kChunk;
+    row_sums_ += (shape.rows + chunks) * cut.runs;
+    row_chunks_ += chunks;
+    row_coef_bytes_ += shape.rows * (tensor.param_dtype == DType::f64 ? 8 : 4);
+    row_coef_bytes_ = (row_coef_bytes_ + 7) / 8 * 8;
+  }
+  rows_ = list(tensors, kChunk);
 }
 
 // Units of the selection. Room for candidates: twice as many as are wanted, and some per cent.
@@ -156,7 +192,8 @@ void DevicePlan::cut() {
   std::vector<int> all;
   int64_t partials = 0;
   for (size_t t = 0; t < n; ++t) {
-    all.push_back(static_cast<int>(t));
+    // Rows' sums make up the Euclidean norm, too.
+    if (row_cut_of_[t] < 0 || settings_.norm_type != 2.0) all.push_back(static_cast<int>(t));
     partial_first_.push_back(partials);
     partials += (tensors_[t].numel + kPassElements - 1) / kPassElements;
   }
@@ -189,6 +226,7 @@ void DevicePlan::cut() {
                                                                        : kSelectPiece);
     cuts_.push_back(out);
   }
+  cut_rows();
   cut_units();
   if (settings_.select.kind == Selector::top_k && settings_.select.scope != SelectScope::block)
     list_sample();
@@ -202,6 +240,7 @@ void DevicePlan::cut() {
   at_.status = place(sizeof(Status));
   at_.arrived = place((n + 1) * sizeof(uint32_t));
   at_.nonfinite = place(3 * n * sizeof(uint32_t));
+  at_.cuts = place(row_cuts_.size() * sizeof(RowCut));
   at_.units = place(units_.size() * sizeof(Unit));
   at_.unit_arrived = place(units_.size() * sizeof(uint32_t));
   at_.image = bytes_;
@@ -214,6 +253,15 @@ void DevicePlan::cut() {
   at_.scalars = place(n * sizeof(Scalars));
   at_.prepared = place(n * sizeof(Prepared));
   at_.signs = place(static_cast<size_t>(sign_words_) * sizeof(uint32_t));
+  const auto doubles = [this](int64_t count) {
+    return place(static_cast<size_t>(count) * sizeof(double));
+  };
+  const int64_t stats = row_chunks_ + static_cast<int64_t>(row_cuts_.size());
+  at_.row_sums = doubles(2 * row_sums_);
+  at_.row_coefs = place(static_cast<size_t>(row_coef_bytes_));
+  at_.row_total = doubles(stats);
+  at_.row_clipped = doubles(stats);
+  at_.row_least = doubles(stats);
   at_.samples = place(static_cast<size_t>(sample_lines_) * kSampleLine * sizeof(uint64_t));
   at_.histogram = place(units_.size() * kDigits * sizeof(uint64_t));
   at_.candidates = place(static_cast<size_t>(candidates_) * sizeof(Candidate));
@@ -255,6 +303,7 @@ Entry DevicePlan::entry(size_t t) const {
   out.group = tensor.group;
   out.layout = layout_of_[t];
   out.grad_layout = grad_layout_of_[t];
+  out.cut = row_cut_of_[t];
   out.unit = unit_of_[t];
   out.select_first = select_first_[t];
   out.kernels = class_of_[t];
@@ -277,6 +326,7 @@ std::vector<char> DevicePlan::image() const {
   write(&out, at_.partial_first, partial_first_);
   write(&out, at_.items, items_);
   write(&out, at_.started, started);
+  write(&out, at_.cuts, row_cuts_);
   write(&out, at_.units, units_);
   return out;
 }
@@ -288,9 +338,9 @@ size_t DevicePlan::input_bytes() const {
 
 std::vector<char> DevicePlan::inputs(const void* const* grads, const GroupInput* groups,
                                      const StepInput& step) const {
-  for (int g = 0; g < groups_; ++g)
-    if (groups[g].clip.mode == ClipMode::agc)
-      throw std::invalid_argument("clipping by rows has no CUDA kernel");
+  for (const Tensor& tensor : tensors_)
+    if ((tensor.rows != nullptr) != (groups[tensor.group].clip.mode == ClipMode::agc))
+      throw std::invalid_argument("the plan does not say which tensors are clipped by rows");
   std::vector<char> out(input_bytes());
   char* at = out.data();
   const auto append = [&at](const void* from, size_t bytes) {
@@ -343,6 +393,14 @@ View DevicePlan::view(void* device, const void* inputs, const GroupInput* groups
   at(at_.prepared, &v.prepared);
   at(at_.signs, &v.signs);
   at(at_.status, &v.status);
+  at(at_.cuts, &v.cuts);
+  at(at_.row_sums, &v.row_sums);
+  at(at_.row_coefs, &v.row_coefs);
+  at(at_.row_total, &v.row_total);
+  at(at_.row_clipped, &v.row_clipped);
+  at(at_.row_least, &v.row_least);
+  v.row_sum_count = row_sums_;
+  v.row_chunks = row_chunks_;
   at(at_.units, &v.units);
   at(at_.unit_arrived, &v.unit_arrived);
   at(at_.samples, &v.samples);
@@ -403,6 +461,10 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
   const bool by_blocks = spec.scope == SelectScope::block && spec.kind == Selector::top_k;
   const bool filters = selects && spec.kind == Selector::top_k && !by_blocks;
 
+  if (rows_.count > 0 && part != Part::rest) {
+    add(table.row_sums, rows_, 0, 0);
+    add(table.row_coefs, rows_, 0, 0);
+  }
   if (reduces(groups) && part != Part::rest)
     add(table.reduce[static_cast<int>(reduction_of(settings_.norm_type))], reduce_, 0, 0);
   if (part == Part::norms) return out;

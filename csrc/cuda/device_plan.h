@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/param_storage.h"
+#include "core/rows.h"
 #include "cuda/plan.h"
 
 namespace pysmooth::cuda {
@@ -33,6 +34,7 @@ struct Tensor {
   double* scale = nullptr;
   const Layout* layout = nullptr;       // of parameter, gradient, states together; null: linear
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
+  const RowShape* rows = nullptr;       // null: not clipped by rows
   bool first = false;                   // no step was applied yet
 };
 
@@ -64,7 +66,8 @@ class DevicePlan {
   size_t bytes() const { return bytes_; }
   std::vector<char> image() const;  // what device memory begins with
 
-  // Throws std::invalid_argument for a clip that has no kernel here: that by rows.
+  // Throws std::invalid_argument where tensors were to be clipped by rows and are not, or the other
+  // way round.
   size_t input_bytes() const;
   std::vector<char> inputs(const void* const* grads, const GroupInput* groups,
                            const StepInput& step) const;
@@ -99,6 +102,7 @@ class DevicePlan {
   template <class Elements>
   Listed list_each(const std::vector<int>& tensors, Elements elements);
   void cut();
+  void cut_rows();
   void cut_units();
   void list_sample();
   size_t place(size_t bytes);
@@ -115,7 +119,10 @@ class DevicePlan {
   std::vector<Layout> layouts_;
   std::vector<int32_t> layout_of_, grad_layout_of_;
   std::vector<int64_t> partial_first_;
-  Listed reduce_{};
+  Listed reduce_{}, rows_{};
+  std::vector<RowCut> row_cuts_;
+  std::vector<int32_t> row_cut_of_;  // per tensor; -1: none
+  int64_t row_sums_ = 0, row_chunks_ = 0, row_coef_bytes_ = 0;
   struct Cut {
     Listed source, apply, sample, select;
     int sample_first;  // line
@@ -133,9 +140,10 @@ class DevicePlan {
   size_t bytes_ = 0;
   struct {
     size_t entries, layouts, group_first, partial_first, items, started, status, arrived, nonfinite;
-    size_t units, unit_arrived;
+    size_t cuts, units, unit_arrived;
     size_t image;  // the image ends here; what follows needs no first value
     size_t partial, value, norms, coefs, norm_sq, unit_sum, scalars, prepared, signs;
+    size_t row_sums, row_coefs, row_total, row_clipped, row_least;
     size_t samples, histogram, candidates;
   } at_{};
 };

@@ -143,6 +143,8 @@ PYSMOOTH_DEVICE void accumulate_norms(const View& plan, double unscale) {
   each_unit(
       plan, units, 0.0, [&](int t) { return keeps(t) && is_active(plan, t); },
       [&](int t) {
+        if (plan.entries[t].cut >= 0)
+          return plan.row_clipped[plan.row_chunks + plan.entries[t].cut];
         const double coef = plan.coefs[t] * unscale;
         return coef * coef * plan.value[t];
       },
@@ -202,10 +204,13 @@ __device__ void finalize(const View& plan) {
         if constexpr (kind == Reduction::sum_power) total = std::pow(total, 1.0 / plan.norm_type);
         plan.norms[u] = kind == Reduction::count_nonzero ? total : total * unscale;
       });
-  for (int t = static_cast<int>(threadIdx.x); t < plan.tensors; t += kThreads)
-    plan.coefs[t] = is_active(plan, t) ? clip_coefficient(plan.inputs[plan.entries[t].group].clip,
-                                                          plan.norms[units.of(plan, t)])
-                                       : 1.0;
+  for (int t = static_cast<int>(threadIdx.x); t < plan.tensors; t += kThreads) {
+    const Entry& e = plan.entries[t];
+    plan.coefs[t] =
+        !is_active(plan, t) ? 1.0
+        : e.cut >= 0 ? plan.row_least[plan.row_chunks + e.cut]
+                     : clip_coefficient(plan.inputs[e.group].clip, plan.norms[units.of(plan, t)]);
+  }
   if (threadIdx.x == 0) plan.status->nonfinite = nonfinite;
   __syncthreads();
   if (plan.accumulates) accumulate_norms(plan, unscale);

@@ -23,6 +23,7 @@ using PutKernel = void (*)(uint64_t* at, int words, Payload<kWords> payload);
 
 struct KernelTable {
   Kernel reduce[kReductions];
+  Kernel row_sums, row_coefs;
   Kernel prepare;
   Kernel source[kRules][kMaxStages][kAccesses];
   Kernel apply[kRules][kAccesses];

@@ -34,11 +34,24 @@ struct Entry {
   int64_t select_first;  // where its elements begin in its selection's unit
   int32_t rule, group;
   int32_t layout, grad_layout;  // into View::layouts; -1: linear
+  int32_t cut;                  // into View::cuts; -1: not clipped by rows
   int32_t unit;                 // of the selection; -1: nothing is selected here
   int32_t kernels;              // tensors with the same number share their kernels
   uint8_t dtype[kMaxOperands];
   uint8_t stochastic;  // operands that are rounded stochastically, as bits
   uint8_t storage;     // ParamStorage; a companion comes after the rule's operands
+};
+
+// A tensor whose gradient is clipped by rows (core/rows.h, rows.cuh).
+struct RowCut {
+  const void* param;
+  int64_t rows, length, run;
+  int64_t first_sum;                  // into row_sums
+  int64_t first_chunk;                // into what is kept per chunk
+  int64_t first_coef;                 // into row_coefs, in bytes
+  int32_t runs;                       // of 8,192 elements, of a row's part in a chunk
+  int32_t param_layout, grad_layout;  // row after row; -1: linear
+  uint8_t param_dtype;
 };
 
 // One group's numbers in one step.
@@ -138,6 +151,14 @@ struct View {
   uint64_t* histogram;  // per unit
   Candidate* candidates;
   SelectSpec select;
+  const RowCut* cuts;
+  double* row_sums;  // of the parameters' rows, then of the gradients'
+  char* row_coefs;   // in the rule's arithmetic, times what unscales
+  // Per chunk, of all its elements or of the rows that begin in it; then per cut.
+  double* row_total;    // sum of squares before the clip
+  double* row_clipped;  // and after
+  double* row_least;    // coefficient
+  int64_t row_sum_count, row_chunks;
   Status* status;
   double norm_type;
   int32_t tensors, groups;

@@ -20,7 +20,8 @@ PYSMOOTH_DEVICE void begin_tensor(const View& plan, int t, const double* hyper) 
   const Entry& e = plan.entries[t];
   const GroupInput& group = plan.inputs[e.group];
   Scalars s;
-  const double coef = (plan.reduces ? plan.coefs[t] : 1.0) * unscale_of(plan);
+  // Where rows are clipped, their coefficients hold everything (rows.cuh).
+  const double coef = e.cut >= 0 ? 1.0 : (plan.reduces ? plan.coefs[t] : 1.0) * unscale_of(plan);
   s.grad_coef = group.maximize != 0 ? -coef : coef;
   s.clip_value = group.clip_value;
   s.first = plan.started[t] == 0;
@@ -38,7 +39,7 @@ PYSMOOTH_DEVICE void begin_tensor(const View& plan, int t, const double* hyper) 
     *e.steps += 1.0f;
   }
   if (e.stochastic != 0) out.noise = NoiseKey(out.step, static_cast<uint32_t>(t));
-  out.unit_coef = s.grad_coef == 1.0;
+  out.unit_coef = (e.cut >= 0 ? plan.coefs[t] : s.grad_coef) == 1.0;
   plan.started[t] = 1;
   plan.scalars[t] = s;
 }

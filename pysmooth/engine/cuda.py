@@ -179,6 +179,7 @@ class CudaEngine(DeviceEngine):
                 names=[m.label for m in members],
                 first=[m.begins for m in members],
                 param_storage=[int(m.recipe.param_storage) for m in members],
+                by_rows=[m.recipe.clip.mode == ClipMode.AGC for m in members],
                 state_roots=version_roots([t for m in members for t in m.held.values()]),
                 scope=int(optimizer.scope),
                 policy=int(optimizer.policy),
@@ -229,8 +230,6 @@ def lacks(recipe: Recipe, rules: Container[str]) -> str | None:
     """What the recipe asks for and this backend has no kernel for, in words; None: nothing."""
     if recipe.rule not in rules:
         return repr(recipe.rule)
-    if recipe.clip.mode == ClipMode.AGC:
-        return "clip='agc'"
     if recipe.scales_blocks:
         return "scope='block' of QSGD"
     return None
@@ -266,6 +265,6 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
     """What a plan is built for, apart from tensors."""
-    forms = ((r.rule, r.low_states, r.param_storage) for r in recipes)
+    forms = ((r.rule, r.low_states, r.param_storage, r.clip.mode == ClipMode.AGC) for r in recipes)
     settings = (optimizer.scope, optimizer.policy, optimizer.norm_type)
     return (len(optimizer.state), settings, *forms)

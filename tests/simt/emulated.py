@@ -56,6 +56,7 @@ class _Parameter(ctypes.Structure):
         ("first", ctypes.c_int32),
         ("ndim", ctypes.c_int32),
         ("storage", ctypes.c_int32),
+        ("by_rows", ctypes.c_int32),
         ("shape", ctypes.c_int64 * 8),
         ("operand", _Operand * MAX_OPERANDS),
         ("steps", ctypes.c_void_p),
@@ -112,7 +113,10 @@ def kernels() -> ctypes.CDLL:
     cuda = ROOT / "csrc" / "cuda"
     sources = [(str(cuda / "rules.cu"), [f"-DPYSMOOTH_PART={i}"]) for i in range(PARTS)]
     sources += [(str(cuda / "common.cu"), [])]
-    plain = [(str(HERE / name), []) for name in ("harness.cpp", "runtime.cpp")]
+    plain = [
+        (str(HERE / "harness.cpp"), [*BINDING_FLAGS, "-fvisibility=default"]),
+        (str(HERE / "runtime.cpp"), []),
+    ]
     plain += [(str(cuda / name), []) for name in ("device_plan.cpp", "launch.cu")]
     bindings = ROOT / "csrc" / "bindings"
     bound = [*sorted(bindings.glob("cuda/*.cpp"))]
@@ -201,6 +205,7 @@ class Slot:
     first: bool = True
     storage: int = 0  # of the parameter; a companion comes after the rule's states
     misplaced: Sequence[int] = (0,) * MAX_OPERANDS  # bytes from a 16-byte boundary, per operand
+    by_rows: bool = False  # as its gradient is clipped
 
 
 @dataclass
@@ -268,7 +273,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         shaped = slot.param if slot.param is not None else slot.grad
         assert shaped is not None
         p.rule, p.group, p.first = numbers[slot.rule], slot.group, int(slot.first)
-        p.storage = slot.storage
+        p.storage, p.by_rows = slot.storage, int(slot.by_rows)
         p.ndim = shaped.ndim
         p.shape[: shaped.ndim] = shaped.shape
         for k, x in enumerate((slot.param, slot.grad, *slot.states)):

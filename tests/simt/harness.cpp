@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/row_cut.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "simt.h"
@@ -35,7 +36,7 @@ struct Operand {
 };
 
 struct Parameter {
-  int32_t rule, group, first, ndim, storage;
+  int32_t rule, group, first, ndim, storage, by_rows;
   int64_t shape[8];
   Operand operand[kMaxOperands];  // parameter, gradient, states
   float* steps;
@@ -99,8 +100,18 @@ class Device {
   std::deque<Mirror> all_;
 };
 
+RealView view_of(const Parameter& p, int operand) {
+  const Operand& x = p.operand[operand];
+  RealView out;
+  out.dtype = static_cast<DType>(x.dtype);
+  out.shape.assign(p.shape, p.shape + p.ndim);
+  out.strides.assign(x.stride, x.stride + p.ndim);
+  for (const int64_t size : out.shape) out.numel *= size;
+  return out;
+}
+
 Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
-                const void** grad) {
+                std::deque<pysmooth::RowCut>* rows, const void** grad) {
   Tensor out;
   out.rule = p.rule;
   out.group = p.group;
@@ -132,6 +143,12 @@ Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
   };
   out.layout = merged(strides);
   out.grad_layout = merged({strides[1]});
+  if (p.by_rows != 0) {
+    pysmooth::RowCut& cut = rows->emplace_back();
+    cut.of_param(view_of(p, 0), p.ndim, at[0], "parameter");
+    cut.of_grad(view_of(p, 1), strides, "gradient");
+    out.rows = &cut.shape;
+  }
   out.steps = reinterpret_cast<float*>(device->mirror(p.steps, sizeof(float)));
   out.norm_sq = reinterpret_cast<double*>(device->mirror(p.norm_sq, sizeof(double)));
   out.scale = reinterpret_cast<double*>(device->mirror(p.scale, sizeof(double)));
@@ -165,10 +182,12 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
                      config->races != 0};
   Device device;
   std::deque<Layout> layouts;
+  std::deque<pysmooth::RowCut> rows;
   std::vector<Tensor> tensors;
   std::vector<const void*> grads(static_cast<size_t>(count));
   for (int t = 0; t < count; ++t)
-    tensors.push_back(describe(parameters[t], &device, &layouts, &grads[static_cast<size_t>(t)]));
+    tensors.push_back(
+        describe(parameters[t], &device, &layouts, &rows, &grads[static_cast<size_t>(t)]));
   for (int g = 0; g < config->groups; ++g)
     for (int i = 0; i < kMaxHyper; ++i) {
       const size_t size = (groups[g].hyper_is_double >> i & 1u) != 0 ? 8 : 4;

@@ -52,15 +52,16 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("rules", &rules);
   m.def("missing", &missing);
   py::class_<StepPlan>(m, "Plan")
-      .def(
-          py::init<const py::list&, const py::list&, const py::list&, const py::list&,
-                   const std::vector<std::string>&, const std::vector<int>&,
-                   std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
-                   const py::list&, int, int, double, const std::vector<int>&, const py::object&>(),
-          py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
-          py::arg("state_keys"), py::arg("rules"), py::arg("groups"), py::arg("names"),
-          py::arg("first"), py::arg("param_storage"), py::arg("state_roots"), py::arg("scope"),
-          py::arg("policy"), py::arg("norm_type"), py::arg("stage_scopes"), py::arg("select"))
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
+                    const std::vector<std::string>&, const std::vector<int>&,
+                    std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
+                    const std::vector<bool>&, const py::list&, int, int, double,
+                    const std::vector<int>&, const py::object&>(),
+           py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
+           py::arg("state_keys"), py::arg("rules"), py::arg("groups"), py::arg("names"),
+           py::arg("first"), py::arg("param_storage"), py::arg("by_rows"), py::arg("state_roots"),
+           py::arg("scope"), py::arg("policy"), py::arg("norm_type"), py::arg("stage_scopes"),
+           py::arg("select"))
       .def("upload", &StepPlan::upload)
       .def("step", &StepPlan::step)
       .def_property_readonly("bytes", [](const StepPlan& p) { return p.device_plan().bytes(); })

@@ -39,8 +39,9 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
                    const py::list& state_keys, const std::vector<std::string>& rules,
                    const std::vector<int>& groups, std::vector<std::string> names,
                    const std::vector<bool>& first, const std::vector<int>& param_storage,
-                   const py::list& state_roots, int scope, int policy, double norm_type,
-                   const std::vector<int>& stage_scopes, const py::object& select)
+                   const std::vector<bool>& by_rows, const py::list& state_roots, int scope,
+                   int policy, double norm_type, const std::vector<int>& stage_scopes,
+                   const py::object& select)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -52,7 +53,8 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
       active_(params.size()) {
   const size_t n = params.size();
   if (grads.size() != n || state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
-      groups.size() != n || names_.size() != n || first.size() != n || param_storage.size() != n)
+      groups.size() != n || names_.size() != n || first.size() != n || param_storage.size() != n ||
+      by_rows.size() != n)
     throw py::value_error("Plan: all lists must be as long as params");
   std::vector<Tensor> tensors(n);
   for (size_t t = 0; t < n; ++t) {
@@ -73,7 +75,7 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
     if (device_ < 0) device_ = d.device.device_id;
     e.grad.assign(d);
     read_states(t, &out);
-    read_layouts(t, &out);
+    read_layouts(t, by_rows[t], &out);
   }
   Settings settings;
   settings.scope = static_cast<Scope>(scope);
@@ -138,7 +140,7 @@ void StepPlan::read_states(size_t t, Tensor* out) {
 }
 
 // Sizes, dtypes, and how everything is walked together.
-void StepPlan::read_layouts(size_t t, Tensor* out) {
+void StepPlan::read_layouts(size_t t, bool by_rows, Tensor* out) {
   const Entry& e = entries_[t];
   std::deque<RealView> views;
   const auto viewed = [&](const Signature& form) {
@@ -165,6 +167,11 @@ void StepPlan::read_layouts(size_t t, Tensor* out) {
   };
   out->layout = merged(strides);
   out->grad_layout = merged({grad->strides.data()});
+  if (!by_rows) return;
+  pysmooth::RowCut& cut = rows_.emplace_back();
+  cut.of_param(*param, tracked_[e.tracked].form.ndim, out->param, label(t));
+  cut.of_grad(*grad, strides, "gradient of " + label(t));
+  out->rows = &cut.shape;
 }
 
 void StepPlan::upload(uintptr_t memory, uintptr_t stream) {

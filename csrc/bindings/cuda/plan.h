@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "bindings/direct.h"
+#include "bindings/row_cut.h"
 #include "bindings/tensor_reader.h"
 #include "cuda/launch.h"
 
@@ -24,8 +25,8 @@ class StepPlan {
            const py::list& state_keys, const std::vector<std::string>& rules,
            const std::vector<int>& groups, std::vector<std::string> names,
            const std::vector<bool>& first, const std::vector<int>& param_storage,
-           const py::list& state_roots, int scope, int policy, double norm_type,
-           const std::vector<int>& stage_scopes, const py::object& select);
+           const std::vector<bool>& by_rows, const py::list& state_roots, int scope, int policy,
+           double norm_type, const std::vector<int>& stage_scopes, const py::object& select);
 
   const DevicePlan& device_plan() const { return *plan_; }
   void upload(uintptr_t memory, uintptr_t stream);
@@ -52,7 +53,7 @@ class StepPlan {
   std::string label(size_t t) const { return "parameter '" + names_[t] + "'"; }
   void track(size_t t, PyObject* tensor, const std::string& what);
   void read_states(size_t t, Tensor* out);
-  void read_layouts(size_t t, Tensor* out);
+  void read_layouts(size_t t, bool by_rows, Tensor* out);
   bool same_lists(const py::list& param_lists) const;
   const Tracked& known(size_t t, int k) const {
     return tracked_[entries_[t].tracked + static_cast<size_t>(k)];
@@ -72,6 +73,7 @@ class StepPlan {
   std::vector<Entry> entries_;
   std::vector<Tracked> tracked_;
   std::deque<Layout> layouts_;
+  std::deque<pysmooth::RowCut> rows_;
   std::vector<size_t> group_sizes_;
   std::optional<DevicePlan> plan_;
   int device_ = -1, most_states_ = 0;
