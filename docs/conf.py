@@ -85,7 +85,8 @@ def _visit_inline(translator: Any, node: nodes.math) -> None:
 
 
 def _visit_block(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f"<div>{tex2mathml(node.astext(), as_block=True)}</div>")
+    formula = tex2mathml(node.astext(), as_block=True)
+    translator.body.append(f'<div style="padding: 0.4em 0">{formula}</div>')
     raise nodes.SkipNode
 
 

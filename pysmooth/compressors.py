@@ -71,22 +71,22 @@ class Compressor:
 
     @property
     def select(self) -> Select | None:
-        """For compressors that select coordinates, how: the numbers of csrc/cpu/select.h."""
+        """How coordinates are selected, if any are; the numbers of csrc/cpu/select.h."""
         return None
 
     @property
     def dense(self) -> Dense | None:
-        """For the others, which codec: kind, level and seed, as csrc/core/codec.h has them."""
+        """For the others, which codec. Kind, level and seed, as csrc/core/codec.h has them."""
         return None
 
     @property
     def scale_scope(self) -> str:
-        """Over what a scale is taken: "tensor", "global" or "block"."""
+        """What a scale is taken over, "tensor", "global" or "block"."""
         return "block" if self.scale_block else "global" if self._joint else "tensor"
 
     @property
     def scale_block(self) -> int | None:
-        """How many consecutive elements share a scale; None: all of the scope."""
+        """How many consecutive elements share a scale; None for all of the scope."""
         return None
 
     @property

@@ -6,6 +6,7 @@ docs/migration.md: test_migration.py.
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import pysmooth
+import pysmooth.distributed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -99,3 +101,15 @@ def test_streams_are_those_of_the_benchmark() -> None:
         method = METHODS[name]
         assert passes == ", ".join(f"({w}, {r})" for w, r in method.passes), name
         assert int(streams) == method.streams, name
+
+
+def test_the_decision_diagram_is_what_its_script_draws() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "choosing.py"))
+    assert (ROOT / "docs" / "choosing.svg").read_text() == script["picture"]()
+    names = {word for _, _, lines in script["ROWS"] for word in re.findall(r"\w+", " ".join(lines))}
+    optimizers = {
+        name for name in names if re.search(r"SGD|GD$|Adam|EF\d|^Sign|Lion|Adagrad", name)
+    }
+    known = {*pysmooth.optim.__all__, *pysmooth.distributed.__all__}
+    assert len(optimizers) > 10
+    assert optimizers <= known

@@ -89,6 +89,14 @@ def test_says_what_each_argument_is(name: str, thing: Any) -> None:
     assert not arguments(thing) - known
 
 
+@pytest.mark.parametrize(("name", "thing"), CALLED)
+def test_no_property_begins_like_a_type(name: str, thing: Any) -> None:
+    """Sphinx would take what is before a colon in the first line for the property's type."""
+    for key, value in vars(thing).items() if inspect.isclass(thing) else ():
+        if isinstance(value, property):
+            assert ":" not in (value.__doc__ or "").split("\n")[0], key
+
+
 OPTIMIZERS = [
     pytest.param(x, id=x.__name__)
     for _, x in OBJECTS.values()

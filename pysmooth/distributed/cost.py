@@ -103,7 +103,7 @@ class Answer:
 
     @property
     def helps(self) -> bool:
-        """Whether a step becomes at least 5 % faster: less does not pay for a change of numbers."""
+        """Whether a step becomes at least 5 % faster; less does not pay for a change of numbers."""
         return self.speedup >= 1.05
 
     def __str__(self) -> str:

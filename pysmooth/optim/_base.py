@@ -279,7 +279,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def resolved_backend(self) -> str:
-        """The backend that runs the steps: never "auto"."""
+        """The backend that runs the steps, never "auto"."""
         return self._resolve()
 
     def last_norm(self) -> Tensor | None:
