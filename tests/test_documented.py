@@ -21,7 +21,7 @@ MODULES = [
         f"pysmooth.{name}"
         for name in ("optim", "compressors", "composition", "composition.parts", "distributed")
     ),
-    *(f"pysmooth.{name}" for name in ("diagnostics", "federated", "sde", "reference")),
+    *(f"pysmooth.{name}" for name in ("diagnostics", "federated", "peft", "sde", "reference")),
 ]
 
 

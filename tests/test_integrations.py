@@ -121,3 +121,18 @@ def test_lightning(precision: str) -> None:
     assert_alike(lightning_module.train(outside, gradient_clip_val=0.1, **mixed(precision)), theirs)
     with pytest.raises(RuntimeError, match="AdamW, does not allow for gradient clipping"):
         lightning_module.train(inside, gradient_clip_val=0.1, **mixed(precision))
+
+
+def test_lora_sb() -> None:
+    """That few steps say nothing of losses, but all methods learn, and what they train is known."""
+    import lora_sb
+
+    rows = lora_sb.compare(steps=25, before=60)
+    layers, head = 2 * 6, 64 * 10 + 10
+    assert rows["LoRA-SB"]["trained"] == rows["LoRA-XS"]["trained"] == layers * 8**2 + head
+    assert rows["LoRA"]["trained"] == 2 * 8 * (4 * 2 * 64 + 2 * (64 + 256)) + head
+    for name, row in rows.items():
+        over = row["bytes"] - 12 * row["trained"]  # than a gradient and two averages: step counts
+        assert 0 <= over <= 4 * 40, name
+        assert row["loss"] < 2.2, name  # guessing: 2.3
+    assert rows["LoRA-SB"]["loss"] < rows["LoRA-XS"]["loss"]
