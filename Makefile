@@ -64,6 +64,18 @@ test-cuda: $(VENV)/checked ## CUDA kernels against the CPU backend, emulated; nv
 	$(BIN)/python -m pytest $(KERNELS) -q --timeout 600
 	$(BIN)/python .ci/cuda-kernels
 
+# Flower pins older versions of what `bench` uses, and brings ray: an environment of its own.
+FEDERATED := .venv-federated
+$(FEDERATED)/made: pyproject.toml
+	$(PYTHON) -m venv $(FEDERATED)
+	$(FEDERATED)/bin/python -m pip --disable-pip-version-check -q install -U 'pip>=25.1'
+	$(FEDERATED)/bin/python -m pip --disable-pip-version-check -q install $(TORCH) --group federated
+	touch $@
+
+.PHONY: test-federated
+test-federated: $(VENV)/built $(FEDERATED)/made ## Federated methods under Flower, its simulation engine included
+	FLWR_TELEMETRY_ENABLED=0 PYTHONPATH=. $(FEDERATED)/bin/python -m pytest tests/flower -q
+
 .PHONY: lint
 lint: $(VENV)/built ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
@@ -124,7 +136,7 @@ gpu: ## On a machine with a GPU: build with what is installed, GPU tests, GPU be
 
 .PHONY: clean
 clean: ## Remove everything that was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info pysmooth/*.so
+	rm -rf $(VENV) $(FEDERATED) build dist *.egg-info pysmooth/*.so
 
 # The environment, made again when its requirements change.
 $(VENV)/made: pyproject.toml

@@ -21,7 +21,10 @@ MODULES = [
         f"pysmooth.{name}"
         for name in ("optim", "compressors", "composition", "composition.parts", "distributed")
     ),
-    *(f"pysmooth.{name}" for name in ("diagnostics", "federated", "peft", "sde", "reference")),
+    *(
+        f"pysmooth.{name}"
+        for name in ("diagnostics", "federated", "federated.flower", "peft", "sde", "reference")
+    ),
 ]
 
 

@@ -83,8 +83,7 @@ class Server:
         received = self.method.sent(self.state)
 
         def ask(number: int) -> Upload:
-            task = Task(number, self.state.rounds, self.taken.get(number, -1))
-            return self.method.reply(task, received, clients[number])
+            return self.method.reply(self.task(number), received, clients[number])
 
         ways = (
             _one_by_one(asked, ask)
@@ -94,6 +93,10 @@ class Server:
         for number, answer in ways:
             self.take(uploads, number, answer, clients[number].samples)
         return self.finish(uploads, len(asked))
+
+    def task(self, number: int) -> Task:
+        """What a client is asked in this round."""
+        return Task(number, self.state.rounds, self.taken.get(number, -1))
 
     def take(
         self, uploads: Uploads, number: int, answer: Upload | BaseException, samples: int = 1
