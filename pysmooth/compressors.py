@@ -33,7 +33,12 @@ Dense = tuple[int, float, int]
 
 @dataclass(frozen=True)
 class Compressor:
-    """The base class: C(x) of one tensor or of a list of them."""
+    """The base class: C(x) of one tensor or of a list of them.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
+    """
 
     def __call__(self, x: Tensor, *, step: int = 0, tensor_id: int = 0) -> Tensor:
         """C(x): a new tensor of x's shape, dtype and layout."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,35 @@ def test_says_what_each_argument_is(name: str, thing: Any) -> None:
         return
     known = set().union(*map(documented_arguments, map(inspect.cleandoc, documentation(thing))))
     assert not arguments(thing) - known
+
+
+def refuses(thing: Any) -> bool:
+    """Whether a function, or a class that is made, raises or checks something in its own code."""
+    made = ("__init__", "__post_init__", "check_group")
+    functions = [thing]
+    if inspect.isclass(thing):
+        kin = [c for c in thing.__mro__ if c.__module__.startswith("pysmooth")]
+        functions = [vars(c)[name] for c in kin for name in made if name in vars(c)]
+    for function in filter(inspect.isfunction, functions):
+        if "pysmooth" not in function.__code__.co_filename:
+            continue  # made by dataclass
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            called = getattr(node, "func", None)
+            name = getattr(called, "id", getattr(called, "attr", ""))
+            if isinstance(node, ast.Raise) or name.lstrip("_").startswith("check"):
+                return True
+    return False
+
+
+@pytest.mark.parametrize(("name", "thing"), CALLED)
+def test_says_what_it_raises(name: str, thing: Any) -> None:
+    if refuses(thing) and not (inspect.isclass(thing) and issubclass(thing, Exception)):
+        assert any("Raises:\n" in doc for doc in documentation(thing))
+
+
+def test_the_test_above_sees_most() -> None:
+    seen = sum(refuses(x) for _, x in OBJECTS.values())
+    assert seen > 60
 
 
 @pytest.mark.parametrize(("name", "thing"), CALLED)

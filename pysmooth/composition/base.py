@@ -46,7 +46,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """The base class of all parts."""
+    """The base class of all parts.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
+    """
 
     def state_keys(self) -> tuple[str, ...]:
         """Keys of its states in `optimizer.state[p]`, as the named optimizers have them."""

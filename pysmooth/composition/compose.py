@@ -79,12 +79,15 @@ def compose(
 class ComposedOptimizer(FusedOptimizer):
     """Runs the parts of a chain one after another, in plain torch: `compose(backend="eager")`.
 
-    Errors as there. `last_norm()` is None unless the policy asks for finite gradients first: norms
-    belong to the parts.
+    `last_norm()` is None unless the policy asks for finite gradients first: norms belong to the
+    parts.
 
     Args:
         params, chain, lr, maximize, nonfinite, norm, precision: as in `pysmooth.compose`.
         backend: "eager".
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     chain: Chain

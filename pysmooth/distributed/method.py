@@ -63,7 +63,11 @@ class Context:
 
 
 class Method:
-    """The base class. Tensors are flat and float32; `grad` is this rank's own gradient."""
+    """The base class. Tensors are flat and float32; `grad` is this rank's own gradient.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
 
     #: Whether everything is needed at once: then nothing is sent before backward is done.
     joint = False

@@ -17,6 +17,9 @@ class Network:
     Args:
         bandwidth: bytes per second, each way.
         latency: seconds until the first byte of a message arrives.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     bandwidth: float

@@ -63,6 +63,9 @@ class ModelClient:
         loss: `loss(model(inputs), targets)`, a mean over samples.
         inputs: one row for each sample.
         targets: as many.
+
+    Raises:
+        ValueError: not as many, or none.
     """
 
     def __init__(

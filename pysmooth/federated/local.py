@@ -162,6 +162,9 @@ def nastya(lr: float, server_lr: float, **options: object) -> CLERR:
         server_lr: greater than 0.
         options: others of `CLERR`.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Source: arXiv:2201.11066.
     """
     if not server_lr > 0:

@@ -81,6 +81,9 @@ class Method:
     Args:
         cohort: clients drawn for each round, without replacement; None for all.
         seed: of shuffles and cohorts.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     cohort: int | None = None

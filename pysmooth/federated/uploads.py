@@ -39,6 +39,9 @@ class Uploads:
         dtype: of every vector, float32 or float64.
         parts: vectors per client.
         folder: where to spill vectors; None keeps them in memory, without a copy.
+
+    Raises:
+        ValueError: `dtype` is another.
     """
 
     def __init__(

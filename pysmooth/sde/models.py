@@ -35,6 +35,9 @@ def dsgd(gradient: Field, lr: float, sigma: float, *, workers: int = 1) -> SDE:
         sigma: standard deviation of the noise per coordinate, at least 0.
         workers: N.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Source: arXiv:2502.17009 (form as recalled, checked by simulation).
     """
     _check(lr, sigma, workers)
@@ -55,6 +58,9 @@ def dcsgd(gradient: Field, lr: float, sigma: float, omega: float, *, workers: in
         sigma: standard deviation of the noise per coordinate, at least 0.
         omega: the compressor's variance, at least 0.
         workers: N.
+
+    Raises:
+        ValueError: an argument is out of range.
 
     Source: arXiv:2502.17009.
     """
@@ -128,6 +134,9 @@ def sign_slope(nu: float = math.inf) -> float:
 
     Args:
         nu: degrees of freedom, greater than 0; infinity: a normal distribution.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
     if not nu > 0:
         raise ValueError(f"nu must be greater than 0; got {nu}")
@@ -161,6 +170,9 @@ def stationary_variance(
         workers: N.
         nu: degrees of freedom, for "dsignsgd".
         omega: the compressor's variance, for "dcsgd".
+
+    Raises:
+        ValueError: an argument is out of range.
     """
     _check(lr, sigma, workers)
     if not curvature > 0:

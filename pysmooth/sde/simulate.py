@@ -28,6 +28,9 @@ def euler_maruyama(
         steps: how many, at least 1.
         seed: of the noise.
         keep: return all points, (steps + 1, paths, d), instead of the last ones.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
     if not time > 0:
         raise ValueError(f"time must be greater than 0; got {time}")
