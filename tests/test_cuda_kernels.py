@@ -23,8 +23,8 @@ from pysmooth import _cpu
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 INFO = rules()
 STAGED = [name for name, rule in INFO.items() if rule.stages > 0]
-# What selects has tests of its own; what marks is refused.
-RULES = [name for name, rule in INFO.items() if not rule.selects and not rule.marks]
+# What selects has tests of its own; what marks has them, too.
+RULES = [name for name, rule in INFO.items() if not rule.selects]
 # Ends of words, rows, runs, warps' pieces and chunks.
 SIZES = (0, 1, 7, 31, 33, 64, 1023, 2049, 8191, 8193, 32767, 32769)
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (BF16, F32), (F16, F16)]
@@ -49,6 +49,7 @@ HYPER = {
     "level": 0.05,
     "codec": 1.0,
 }
+MARKS = 5.0  # the codec that takes what was selected
 NO_CLIP = (0, 0.0, 0.0, 0.0, 0.0, -1.0, False)
 HARD = (1, 1.0, 1e-6, 0.0, 0.0, -1.0, False)
 
@@ -185,6 +186,8 @@ def assert_same(slots: Sequence[Slot], run: Run, steps: int = 1) -> None:
 def run_of(rule: str, **settings: Any) -> Run:
     clip = settings.pop("clip", HARD)
     hyper = settings.pop("hyper", {})
+    if INFO[rule].marks and "select" in settings:
+        hyper = {"codec": MARKS, **hyper}
     return Run(hypers=[hyper_of(rule, **hyper)], clips=[clip], **settings)
 
 
@@ -595,7 +598,7 @@ def test_codecs_that_draw_in_double(rule: str, codec: float) -> None:
 
 # ---- select -------------------------------------------------------------------------------------
 
-SELECTING = [name for name in INFO if INFO[name].selects]
+SELECTING = [name for name in INFO if INFO[name].selects or INFO[name].marks]
 TOP_K, RAND_K = 1, 2
 TENSOR, GLOBAL, BLOCK = 0, 1, 2
 
@@ -629,8 +632,8 @@ def test_top_k_of_equals_takes_the_first(rule: str) -> None:
             slot.grad[::3] *= 2.0
             for state in slot.states:
                 state.zero_()
-        run = run_of(rule, select=top_k(0.02, scope, block=block), clip=NO_CLIP)
-        run.hypers = [hyper_of(rule, weight_decay=0.0)]
+        select = top_k(0.02, scope, block=block)
+        run = run_of(rule, select=select, clip=NO_CLIP, hyper={"weight_decay": 0.0})
         assert_same(slots, run)
 
 
@@ -656,7 +659,8 @@ def test_top_k_of_values_that_a_sample_misses() -> None:
 
 
 def test_top_k_over_rules_and_dtypes() -> None:
-    names = [name for name in SELECTING if INFO[name].hyper == INFO["ef21_select"].hyper]
+    names = [name for name in INFO if INFO[name].selects]
+    names = [name for name in names if INFO[name].hyper == INFO["ef21_select"].hyper]
     slots = [
         make_slot(name, (3000 + g,), DTYPES[g % len(DTYPES)], group=g)
         for g, name in enumerate(names)
@@ -683,6 +687,24 @@ def test_no_race_in_selections(rule: str) -> None:
         run = run_of(rule, select=(kind, scope, 0.1, 0, 256, False, 7), races=True, order=order)
         run.resident, run.seed = 3, 5
         assert_same(slots, run)
+
+
+@pytest.mark.parametrize("rule", ["ef21_plus", "ef21_plus_m"])
+def test_marks_of_operands_off_their_boundaries_and_by_rows(rule: str) -> None:
+    """A thread's group of elements may have its marks in two words."""
+    for dtypes in [(F32, F32), (BF16, BF16), (F64, F32)]:
+        off = [3 * x.itemsize for x in dtypes] + [3 * (8 if dtypes[0] == F64 else 4)] * 4
+        slots = [make_slot(rule, (n,), dtypes, misplaced=off) for n in (70, 2100, 9001)]
+        assert_same(slots, run_of(rule, select=top_k(0.3)), steps=2)
+    rows = by_rows([make_slot(rule, shape) for shape in [(9, 67), (3, 5, 700)]])
+    assert_same(rows, run_of(rule, select=top_k(0.1), clip=AGC), steps=2)
+
+
+def test_rules_that_select_in_different_ways_are_no_plan() -> None:
+    slots = [make_slot(name, (9,), group=g) for g, name in enumerate(("ef21_select", "ef21_plus"))]
+    run = run_of("ef21_select", select=top_k(0.1))
+    run.hypers, run.clips = [*run.hypers] * 2, [*run.clips] * 2
+    assert "in one plan" in step(slots, run)
 
 
 @pytest.mark.parametrize("storage", [1, 2, 3], ids=["master", "kahan", "stochastic"])

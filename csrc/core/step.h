@@ -61,7 +61,7 @@ struct SelectSpec {
     return count < 1 ? 1 : count < elements ? count : elements;
   }
   // What the chosen ones are multiplied by.
-  double scale_of(int64_t elements) const {
+  PYSMOOTH_HD double scale_of(int64_t elements) const {
     if (kind != Selector::rand_k || !scaled) return 1.0;
     return static_cast<double>(elements) / static_cast<double>(chosen_of(elements));
   }

@@ -131,6 +131,36 @@ class RowFactors {
   int64_t left_ = 0;
 };
 
+// Marks of a selection: bit index % 32 of word index / 32, in the order that the tensor is walked
+// in; one set of words after the other.
+PYSMOOTH_DEVICE uint32_t* marks_of(const View& plan, const Entry& e, int selection) {
+  return plan.marks + e.first_mark + selection * ((e.numel + 31) / 32);
+}
+
+// Those of at most 32 neighbouring elements, of the selections in kSets.
+template <unsigned kSets>
+struct Marked {
+  uint32_t bits[kMaxSelections] = {};
+
+  PYSMOOTH_DEVICE Marked(const View& plan, const Entry& e, int64_t index, int count) {
+    if (e.first_mark < 0) return;
+    const auto shift = static_cast<int>(index % 32);
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kMaxSelections; ++k) {
+      if (!has(kSets, k)) continue;
+      const uint32_t* const at = marks_of(plan, e, k) + index / 32;
+      bits[k] = at[0] >> shift;
+      if (shift + count > 32) bits[k] |= at[1] << (32 - shift);
+    }
+  }
+  template <class C, int kStates>
+  PYSMOOTH_DEVICE void give(Lane<C, kStates>* x, int j) const {
+    PYSMOOTH_UNROLL
+    for (int k = 0; k < kMaxSelections; ++k)
+      if (has(kSets, k)) x->marked[k] = (bits[k] >> j & 1u) != 0 ? C(1) : C(0);
+  }
+};
+
 // ---- 16-byte words
 // ----------------------------------------------------------------------------------
 
@@ -239,6 +269,7 @@ struct Port {
   static constexpr Touch kUse = touch_of<Rule>(Use::kStreams);
   static constexpr unsigned kTouched = kUse.reads | kUse.writes;
   static constexpr bool kDraws = Use::kStreams.draws;
+  static constexpr unsigned kMarks = Use::kStreams.marks;
   static constexpr int kClipped = Rule::kReadsGrad ? 1 : 0;  // what rows' factors are for
 
   PYSMOOTH_DEVICE static C& part(Element& x, int k) {
@@ -401,6 +432,7 @@ PYSMOOTH_DEVICE void take_groups(const typename P::Where& span,
   for (int u = 0; u < kTurns; ++u) {
     RowFactors<typename P::C> factors;
     if (kByRows) factors.begin(span, span.begin + at + u * kRow);
+    const Marked<P::kMarks> marked(span.plan, span.entry, span.begin + at + u * kRow, P::kGroup);
     PYSMOOTH_UNROLL
     for (int j = 0; j < P::kGroup; ++j) {
       const int64_t index = span.begin + at + u * kRow + j;
@@ -408,6 +440,7 @@ PYSMOOTH_DEVICE void take_groups(const typename P::Where& span,
       if (kByRows) P::part(x, P::kClipped) *= factors.next(span);
       if (has(P::kUse.reads, 1)) x.grad = take(x.grad);
       if constexpr (P::kDraws) x.drawn = (*drawer)(index);
+      marked.give(&x, j);
       body(x, row + u, j, true, index);
       port[u].put(span, x, j, index, key);
     }
@@ -446,6 +479,8 @@ PYSMOOTH_DEVICE void walk(const typename P::Where& span, const GradientIn<typena
       if (there) x = port.load_one(span, take, span.begin + at + j, reads_param);
       if constexpr (P::kDraws)
         if (there) x.drawn = drawer(span.begin + at + j);
+      if constexpr (P::kMarks != 0)
+        if (there) Marked<P::kMarks>(span.plan, span.entry, span.begin + at + j, 1).give(&x, 0);
       body(x, row, j, there, span.begin + at + j);
       if (there) port.store_one(span, x, span.begin + at + j, key);
     }

@@ -46,8 +46,6 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     throw std::invalid_argument("scales of blocks have no CUDA kernel");
   for (size_t t = 0; t < tensors_.size(); ++t) {
     const Tensor& tensor = tensors_[t];
-    if (facts(tensor.rule).marks)
-      throw std::invalid_argument(std::string(facts(tensor.rule).name) + " has no CUDA kernel");
     accumulates_ = accumulates_ || tensor.norm_sq != nullptr;
     const auto number = [this](const Layout* layout) {
       if (layout == nullptr) return -1;
@@ -110,7 +108,13 @@ void DevicePlan::cut_units() {
   for (size_t t = 0; t < tensors_.size(); ++t) {
     const Tensor& tensor = tensors_[t];
     const auto index = static_cast<int32_t>(t);
-    const bool selects = facts(tensor.rule).selects && spec.kind != Selector::none;
+    const RuleFacts& rule = facts(tensor.rule);
+    const bool selects = rule.selections > 0 && spec.kind != Selector::none;
+    if (selects && selections_ != 0 && selections_ != rule.selections)
+      throw std::invalid_argument("rules that select once and rules that mark in one plan");
+    if (selects) selections_ = rule.selections;
+    first_mark_.push_back(selects && rule.marks ? mark_words_ : -1);
+    if (selects && rule.marks) mark_words_ += (tensor.numel + 31) / 32 * kMaxSelections;
     if (!together) first = 0;
     select_first_.push_back(first);
     if (selects && (!together || units_.empty()))
@@ -220,7 +224,7 @@ void DevicePlan::cut() {
         out.apply_rows /= 2;
       out.apply = list(c.tensors, row * out.apply_rows);
     }
-    if (rule.selects)
+    if (rule.selections > 0)
       out.select =
           list(c.tensors, settings_.select.scope == SelectScope::block ? settings_.select.block
                                                                        : kSelectPiece);
@@ -265,6 +269,7 @@ void DevicePlan::cut() {
   at_.samples = place(static_cast<size_t>(sample_lines_) * kSampleLine * sizeof(uint64_t));
   at_.histogram = place(units_.size() * kDigits * sizeof(uint64_t));
   at_.candidates = place(static_cast<size_t>(candidates_) * sizeof(Candidate));
+  at_.marks = place(static_cast<size_t>(mark_words_) * sizeof(uint32_t));
 }
 
 size_t DevicePlan::place(size_t bytes) {
@@ -306,6 +311,7 @@ Entry DevicePlan::entry(size_t t) const {
   out.cut = row_cut_of_[t];
   out.unit = unit_of_[t];
   out.select_first = select_first_[t];
+  out.first_mark = first_mark_[t];
   out.kernels = class_of_[t];
   return out;
 }
@@ -406,6 +412,7 @@ View DevicePlan::view(void* device, const void* inputs, const GroupInput* groups
   at(at_.samples, &v.samples);
   at(at_.histogram, &v.histogram);
   at(at_.candidates, &v.candidates);
+  at(at_.marks, &v.marks);
   v.select = settings_.select;
   v.norm_type = settings_.norm_type;
   v.tensors = static_cast<int32_t>(n);
@@ -439,17 +446,17 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
     out.push_back({table.prepare, std::max(1, (n + kThreads - 1) / kThreads), work});
   };
   // A block per item, for the classes of tensors that select.
-  using RuleKernels = const Kernel[kRules][kAccesses];
-  const auto selecting = [&](RuleKernels& of, Listed Cut::* listed, int64_t piece, int stage) {
+  const auto selecting = [&](const KernelTable::Selecting& of, int stage, int64_t piece,
+                             int digit) {
     const size_t first = out.size();
     int blocks = 0;
     for (size_t c = 0; c < classes_.size(); ++c) {
-      const Listed& items_of = cuts_[c].*listed;
-      if (items_of.count == 0) continue;
-      add(of[classes_[c].rule][classes_[c].access], items_of, 0, stage);
-      out.back().blocks = items_of.count;
+      const Listed& listed = cuts_[c].select;
+      if (listed.count == 0) continue;
+      add(of[classes_[c].rule][stage][classes_[c].access], listed, 0, digit);
+      out.back().blocks = listed.count;
       out.back().work.piece = piece;
-      blocks += items_of.count;
+      blocks += listed.count;
     }
     for (size_t i = first; i < out.size(); ++i) out[i].work.blocks = blocks;
   };
@@ -469,18 +476,21 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
     add(table.reduce[static_cast<int>(reduction_of(settings_.norm_type))], reduce_, 0, 0);
   if (part == Part::norms) return out;
   prepare(-1);
-  if (selects && !by_blocks) units(table.begin_select);
-  if (filters) {
+  const auto sample = [&](int stage) {
+    units(table.begin_select);
+    if (!filters) return;
     for (size_t c = 0; c < classes_.size(); ++c) {
       if (cuts_[c].sample.count == 0) continue;
-      add(table.sample[classes_[c].rule][classes_[c].access], cuts_[c].sample, 0, 0);
+      add(table.sample[classes_[c].rule][stage][classes_[c].access], cuts_[c].sample, 0, 0);
       constexpr int kLines = kThreads / kSampleLine;
       out.back().blocks = (cuts_[c].sample.count + kLines - 1) / kLines;
       out.back().work.first = int64_t{cuts_[c].sample_first} * kSampleLine;
     }
     units(table.set_filter);
-  }
+  };
   for (int stage = 0; stage < kMaxStages; ++stage) {
+    const bool selected_from = selects && stage < selections_;
+    if (selected_from && !by_blocks) sample(stage);
     const size_t first = out.size();
     int blocks = 0;
     for (size_t c = 0; c < classes_.size(); ++c) {
@@ -491,14 +501,14 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
     }
     for (size_t i = first; i < out.size(); ++i) out[i].work.blocks = blocks;
     if (out.size() > first) prepare(stage);
-    if (stage != 0 || !selects) continue;
+    if (!selected_from) continue;
     if (filters)
       for (int digit = 0; digit < digits_; ++digit)
-        selecting(table.narrow, &Cut::select, kSelectPiece, digit);
+        selecting(table.narrow, stage, kSelectPiece, digit);
     if (by_blocks)
-      selecting(table.select_block, &Cut::select, spec.block, 0);
+      selecting(table.select_block, stage, spec.block, 0);
     else
-      selecting(table.selected, &Cut::select, kSelectPiece, 0);
+      selecting(table.selected, stage, kSelectPiece, 0);
   }
   for (size_t c = 0; c < classes_.size(); ++c) {
     if (!facts(classes_[c].rule).applies || cuts_[c].apply.count == 0) continue;

@@ -134,6 +134,9 @@ class DevicePlan {
   std::vector<Unit> units_;
   std::vector<int32_t> unit_of_;       // per tensor; -1: none
   std::vector<int64_t> select_first_;  // per tensor
+  std::vector<int64_t> first_mark_;    // per tensor; -1: none
+  int64_t mark_words_ = 0;
+  int selections_ = 0;  // passes that are selected from
   int sample_lines_ = 0;
   int64_t candidates_ = 0;
   int digits_ = 0;  // of the longest threshold
@@ -144,7 +147,7 @@ class DevicePlan {
     size_t image;  // the image ends here; what follows needs no first value
     size_t partial, value, norms, coefs, norm_sq, unit_sum, scalars, prepared, signs;
     size_t row_sums, row_coefs, row_total, row_clipped, row_least;
-    size_t samples, histogram, candidates;
+    size_t samples, histogram, candidates, marks;
   } at_{};
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/rules.h"
+#include "core/streams.h"
 #include "cuda/plan.h"
 
 namespace pysmooth::cuda {
@@ -28,8 +29,9 @@ struct KernelTable {
   Kernel source[kRules][kMaxStages][kAccesses];
   Kernel apply[kRules][kAccesses];
   Kernel begin_select, set_filter;
-  Kernel sample[kRules][kAccesses], narrow[kRules][kAccesses];
-  Kernel selected[kRules][kAccesses], select_block[kRules][kAccesses];
+  // Of the passes that are selected from.
+  using Selecting = Kernel[kRules][kMaxSelections][kAccesses];
+  Selecting sample, narrow, selected, select_block;
   PutKernel<kFewWords> put_few;
   PutKernel<kManyWords> put_many;
 };
@@ -62,6 +64,7 @@ struct RuleFacts {
   unsigned low_states = 0;
   bool reads_grad = true, counts_steps = false, accumulates = false, keeps_scale = false;
   bool sends_signs = false, selects = false, marks = false, applies = true;
+  int selections = 0;  // passes that are selected from
   int hypers = 0;
   const char* const* hyper = nullptr;
 };
@@ -80,6 +83,7 @@ RuleFacts facts_of() {
   out.sends_signs = Rule::kSendsSigns;
   out.selects = Rule::kSelects;
   out.marks = Rule::kMarks > 0;
+  out.selections = generic::selections_of<Rule>;
   out.applies = Rule::kApplies;
   out.hypers = static_cast<int>(sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]));
   out.hyper = Rule::kHyper;

@@ -32,6 +32,7 @@ struct Entry {
   double* scale;    // stage[0] of the step before
   int64_t numel;
   int64_t select_first;  // where its elements begin in its selection's unit
+  int64_t first_mark;    // into View::marks, its words of each selection; -1: nothing is marked
   int32_t rule, group;
   int32_t layout, grad_layout;  // into View::layouts; -1: linear
   int32_t cut;                  // into View::cuts; -1: not clipped by rows
@@ -150,6 +151,7 @@ struct View {
   uint64_t* samples;    // keys
   uint64_t* histogram;  // per unit
   Candidate* candidates;
+  uint32_t* marks;  // a bit per element
   SelectSpec select;
   const RowCut* cuts;
   double* row_sums;  // of the parameters' rows, then of the gradients'

@@ -31,6 +31,7 @@ PYSMOOTH_DEVICE void begin_tensor(const View& plan, int t, const double* hyper) 
     s.norm_sq = plan.norm_sq[plan.tensors + t];
   }
   if (e.scale != nullptr) s.last_scale = *e.scale;
+  if (e.first_mark >= 0) s.mark_scale = plan.select.scale_of(e.numel);
   Prepared& out = plan.prepared[t];
   if (e.steps != nullptr) {
     const double step = static_cast<double>(*e.steps) + 1.0;
@@ -78,7 +79,7 @@ PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
       out.reads_param[k] = Rule::reads_param(hyper, k);
     }
     out.draw = Rule::draw(hyper);
-    out.selects = Rule::kSelects && !Rule::selects_nothing(hyper);
+    out.selects = selections_of<Rule> > 0 && !Rule::selects_nothing(hyper);
   });
 }
 

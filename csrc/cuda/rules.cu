@@ -7,22 +7,32 @@
 namespace pysmooth::cuda {
 namespace {  // functions of one name differ from part to part
 
+template <class Rule, int kStage, class A>
+void fill_stage(KernelTable* table, int rule, Access access) {
+  table->source[rule][kStage][access] = generic::source<Rule, kStage, A>;
+  if constexpr (kStage < generic::selections_of<Rule>) {
+    table->sample[rule][kStage][access] = generic::sample<Rule, kStage, A>;
+    table->narrow[rule][kStage][access] = generic::narrow<Rule, kStage, A>;
+    table->selected[rule][kStage][access] = generic::selected<Rule, kStage, A>;
+    table->select_block[rule][kStage][access] = generic::select_block<Rule, kStage, A>;
+  }
+}
+
+template <class Rule, class A, int... kStage>
+void fill_stages([[maybe_unused]] KernelTable* table, [[maybe_unused]] int rule,
+                 [[maybe_unused]] Access access, std::integer_sequence<int, kStage...>) {
+  (fill_stage<Rule, kStage, A>(table, rule, access), ...);
+}
+
 template <class Rule, class A>
 void fill_access(KernelTable* table, int rule, Access access) {
   if constexpr (Rule::kApplies) table->apply[rule][access] = generic::apply<Rule, A>;
-  if constexpr (Rule::kStages > 0) table->source[rule][0][access] = generic::source<Rule, 0, A>;
-  if constexpr (Rule::kStages > 1) table->source[rule][1][access] = generic::source<Rule, 1, A>;
-  if constexpr (Rule::kSelects) {
-    table->sample[rule][access] = generic::sample<Rule, A>;
-    table->narrow[rule][access] = generic::narrow<Rule, A>;
-    table->selected[rule][access] = generic::selected<Rule, A>;
-    table->select_block[rule][access] = generic::select_block<Rule, A>;
-  }
+  fill_stages<Rule, A>(table, rule, access, std::make_integer_sequence<int, Rule::kStages>{});
 }
 
 template <int kRule, class Rule>
 void fill_rule(KernelTable* table) {
-  if constexpr (kRule % kParts == PYSMOOTH_PART && Rule::kMarks == 0) {
+  if constexpr (kRule % kParts == PYSMOOTH_PART) {
     fill_access<Rule, generic::PlainAccess>(table, kRule, kPlain);
     fill_access<Rule, generic::MixedAccess>(table, kRule, kMixed);
     fill_access<Rule, generic::WideAccess>(table, kRule, kWide);

@@ -34,8 +34,8 @@ PYSMOOTH_DEVICE bool is_selecting(const View& plan, int t) {
 
 // ---- a rule's values ----------------------------------------------------------------------------
 
-// Single elements of one tensor, through pass 0 or what selected() touches.
-template <class Rule, class A, class Use>
+// Single elements of one tensor, through a pass or what selected() touches.
+template <class Rule, int kStage, class A, class Use>
 struct Elements {
   using C = typename A::C;
   using P = Port<Rule, A, Use>;
@@ -49,21 +49,31 @@ struct Elements {
   PYSMOOTH_DEVICE typename P::Element load(int64_t i) {
     return port.load_one(span, constants.take, i, true);
   }
-  // What pass 0 will give, or has given.
+  // What the pass will give, or has given.
   PYSMOOTH_DEVICE C before(int64_t i) {
     auto x = load(i);
-    return Rule::template source<0>(x, constants.hyper);
+    return Rule::template source<kStage>(x, constants.hyper);
   }
-  PYSMOOTH_DEVICE C again(int64_t i) { return Rule::template again<0>(load(i), constants.hyper); }
-  PYSMOOTH_DEVICE void take(int64_t i, C scale) {
-    auto x = load(i);
-    Rule::selected(x, Rule::template again<0>(x, constants.hyper) * scale, constants.hyper);
-    port.store_one(span, x, i, prepared.noise);
+  PYSMOOTH_DEVICE C again(int64_t i) {
+    return Rule::template again<kStage>(load(i), constants.hyper);
+  }
+  // A chosen one: taken in, or marked.
+  PYSMOOTH_DEVICE void take(int64_t i, [[maybe_unused]] C scale) {
+    if constexpr (Rule::kMarks > 0) {
+      atomicOr(marks_of(span.plan, span.entry, kStage) + i / 32, 1u << i % 32);
+    } else {
+      auto x = load(i);
+      Rule::selected(x, Rule::template again<kStage>(x, constants.hyper) * scale, constants.hyper);
+      port.store_one(span, x, i, prepared.noise);
+    }
   }
 };
+template <class Rule, int kStage>
+using UseChosen =
+    std::conditional_t<(Rule::kMarks > 0), UsePass<Rule, kStage>, UseSelected<Rule, true>>;
 
 // A line of a sample per half warp: item.part counts them in the tensor.
-template <class Rule, class A>
+template <class Rule, int kStage, class A>
 PYSMOOTH_KERNEL sample(View plan, Work work) {
   if (plan.status->skip != 0) return;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -75,7 +85,8 @@ PYSMOOTH_KERNEL sample(View plan, Work work) {
   const int64_t at = int64_t{item.part} * kSampleLine + i % kSampleLine;
   uint64_t key = 0;
   if (at < e.numel && is_selecting(plan, item.tensor))
-    key = key_of(Elements<Rule, A, UsePass<Rule, 0>>(plan, item.tensor).before(at), u.wide != 0);
+    key = key_of(Elements<Rule, kStage, A, UsePass<Rule, kStage>>(plan, item.tensor).before(at),
+                 u.wide != 0);
   plan.samples[work.first + i] = key;
 }
 
@@ -153,7 +164,7 @@ PYSMOOTH_DEVICE void each_in_question(const View& plan, const Work& work, const 
 }
 
 // One digit of the unit's threshold; work.stage is its number.
-template <class Rule, class A>
+template <class Rule, int kStage, class A>
 PYSMOOTH_KERNEL narrow(View plan, Work work) {
   if (plan.status->skip != 0) return;
   PYSMOOTH_SHARED(Histogram, histogram);
@@ -171,7 +182,7 @@ PYSMOOTH_KERNEL narrow(View plan, Work work) {
     const int d = digit.of(threshold, key, place_of(u, index));
     if (d >= 0) atomicAdd(&histogram[d], 1u);
   };
-  Elements<Rule, A, UsePass<Rule, 0>> elements(plan, item.tensor);
+  Elements<Rule, kStage, A, UsePass<Rule, kStage>> elements(plan, item.tensor);
   each_in_question(
       plan, work, item, [&](const Candidate& c, int) { see(c.key, c.index); },
       [&](int64_t i) { see(key_of(elements.again(i), wide), e.select_first + i); });
@@ -188,11 +199,11 @@ PYSMOOTH_KERNEL narrow(View plan, Work work) {
 }
 
 // What is chosen is taken in.
-template <class Rule, class A>
+template <class Rule, int kStage, class A>
 PYSMOOTH_KERNEL selected(View plan, Work work) {
   if (plan.status->skip != 0) return;
   using C = typename A::C;
-  using Taken = Elements<Rule, A, UseSelected<Rule, true>>;
+  using Taken = Elements<Rule, kStage, A, UseChosen<Rule, kStage>>;
   const Item item = work.items[blockIdx.x];
   const Entry& e = plan.entries[item.tensor];
   const Unit& u = plan.units[e.unit];
@@ -228,7 +239,7 @@ PYSMOOTH_KERNEL selected(View plan, Work work) {
 }
 
 // The k largest of one block of consecutive elements: item.part is its number.
-template <class Rule, class A>
+template <class Rule, int kStage, class A>
 PYSMOOTH_KERNEL select_block(View plan, Work work) {
   if (plan.status->skip != 0) return;
   PYSMOOTH_SHARED(Threshold, threshold);
@@ -237,7 +248,7 @@ PYSMOOTH_KERNEL select_block(View plan, Work work) {
   const Item item = work.items[blockIdx.x];
   if (!is_selecting(plan, item.tensor)) return;
   constexpr bool kIsWide = sizeof(C) == 8;
-  Elements<Rule, A, UseSelected<Rule, true>> mine(plan, item.tensor);
+  Elements<Rule, kStage, A, UseChosen<Rule, kStage>> mine(plan, item.tensor);
   const int64_t begin = item.part * plan.select.block;
   const int64_t left = plan.entries[item.tensor].numel - begin;
   const int64_t n = left < plan.select.block ? left : plan.select.block;

@@ -48,6 +48,16 @@ struct PassSum {
   }
 };
 
+// Before anything is marked in this step: the words of the warp's item, `words` of them.
+PYSMOOTH_DEVICE void clear_marks(const View& plan, const Item& item, int64_t words) {
+  const Entry& e = plan.entries[item.tensor];
+  if (e.first_mark < 0) return;
+  const int64_t all = (e.numel + 31) / 32, first = item.part * words;
+  for (int k = 0; k < kMaxSelections; ++k)
+    for (int64_t i = first + lane_id(); i < first + words && i < all; i += kWarp)
+      marks_of(plan, e, k)[i] = 0;
+}
+
 template <class Rule, int kStage, class A>
 PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item& item,
                                  double* lanes) {
@@ -55,6 +65,8 @@ PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item&
   using P = Port<Rule, A, UsePass<Rule, kStage>>;
   using Us = Team<A::kGroup>;
   const Us me;
+  if constexpr (Rule::kMarks > 0 && kStage == 0)
+    clear_marks(plan, item, int64_t{Us::kTeams} * work.rows * kRow / 32);
   const Prepared& prepared = plan.prepared[item.tensor];
   const Constants<Rule, C> constants(prepared);
   const Sum kind = prepared.sum[kStage];
@@ -64,6 +76,8 @@ PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item&
   span.take_part(item.part, work.rows);
   [[maybe_unused]] const bool collects = prepared.selects && plan.select.kind == Selector::top_k &&
                                          plan.select.scope != SelectScope::block;
+  constexpr bool kCollects = kStage < selections_of<Rule>;
+  if (P::kUse.writes == 0 && kind == Sum::none && !(kCollects && collects)) return;
   PassSum<A> sum;
   // What apply, or a selection, rounds after this is rounded by other noise.
   const NoiseKey key = prepared.noise.shifted(kNoisePass * (1 + kStage));
@@ -74,7 +88,7 @@ PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item&
               if (P::by_chance(span, 2))
                 value = x.state[0] =
                     widen_bf16<float>(rounded_by_chance(span.entry, 2, x.state[0], index, key));
-            if constexpr (Rule::kSelects && kStage == 0)
+            if constexpr (kCollects)
               if (collects) collect(plan, span.entry, value, there, index);
             if (kind != Sum::none && there) sum.add(kind, j, value);
             if constexpr (Rule::kSendsSigns && kStage == 0) {

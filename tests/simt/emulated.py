@@ -215,7 +215,7 @@ class Run:
     hypers: Sequence[Sequence[float | Tensor]] = ()
     clips: Sequence[tuple[int, float, float, float, float, float, bool]] = ()
     scope: int = 0
-    stage_scopes: Sequence[int] = (2, 0)
+    stage_scopes: Sequence[int] = (2, 0, 2, 2, 0)
     policy: int = 0
     norm_type: float = 2.0
     always_norm: bool = False

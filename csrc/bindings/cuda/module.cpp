@@ -11,7 +11,6 @@ py::list rules() {
   py::list out;
   for (int i = 0; i < kRules; ++i) {
     const RuleFacts& rule = facts(i);
-    if (rule.marks) continue;  // no kernel computes them
     py::list hypers;
     for (int k = 0; k < rule.hypers; ++k) hypers.append(rule.hyper[k]);
     py::dict facts_of_rule;
