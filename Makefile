@@ -26,6 +26,10 @@ bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 report: $(VENV)/rivals ## One page for sceptics: also memory, scaling, other packages' optimizers (40 minutes)
 	$(BIN)/python -m pysmooth.bench report
 
+.PHONY: bench-compare
+bench-compare: $(VENV)/built ## Which steps got slower since BASE=revision: times by turns, and instructions (valgrind)
+	$(BIN)/python -m pysmooth.bench compare $(or $(BASE),$(error say BASE=revision))
+
 # Optimizers of other packages.
 $(VENV)/rivals: $(VENV)/built
 	$(PIP) install --group rivals

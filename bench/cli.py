@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import rivals
 from .comm.cli import comm
+from .compare.cli import compare
 from .methods import DTYPES, METHODS
 from .models import MODELS
 from .page.cli import report
@@ -19,6 +20,7 @@ from .suite import Options, run_suite, set_threads
 
 app = typer.Typer(add_completion=False)
 app.command()(comm)
+app.command()(compare)
 app.command()(papers)
 app.command()(report)
 
