@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,7 +281,33 @@ def _refusals() -> None:
         set_sharding(torch.optim.SGD([torch.ones(2, requires_grad=True)], 0.1))
 
 
+def _copies() -> None:
+    """What an optimizer was told about its parameters comes along, or a pickle is refused."""
+    group = dist.new_group(list(range(4)))
+    assert group is not None
+    params = [torch.nn.Parameter(torch.full((5,), float(dist.get_rank() + 1)))]
+    optimizer = pysmooth.ClipSGD(params, 1.0, momentum=0.5, max_norm=0.1)
+    set_sharding(optimizer, process_group=group)
+    for _ in range(2):
+        params[0].grad = params[0].detach().clone()
+        optimizer.step()
+    other = copy.deepcopy(optimizer)
+    assert other.sharding is optimizer.sharding
+    for it in (optimizer, other):
+        p = it.param_groups[0]["params"][0]
+        p.grad = p.detach().clone()
+        it.step()
+        # Of all stages' parameters: clipped much more than this one alone would be.
+        assert it.last_norm() == optimizer.last_norm()
+    assert torch.equal(other.param_groups[0]["params"][0], params[0])
+    with pytest.raises(TypeError, match="process_group"):
+        pickle.dumps(optimizer)
+    set_sharding(optimizer, compress="per_shard")
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.sharding == optimizer.sharding
+
+
 def test_four_processes(tmp_path: Path) -> None:
     """All cases that need nothing but a process group, in one start of four processes."""
     cases = (_steps_agree, _clips_agree, _gradients_are_placed, _nonfinite, _stages)
-    run(4, str(tmp_path / "store"), *cases, _top_k, _refusals)
+    run(4, str(tmp_path / "store"), *cases, _top_k, _refusals, _copies)

@@ -37,6 +37,18 @@ class Sharding:
     process_group: Any = None
     compress: Compress | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
+        return self  # copies in one process talk over the same group
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.process_group is not None:
+            raise TypeError(
+                "an optimizer with a process_group (pysmooth.distributed.set_sharding) cannot be "
+                "pickled: a group is of this process. Save state_dict(), or pickle it after "
+                "set_sharding without the group"
+            )
+        return (Sharding, (None, self.compress))
+
 
 def set_sharding(
     optimizer: torch.optim.Optimizer,
@@ -48,6 +60,8 @@ def set_sharding(
 
     DTensor parameters need no call of this: their norms are summed over exactly those mesh
     dimensions on which they are sharded.
+
+    Copies of the optimizer (`copy.deepcopy`) keep it; pickling one refuses a process group.
 
     Args:
         optimizer: one of pysmooth's.

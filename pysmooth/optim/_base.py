@@ -420,6 +420,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state["_norm_in_backward"] = self._norm_in_backward
         state["_step_supports_amp_scaling"] = self._step_supports_amp_scaling
         state["absorbs"] = self.absorbs
+        state["sharding"] = self.sharding
         state["_passes"] = (self.stage_scopes, getattr(self, "compressor", None))
         state["_fused"] = fused
         return state
