@@ -131,6 +131,52 @@ def sum_signs(
     threads: int,
     /,
 ) -> None: ...
+def sum_top_k(
+    first: int, stride: int, ranks: int, n: int, k: int, out: int, threads: int, /
+) -> None: ...
+def code_natural(
+    g: int,
+    e: int,
+    a: float,
+    b: float,
+    n: int,
+    seed: int,
+    step: int,
+    tensor: int,
+    out: int,
+    message: int,
+    threads: int,
+    /,
+) -> None: ...
+def sum_natural(first: int, stride: int, ranks: int, n: int, out: int, threads: int, /) -> None: ...
+def code_levels(
+    g: int,
+    e: int,
+    a: float,
+    b: float,
+    n: int,
+    seed: int,
+    step: int,
+    tensor: int,
+    levels: int,
+    block: int,
+    out: int,
+    message: int,
+    threads: int,
+    /,
+) -> None: ...
+def sum_levels(
+    first: int,
+    stride: int,
+    ranks: int,
+    n: int,
+    levels: int,
+    block: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def permutation(k: int, size: int, seed: int, step: int, tensor: int, out: int, /) -> None: ...
 def pack_bits(numbers: int, n: int, width: int, out: int, /) -> None: ...
 def unpack_bits(packed: int, n: int, width: int, numbers: int, /) -> None: ...
 def rules() -> list[RuleInfo]: ...

@@ -151,6 +151,56 @@ def test_messages(
         assert torch.equal(rest, value - sent)
 
 
+@pytest.mark.parametrize("n", [1, 9, 65, 513, 32_768, 70_001])
+def test_rounded_at_random(n: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and plain torch: the same bytes, rests and sums; a unit is a sum, rounded once."""
+    ranks = 2
+    forms = [
+        compressors.NaturalCompression(seed=2**40 + 3),
+        compressors.QSGD(levels=7, scope="block", block_size=100),
+        compressors.QSGD(levels=100, seed=9),
+        compressors.QSGD(levels=1, scope="block", block_size=40_000),
+    ]
+    for compressor in forms:
+        form = format_of(compressor)
+        found = []
+        for native in (True, False):
+            if not native:
+                monkeypatch.setattr(codec, "_native", lambda x: None)
+            messages = torch.zeros(ranks, form.size(n), dtype=torch.uint8)
+            rests = [torch.empty(n) for _ in range(ranks)]
+            for rank in range(ranks):
+                x = Source(values(n, rank), values(n, rank + 9), 0.3, -1.0)
+                form.encode(x, Draw(rank, 5, 1), rests[rank], messages[rank])
+            total = torch.empty(n)
+            form.decode(messages, Draw(0, 5, 1), total)
+            found.append((messages, *rests, total))
+            monkeypatch.undo()
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs), compressor
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_matter(threads: int) -> None:
+    before = torch.get_num_threads()
+    n = 100_001
+    found = []
+    for used in (threads, 2):
+        torch.set_num_threads(used)
+        rest, out = torch.empty(n), torch.empty(n)
+        for compressor in SENT:
+            form = format_of(compressor)
+            message = torch.zeros(2, form.size(n), dtype=torch.uint8)
+            for row in message:
+                form.encode(Source(values(n, 4)), Draw(0, 1, 2), rest, row)
+            form.decode(message, Draw(0, 1, 2), out)
+            found.append((used == 2, message, rest.clone(), out.clone()))
+    torch.set_num_threads(before)
+    one, other = ([f[1:] for f in found if f[0] is two] for two in (False, True))
+    for a, b in zip(one, other, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_messages_of_ranks_are_added_in_their_order() -> None:
     form = format_of(pysmooth.TopK(ratio=0.5))
     messages = torch.zeros(3, form.size(1000), dtype=torch.uint8)
@@ -162,6 +212,19 @@ def test_messages_of_ranks_are_added_in_their_order() -> None:
         total += pysmooth.TopK(ratio=0.5)(x)
     form.decode(messages, Draw(0, 0, 0), out)
     assert torch.equal(out, total)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("ratio", [0.001, 0.01, 0.3, 1.0])
+def test_sums_of_the_largest(n: int, ratio: float) -> None:
+    form = format_of(pysmooth.TopK(ratio=ratio))
+    k = pysmooth.TopK(ratio=ratio).chosen_of(n)
+    messages = torch.zeros(3, form.size(n) + 3, dtype=torch.uint8)[:, 3:]  # nothing is aligned
+    for rank in range(3):
+        form.encode(Source(values(n, rank)), Draw(rank, 0, 0), torch.empty(n), messages[rank])
+    out = torch.empty(n)
+    form.decode(messages, Draw(0, 0, 0), out)
+    assert torch.equal(out, eager.sum_top_k(messages, n, k))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bindings/plan.h"
+#include "core/random.h"
 #include "cpu/codec.h"
 
 namespace pysmooth {
@@ -52,6 +53,52 @@ void bind_codec(py::module_& m) {
         std::vector<const uint8_t*> bits;
         sum_signs(messages_of(first, stride, ranks, scales, &bits), n, factor, at<float>(out),
                   at<uint8_t>(signs), threads);
+      },
+      release());
+  m.def(
+      "sum_top_k",
+      [](uintptr_t first, int64_t stride, int ranks, int64_t n, int64_t k, uintptr_t out,
+         int threads) {
+        sum_top_k(at<const uint8_t>(first), stride, ranks, n, k, at<float>(out), threads);
+      },
+      release());
+  m.def(
+      "code_natural",
+      [](uintptr_t g, uintptr_t e, float a, float b, int64_t n, uint64_t seed, uint32_t step,
+         uint32_t tensor, uintptr_t out, uintptr_t message, int threads) {
+        code_natural({at<const float>(g), at<const float>(e), a, b}, n, {seed, step, tensor},
+                     at<float>(out), at<uint8_t>(message), threads);
+      },
+      release());
+  m.def(
+      "sum_natural",
+      [](uintptr_t first, int64_t stride, int ranks, int64_t n, uintptr_t out, int threads) {
+        sum_natural(at<const uint8_t>(first), stride, ranks, n, at<float>(out), threads);
+      },
+      release());
+  m.def(
+      "code_levels",
+      [](uintptr_t g, uintptr_t e, float a, float b, int64_t n, uint64_t seed, uint32_t step,
+         uint32_t tensor, int levels, int64_t block, uintptr_t out, uintptr_t message,
+         int threads) {
+        code_levels({at<const float>(g), at<const float>(e), a, b}, n, {seed, step, tensor}, levels,
+                    block, at<float>(out), at<uint8_t>(message), threads);
+      },
+      release());
+  m.def(
+      "sum_levels",
+      [](uintptr_t first, int64_t stride, int ranks, int64_t n, int levels, int64_t block,
+         uintptr_t out, int threads) {
+        sum_levels(at<const uint8_t>(first), stride, ranks, n, levels, block, at<float>(out),
+                   threads);
+      },
+      release());
+  m.def(
+      "permutation",
+      [](int64_t k, int64_t size, uint64_t seed, uint32_t step, uint32_t tensor, uintptr_t out) {
+        const Permutation places(static_cast<uint64_t>(size), seed, step, tensor);
+        for (int64_t i = 0; i < k; ++i)
+          at<int64_t>(out)[i] = static_cast<int64_t>(places(static_cast<uint64_t>(i)));
       },
       release());
   m.def(

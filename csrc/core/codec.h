@@ -59,8 +59,9 @@ PYSMOOTH_HD V natural(V x, V drawn) {
   return O::number(O::select((bits & kExponent) == kExponent, bits, out));  // infinity, NaN
 }
 
+// How many steps.
 template <class V, class T>
-PYSMOOTH_HD V dithered(V x, V drawn, T step, T inverse, T levels) {
+PYSMOOTH_HD V dithered_steps(V x, V drawn, T inverse, T levels) {
   using O = ops<V>;
   using Part = typename word_of<T>::type;
   constexpr int kDigits = word_of<T>::kDigits;
@@ -72,8 +73,13 @@ PYSMOOTH_HD V dithered(V x, V drawn, T step, T inverse, T levels) {
   const typename O::Word digits =
       O::bits(drawn) >> (8 * static_cast<int>(sizeof(T)) - kDigits) | kOne;
   const V uniform = O::number(digits) - one;
-  const V sent = O::select(uniform < y - low, low + one, low) * step;
-  return O::select(x < V{}, -sent, sent);
+  return O::select(uniform < y - low, low + one, low);
+}
+
+template <class V, class T>
+PYSMOOTH_HD V dithered(V x, V drawn, T step, T inverse, T levels) {
+  const V sent = dithered_steps<V, T>(x, drawn, inverse, levels) * step;
+  return ops<V>::select(x < V{}, -sent, sent);
 }
 
 template <class T>

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "core/codec.h"
+#include "cpu/draw.h"
 #include "cpu/fold.h"
 #include "cpu/port.h"
 #include "cpu/sieve.h"
@@ -119,11 +121,173 @@ void sum_chunk(const SignMessages& m, int64_t begin, int64_t length, float facto
   }
 }
 
+// ---- what is rounded at random
+
+constexpr int kRun = kStagedElements;
+
+// Elements from `begin` on, and whatever fills the last vector.
+void evaluate(const CodedSource& s, int64_t begin, int64_t n, float* x) {
+  const vec<float> a = vec<float>{} + s.a, b = vec<float>{} + s.b;
+  int64_t i = 0;
+  for (; i + kW <= n; i += kW) {
+    vec<float> v = a * io::load(s.g + begin + i);
+    if (s.e != nullptr) v = b * io::load(s.e + begin + i) + v;
+    io::store(x + i, v);
+  }
+  for (; i < n; ++i) {
+    x[i] = s.a * s.g[begin + i];
+    if (s.e != nullptr) x[i] = s.b * s.e[begin + i] + x[i];
+  }
+}
+
+double squares_chunk(const CodedSource& s, int64_t begin, int64_t length) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  for (int64_t done = 0; done < length; done += kRun) {
+    const int64_t n = length - done < kRun ? length - done : kRun;
+    float x[kRun + kW] = {};
+    evaluate(s, begin + done, n, x);
+    for (int64_t i = 0; i < n; i += kSums)
+      for (int j = 0; j < kSums; ++j) {
+        const auto v = static_cast<double>(x[i + j]);
+        sums[j] += v * v;
+      }
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+// Numbers of a few bits, one after another.
+struct Packer {
+  uint8_t* to;
+  uint64_t pending = 0;
+  int held = 0;
+
+  PYSMOOTH_HD void put(uint64_t number, int width) {
+    pending |= number << held;
+    for (held += width; held >= 8; held -= 8, pending >>= 8) *to++ = static_cast<uint8_t>(pending);
+  }
+  PYSMOOTH_HD void flush() {
+    if (held > 0) *to = static_cast<uint8_t>(pending);
+  }
+};
+
+int width_of(int levels) { return 33 - __builtin_clz(static_cast<unsigned>(levels)); }
+
+void natural_run(const RoundedChunk& c, int64_t begin, int64_t n, const float* x,
+                 const float* drawn, float* sent) {
+  using O = ops<vec<float>>;
+  for (int64_t i = 0; i < n; i += kGroup) {
+    uint64_t word = 0;
+    for (int v = 0; v < kGroup; v += kW) {
+      const vec<float> s = natural<vec<float>, float>(io::load(x + i + v), io::load(drawn + i + v));
+      io::store(sent + i + v, s);
+      word |= static_cast<uint64_t>(mask_bits((O::bits(s) >> 31) != 0)) << v;
+    }
+    store_word(c.signs + (begin + i) / 8, word, n - i < kGroup ? n - i : kGroup);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, sent + i, sizeof(bits));
+    c.bytes[begin + i] = static_cast<uint8_t>(bits >> 23);
+  }
+}
+
+void levels_run(const RoundedChunk& c, int64_t begin, int64_t n, const float* x, const float* drawn,
+                float* sent, Packer* packer) {
+  float steps[kRun + kGroup];
+  const auto levels = static_cast<float>(c.levels);
+  for (int64_t i = 0; i < n;) {
+    const int64_t block = (begin + i) / c.block, left = (block + 1) * c.block - (begin + i);
+    const int64_t end = left < n - i ? i + left : n;
+    for (; i < end; i += kW) {  // beyond the block's end the next one writes again
+      const vec<float> v = io::load(x + i);
+      const vec<float> k =
+          dithered_steps<vec<float>, float>(v, io::load(drawn + i), c.inverse[block], levels);
+      const vec<float> s = k * c.unit[block];
+      io::store(steps + i, k);
+      io::store(sent + i, v < vec<float>{} ? -s : s);
+    }
+    i = end;
+  }
+  const int width = width_of(c.levels);
+  const auto most = (uint64_t{1} << width) - 1u;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto k = static_cast<uint64_t>(static_cast<int64_t>(steps[i]));
+    packer->put((k << 1 | static_cast<uint64_t>(sent[i] < 0.0f)) & most, width);
+  }
+}
+
+void rounded_chunk(const RoundedChunk& c) {
+  ApplyArgs args{};
+  args.begin = c.begin;
+  args.step = c.step;
+  args.tensor = c.tensor;
+  Drawing<float, true> drawing(args, Draw{Draw::bits, c.seed});
+  Packer packer{c.signs == nullptr ? c.bytes + c.begin / 8 * width_of(c.levels) : nullptr};
+  float x[kRun + kGroup] = {}, sent[kRun + kGroup];
+  for (int64_t done = 0; done < c.length; done += kRun) {
+    const int64_t n = c.length - done < kRun ? c.length - done : kRun, begin = c.begin + done;
+    const float* const drawn = drawing.next(n);
+    evaluate(c.source, begin, n, x);
+    if (c.signs != nullptr)
+      natural_run(c, begin, n, x, drawn, sent);
+    else
+      levels_run(c, begin, n, x, drawn, sent, &packer);
+    for (int64_t i = 0; i < n; ++i) c.out[begin + i] = x[i] - sent[i];
+  }
+  packer.flush();
+}
+
+// Adds a rank's numbers to those of the ranks before it.
+void add_natural(const uint8_t* bytes, const uint8_t* signs, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t sign = static_cast<uint32_t>(signs[i / 8] >> i % 8 & 1u) << 31;
+    const uint32_t bits = static_cast<uint32_t>(bytes[i]) << 23 | sign;
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    out[i] += x;
+  }
+}
+
+void add_levels(const RoundedMessages& m, int rank, int64_t begin, int64_t n, float* out) {
+  const uint8_t* from = m.first + rank * m.stride + begin / 8 * m.width;
+  const uint8_t* const units = m.units + rank * m.stride;
+  const uint64_t mask = (uint64_t{1} << m.width) - 1u;
+  uint64_t pending = 0;
+  int held = 0;
+  for (int64_t i = 0; i < n;) {
+    const int64_t block = (begin + i) / m.block, left = (block + 1) * m.block - (begin + i);
+    const int64_t end = left < n - i ? i + left : n;
+    float unit;
+    std::memcpy(&unit, units + block * static_cast<int64_t>(sizeof(unit)), sizeof(unit));
+    for (; i < end; ++i) {
+      for (; held < m.width; held += 8) pending |= static_cast<uint64_t>(*from++) << held;
+      const uint64_t coded = pending & mask;
+      pending >>= m.width;
+      held -= m.width;
+      const float size = static_cast<float>(static_cast<int64_t>(coded >> 1)) * unit;
+      out[i] += (coded & 1u) != 0 ? -size : size;
+    }
+  }
+}
+
+void sum_rounded_chunk(const RoundedMessages& m, int64_t begin, int64_t length, float* out) {
+  for (int64_t i = 0; i < length; ++i) out[begin + i] = 0.0f;
+  for (int r = 0; r < m.ranks; ++r) {
+    if (m.signs != nullptr)
+      add_natural(m.first + r * m.stride + begin, m.signs + r * m.stride + begin / 8, length,
+                  out + begin);
+    else
+      add_levels(m, r, begin, length, out + begin);
+  }
+}
+
 }  // namespace
 
 KernelTable codec_table() {
   KernelTable table{};
-  table.codec = {code_chunk, subtract_chunk, sum_chunk};
+  table.codec = {code_chunk,    subtract_chunk, sum_chunk,
+                 squares_chunk, rounded_chunk,  sum_rounded_chunk};
   return table;
 }
 

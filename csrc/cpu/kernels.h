@@ -188,6 +188,28 @@ struct SignMessages {
   int ranks;
 };
 
+// Numbers that are rounded at random: natural compression, or levels of QSGD.
+struct RoundedChunk {
+  CodedSource source;
+  int64_t begin, length;  // begin: a multiple of kCodecChunk, or the whole is one chunk
+  uint64_t seed;
+  uint32_t step, tensor;
+  float* out;                   // x - C(x), from the tensor's first element
+  uint8_t* bytes;               // exponents, or packed numbers, likewise
+  uint8_t* signs;               // of natural compression; null: levels are sent
+  int levels;                   // above 0
+  int64_t block;                // elements that share a unit
+  const float *unit, *inverse;  // of the blocks
+};
+
+struct RoundedMessages {
+  const uint8_t *first, *signs;  // of the first rank, from the tensor's first element
+  int64_t stride;                // from rank to rank
+  int ranks, width;              // bits per number
+  int64_t block;
+  const uint8_t* units;  // float32, as bytes
+};
+
 struct CodecInfo {
   double (*code)(const CodedChunk&);  // the sum of |x|
   // x -= scale * sign(x)
@@ -195,6 +217,10 @@ struct CodecInfo {
   // out = factor * (the sum of scale * sign over ranks); or its sign, where out is null
   void (*sum)(const SignMessages&, int64_t begin, int64_t length, float factor, float* out,
               uint8_t* signs);
+  double (*squares)(const CodedSource&, int64_t begin, int64_t length);
+  void (*rounded)(const RoundedChunk&);
+  // The sum over ranks of what was rounded.
+  void (*sum_rounded)(const RoundedMessages&, int64_t begin, int64_t length, float* out);
 };
 
 struct KernelTable {

@@ -3,10 +3,12 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#include "core/codec.h"
 #include "cpu/codec.h"
 #include "cpu/run.h"
 #include "cpu/select.h"
@@ -128,6 +130,143 @@ void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int
     values[j] = out[index[j]];
     out[index[j]] = 0.0f;
   }
+}
+
+namespace {
+
+int bits_of(uint64_t x) { return x == 0 ? 0 : 64 - __builtin_clzll(x); }
+
+// Sorted places, `width` bits each.
+struct Places {
+  const uint8_t* packed;
+  int64_t bytes, count;
+  int width;
+
+  uint64_t at(int64_t i) const {
+    const int64_t bit = i * width;
+    uint64_t word = 0;
+    std::memcpy(&word, packed + bit / 8,
+                static_cast<size_t>(std::min<int64_t>(sizeof(word), bytes - bit / 8)));
+    return word >> bit % 8 & ((uint64_t{1} << width) - 1u);
+  }
+  // The first that is at least `place`.
+  int64_t from(int64_t place) const {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (at(middle) < static_cast<uint64_t>(place))
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
+float float_at(const uint8_t* values, int64_t i) {
+  float x;
+  std::memcpy(&x, values + i * static_cast<int64_t>(sizeof(x)), sizeof(x));
+  return x;
+}
+
+}  // namespace
+
+void sum_top_k(const uint8_t* first, int64_t stride, int ranks, int64_t n, int64_t k, float* out,
+               int threads) {
+  const int width = bits_of(static_cast<uint64_t>(n - 1));
+  const bool bitmap = n < k * width;
+  const int64_t bytes = (std::min(k * width, n) + 7) / 8;
+  // Of bitmaps: how many of a rank's are marked before each chunk.
+  std::vector<int64_t> before;
+  if (bitmap)
+    for (int r = 0; r < ranks; ++r) {
+      const uint8_t* const marks = first + r * stride;
+      int64_t count = 0;
+      for (int64_t begin = 0; begin < n; begin += kCodecChunk) {
+        before.push_back(count);
+        const int64_t end = std::min((begin + kCodecChunk) / 8, bytes);
+        for (int64_t i = begin / 8; i < end; ++i) count += __builtin_popcount(marks[i]);
+      }
+    }
+  const int64_t chunks = chunks_of(n);
+  each_chunk(n, threads, [&](int64_t chunk, int64_t begin, int64_t length) {
+    std::memset(out + begin, 0, static_cast<size_t>(length) * sizeof(float));
+    for (int r = 0; r < ranks; ++r) {
+      const uint8_t* const packed = first + r * stride;
+      const uint8_t* const values = packed + bytes;
+      if (bitmap) {
+        int64_t at = before[static_cast<size_t>(r * chunks + chunk)];
+        for (int64_t i = begin; i < begin + length; ++i)
+          if ((packed[i / 8] >> i % 8 & 1) != 0 && at < k) out[i] += float_at(values, at++);
+        continue;
+      }
+      const Places places{packed, bytes, k, width};
+      for (int64_t i = places.from(begin); i < k; ++i) {
+        const auto place = static_cast<int64_t>(places.at(i));
+        if (place >= begin + length) break;
+        out[place] += float_at(values, i);
+      }
+    }
+  });
+}
+
+void code_natural(const CodedSource& source, int64_t n, const Drawn& drawn, float* out,
+                  uint8_t* message, int threads) {
+  each_chunk(n, threads, [&](int64_t, int64_t begin, int64_t length) {
+    kernels().codec.rounded({source, begin, length, drawn.seed, drawn.step, drawn.tensor, out,
+                             message, message + n, 0, n, nullptr, nullptr});
+  });
+}
+
+void sum_natural(const uint8_t* first, int64_t stride, int ranks, int64_t n, float* out,
+                 int threads) {
+  each_chunk(n, threads, [&](int64_t, int64_t begin, int64_t length) {
+    kernels().codec.sum_rounded({first, first + n, stride, ranks, 9, n, nullptr}, begin, length,
+                                out);
+  });
+}
+
+void code_levels(const CodedSource& source, int64_t n, const Drawn& drawn, int levels,
+                 int64_t block, float* out, uint8_t* message, int threads) {
+  const int64_t blocks = (n + block - 1) / block;
+  // Blocks are summed in pieces of chunks, whatever the threads.
+  const int64_t pieces = (block + kCodecChunk - 1) / kCodecChunk;
+  std::vector<double> sums(static_cast<size_t>(blocks * pieces));
+  const int64_t parts = static_cast<int64_t>(sums.size());
+  const int used = in_forked_child() ? 1 : static_cast<int>(std::min<int64_t>(threads, parts));
+#pragma omp parallel for num_threads(used > 1 ? used : 1) schedule(static) if (used > 1)
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t end = std::min(n, (i / pieces + 1) * block);
+    const int64_t begin = std::min(end, i / pieces * block + i % pieces * kCodecChunk);
+    sums[static_cast<size_t>(i)] =
+        kernels().codec.squares(source, begin, std::min(kCodecChunk, end - begin));
+  }
+  std::vector<float> units, inverses;
+  for (int64_t b = 0; b < blocks; ++b) {
+    double total = 0.0;
+    for (int64_t i = 0; i < pieces; ++i) total += sums[static_cast<size_t>(b * pieces + i)];
+    const double h[] = {static_cast<double>(CodecKind::qsgd), static_cast<double>(levels)};
+    const baseline::Codec<float> codec(h, std::sqrt(total));
+    units.push_back(codec.scale);
+    inverses.push_back(codec.inverse);
+  }
+  std::memcpy(message, units.data(), units.size() * sizeof(float));
+  uint8_t* const numbers = message + blocks * static_cast<int64_t>(sizeof(float));
+  each_chunk(n, threads, [&](int64_t, int64_t begin, int64_t length) {
+    kernels().codec.rounded({source, begin, length, drawn.seed, drawn.step, drawn.tensor, out,
+                             numbers, nullptr, levels, block, units.data(), inverses.data()});
+  });
+}
+
+void sum_levels(const uint8_t* first, int64_t stride, int ranks, int64_t n, int levels,
+                int64_t block, float* out, int threads) {
+  const int64_t blocks = (n + block - 1) / block;
+  const int width = 1 + bits_of(static_cast<uint64_t>(levels));
+  each_chunk(n, threads, [&](int64_t, int64_t begin, int64_t length) {
+    kernels().codec.sum_rounded({first + blocks * static_cast<int64_t>(sizeof(float)), nullptr,
+                                 stride, ranks, width, block, first},
+                                begin, length, out);
+  });
 }
 
 void pack_bits(const int64_t* numbers, int64_t n, int width, uint8_t* out) {

@@ -6,6 +6,7 @@ are rounded differently.
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import torch
@@ -13,6 +14,40 @@ from torch import Tensor
 
 from ..engine.backends import available_backends, native_module
 from ..reference import codec as eager
+from ..reference.random import permutation
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is sent: b * e + a * g, b being 1 or -1. Flat, contiguous, float32."""
+
+    g: Tensor
+    e: Tensor | None = None
+    a: float = 1.0
+    b: float = 1.0
+
+    def value(self) -> Tensor:
+        """As a new tensor."""
+        return eager.combine(self.g, self.e, self.a, self.b)
+
+    @property
+    def native(self) -> tuple[int, int, float, float, int]:
+        """As kernels are told of it."""
+        return _at(self.g), _at(self.e), self.a, self.b, len(self.g)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Which random numbers: of a seed, a step and a tensor."""
+
+    seed: int
+    step: int
+    tensor: int
+
+    @property
+    def native(self) -> tuple[int, int, int]:
+        """As kernels are told of it."""
+        return self.seed, self.step, self.tensor
 
 
 def _native(x: Tensor) -> types.ModuleType | None:
@@ -102,3 +137,69 @@ def unpack_bits(packed: Tensor, n: int, width: int) -> Tensor:
         native.unpack_bits(_at(packed), n, width, _at(numbers))
         return numbers
     return eager.unpack_bits(packed, n, width)
+
+
+def sum_top_k(messages: Tensor, k: int, out: Tensor) -> None:
+    """Puts the sum over ranks of messages about their k largest into `out`; a row is a rank's."""
+    if (native := _native(out)) is not None:
+        native.sum_top_k(*_rows(messages), len(out), k, _at(out), torch.get_num_threads())
+    else:
+        out.copy_(eager.sum_top_k(messages, len(out), k))
+
+
+def code_natural(x: Source, drawn: Drawn, out: Tensor, message: Tensor) -> None:
+    """Writes C(x) of natural compression into `message`, and x - C(x) into `out`."""
+    if (native := _native(out)) is not None:
+        threads = torch.get_num_threads()
+        native.code_natural(*x.native, *drawn.native, _at(out), _at(message), threads)
+    else:
+        value = x.value()
+        sent, coded = eager.code_natural(value, *drawn.native)
+        message.copy_(coded)
+        out.copy_(value - sent)
+
+
+def sum_natural(messages: Tensor, out: Tensor) -> None:
+    """Puts the sum over ranks of such messages into `out`."""
+    if (native := _native(out)) is not None:
+        native.sum_natural(*_rows(messages), len(out), _at(out), torch.get_num_threads())
+    else:
+        out.copy_(eager.sum_natural(messages, len(out)))
+
+
+def code_levels(
+    x: Source, drawn: Drawn, levels: int, block: int, out: Tensor, message: Tensor
+) -> None:
+    """Writes C(x) of QSGD into `message`, and x - C(x) into `out`."""
+    if (native := _native(out)) is not None:
+        threads = torch.get_num_threads()
+        drawing = (*drawn.native, levels, block)
+        native.code_levels(*x.native, *drawing, _at(out), _at(message), threads)
+    else:
+        value = x.value()
+        sent, coded = eager.code_levels(value, levels, block, *drawn.native)
+        message.copy_(coded)
+        out.copy_(value - sent)
+
+
+def sum_levels(messages: Tensor, levels: int, block: int, out: Tensor) -> None:
+    """Puts the sum over ranks of such messages into `out`."""
+    if (native := _native(out)) is not None:
+        threads = torch.get_num_threads()
+        native.sum_levels(*_rows(messages), len(out), levels, block, _at(out), threads)
+    else:
+        out.copy_(eager.sum_levels(messages, len(out), levels, block))
+
+
+def places(k: int, like: Tensor, drawn: Drawn) -> Tensor:
+    """The first k of a permutation of the numbers of elements of `like`."""
+    if (native := _native(like)) is not None:
+        index = torch.empty(k, dtype=torch.int64)
+        native.permutation(k, len(like), *drawn.native, _at(index))
+        return index
+    seed, step, tensor = drawn.native
+    return permutation(k, len(like), seed=seed, step=step, tensor_id=tensor).to(like.device)
+
+
+def _rows(messages: Tensor) -> tuple[int, int, int]:
+    return _at(messages), messages.stride(0), len(messages)

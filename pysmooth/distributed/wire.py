@@ -23,25 +23,12 @@ from torch import Tensor
 
 from .. import compressors
 from ..compressors import Compressor
-from ..reference.compress import qsgd_units
-from ..reference.random import permutation
+from ..reference.codec import floats
 from . import codec
+from .codec import Drawn, Source
 from .schemes import index_bytes
 
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What is sent: b * e + a * g, b being 1 or -1. Flat, contiguous, float32."""
-
-    g: Tensor
-    e: Tensor | None = None
-    a: float = 1.0
-    b: float = 1.0
-
-    def value(self) -> Tensor:
-        """As a new tensor."""
-        x = self.a * self.g
-        return x if self.e is None else self.b * self.e + x
+__all__ = ["Draw", "Drawn", "Format", "Signs", "Source", "floats", "format_of", "raw", "seed_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +54,6 @@ class Format(Protocol):
 
         A row is a rank's message, from rank `first` on.
         """
-
-
-def floats(message: Tensor) -> Tensor:
-    """Bytes as float32."""
-    return message.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 def raw(x: Tensor) -> Tensor:
@@ -119,15 +101,7 @@ class _TopK:
         message[len(packed) :] = raw(values)
 
     def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        d, k = len(out), self.compressor.chosen_of(len(out))
-        out.zero_()
-        for message in messages:
-            packed = message[: index_bytes(d, k)]
-            if _bitmap(d, k):
-                index = codec.unpack_bits(packed, d, 1).nonzero().reshape(-1)
-            else:
-                index = codec.unpack_bits(packed, k, _width(d))
-            out[index] += floats(message[len(packed) :])
+        codec.sum_top_k(messages, self.compressor.chosen_of(len(out)), out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +111,12 @@ class _RandK:
     def size(self, d: int) -> int:
         return 4 * self.compressor.chosen_of(d)
 
-    def _places(self, d: int, draw: Draw, device: torch.device) -> Tensor:
-        c = _of_rank(self.compressor, draw.rank)
-        k = c.chosen_of(d)
-        return permutation(k, d, seed=c.seed, step=draw.step, tensor_id=draw.tensor).to(device)
+    def _places(self, draw: Draw, like: Tensor) -> Tensor:
+        return codec.places(self.compressor.chosen_of(len(like)), like, _drawn(self, draw))
 
     def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
         out.copy_(x.value())
-        index = self._places(len(out), draw, out.device)
+        index = self._places(draw, out)
         kept = out[index]
         sent = kept * (len(out) / len(index)) if self.compressor.scaled else kept
         message.copy_(raw(sent))
@@ -154,7 +126,7 @@ class _RandK:
         out.zero_()
         for rank, message in enumerate(messages, first):
             theirs = dataclasses.replace(draw, rank=rank)
-            out[self._places(len(out), theirs, out.device)] += floats(message)
+            out[self._places(theirs, out)] += floats(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,19 +137,10 @@ class _Natural:
         return d + -(-d // 8)
 
     def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
-        value = x.value()
-        sent = _of_rank(self.compressor, draw.rank)(value, step=draw.step, tensor_id=draw.tensor)
-        bits = sent.view(torch.int32)
-        message[: len(out)] = (bits >> 23 & 0xFF).to(torch.uint8)
-        codec.pack_bits((bits < 0).long(), 1, message[len(out) :])
-        out.copy_(value - sent)
+        codec.code_natural(x, _drawn(self, draw), out, message)
 
     def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        out.zero_()
-        for message in messages:
-            size = (message[: len(out)].to(torch.int32) << 23).view(torch.float32)
-            negative = codec.unpack_bits(message[len(out) :], len(out), 1) != 0
-            out += torch.where(negative, -size, size)
+        codec.sum_natural(messages, out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,26 +160,11 @@ class _QSGD:
         return 4 * self._units(d) + -(-d * self._width() // 8)
 
     def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
-        value = x.value()
-        d, block = len(out), self._block(len(out))
-        sent = _of_rank(self.compressor, draw.rank)(value, step=draw.step, tensor_id=draw.tensor)
-        info = torch.finfo(torch.float32)
-        unit = qsgd_units(value, self.compressor.levels, block)
-        unit = torch.where(unit < info.tiny, 0.0, unit.clamp(max=info.max)).float()
-        each = unit.repeat_interleave(block)[:d]
-        level = torch.where(each > 0, sent.abs() / each, 0.0).round().long()
-        message[: 4 * len(unit)] = raw(unit)
-        codec.pack_bits(level << 1 | (sent < 0), self._width(), message[4 * len(unit) :])
-        out.copy_(value - sent)
+        levels, block = self.compressor.levels, self._block(len(out))
+        codec.code_levels(x, _drawn(self, draw), levels, block, out, message)
 
     def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        d, units = len(out), self._units(len(out))
-        out.zero_()
-        for message in messages:
-            each = floats(message[: 4 * units]).repeat_interleave(self._block(d))[:d]
-            coded = codec.unpack_bits(message[4 * units :], d, self._width())
-            size = (coded >> 1).float() * each
-            out += torch.where((coded & 1) != 0, -size, size)
+        codec.sum_levels(messages, self.compressor.levels, self._block(len(out)), out)
 
 
 class _Raw:
@@ -241,8 +189,8 @@ def _bitmap(d: int, k: int) -> bool:
     return d < k * _width(d)
 
 
-def _of_rank(compressor: Any, rank: int) -> Any:
-    return dataclasses.replace(compressor, seed=seed_of(compressor.seed, rank))
+def _drawn(form: Any, draw: Draw) -> Drawn:
+    return Drawn(seed_of(form.compressor.seed, draw.rank), draw.step, draw.tensor)
 
 
 def seed_of(seed: int, rank: int) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import compress
+
 
 def pack_bits(numbers: Tensor, width: int) -> Tensor:
     """Numbers below 2**width as bytes."""
@@ -54,3 +56,66 @@ def top_k(x: Tensor, k: int) -> Tensor:
     """Where the k largest magnitudes are, of equals the first ones, in the tensor's order."""
     order = torch.sort(x.abs().view(torch.int32), descending=True, stable=True).indices
     return torch.sort(order[:k]).values
+
+
+def sum_top_k(messages: Tensor, n: int, k: int) -> Tensor:
+    """The sum over ranks of messages about k of n numbers: their places, then they."""
+    width = (n - 1).bit_length()
+    size = -(-min(k * width, n) // 8)
+    out = torch.zeros(n, device=messages.device)
+    for message in messages:
+        if n < k * width:
+            index = unpack_bits(message[:size], n, 1).nonzero().reshape(-1)
+        else:
+            index = unpack_bits(message[:size], k, width)
+        out[index] += floats(message[size:])
+    return out
+
+
+def code_natural(x: Tensor, seed: int, step: int, tensor_id: int) -> tuple[Tensor, Tensor]:
+    """C(x) of natural compression, and its message: exponents, then signs."""
+    sent = compress.natural(x, seed=seed, step=step, tensor_id=tensor_id)
+    bits = sent.view(torch.int32)
+    signs = pack_bits((bits < 0).long(), 1)
+    return sent, torch.cat([(bits >> 23 & 0xFF).to(torch.uint8), signs])
+
+
+def sum_natural(messages: Tensor, n: int) -> Tensor:
+    """The sum over ranks of such messages."""
+    out = torch.zeros(n, device=messages.device)
+    for message in messages:
+        size = (message[:n].to(torch.int32) << 23).view(torch.float32)
+        negative = unpack_bits(message[n:], n, 1) != 0
+        out += torch.where(negative, -size, size)
+    return out
+
+
+def code_levels(
+    x: Tensor, levels: int, block: int, seed: int, step: int, tensor_id: int
+) -> tuple[Tensor, Tensor]:
+    """C(x) of QSGD, and its message: units of blocks, then levels with a sign each."""
+    sent = compress.qsgd(x, levels, block, seed=seed, step=step, tensor_id=tensor_id)
+    info = torch.finfo(torch.float32)
+    unit = compress.qsgd_units(x, levels, block)
+    unit = torch.where(unit < info.tiny, 0.0, unit.clamp(max=info.max)).float()
+    each = unit.repeat_interleave(block)[: len(x)]
+    level = torch.where(each > 0, sent.abs() / each, 0.0).round().long()
+    packed = pack_bits(level << 1 | (sent < 0), 1 + levels.bit_length())
+    return sent, torch.cat([unit.view(torch.uint8), packed])
+
+
+def sum_levels(messages: Tensor, n: int, levels: int, block: int) -> Tensor:
+    """The sum over ranks of such messages."""
+    units = 4 * -(-n // block)
+    out = torch.zeros(n, device=messages.device)
+    for message in messages:
+        each = floats(message[:units]).repeat_interleave(block)[:n]
+        coded = unpack_bits(message[units:], n, 1 + levels.bit_length())
+        size = (coded >> 1).float() * each
+        out += torch.where((coded & 1) != 0, -size, size)
+    return out
+
+
+def floats(message: Tensor) -> Tensor:
+    """Bytes as float32."""
+    return message.clone(memory_format=torch.contiguous_format).view(torch.float32)
