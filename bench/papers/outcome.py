@@ -137,7 +137,7 @@ class Check:
         why: str = "",
     ) -> Check:
         """Holds if |value - want| <= rel * |want|; not for NaN."""
-        expected = f"{number(want)} to {rel:.0%}"
+        expected = f"{number(want)} to {100 * rel:g} %"
         return cls(claim, number(value), expected, abs(value - want) <= rel * abs(want), basis, why)
 
     def line(self) -> str:

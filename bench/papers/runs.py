@@ -67,14 +67,21 @@ class Workers:
         self.optimizer.step()
         return -self._sent.mean(0)
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Empties the memory of error feedback: what EFSGD sends next is C(lr * gradient)."""
+        for state in self.optimizer.state.values():
+            state["residual"].zero_()
+
 
 def places(steps: int, points: int = 150, *, log: bool = True) -> list[int]:
-    """Some of 0..steps, the first and the last among them."""
+    """Some of 0..steps, the first and the last among them, and 10, 20, 50, 100..."""
     if log:
         chosen = {round(math.exp(math.log(steps) * i / points)) for i in range(points + 1)}
     else:
         chosen = {round(steps * i / points) for i in range(points + 1)}
-    return sorted({0, steps} | chosen)
+    round_ones = {m * 10**e for e in range(1, 7) for m in (1, 2, 5)} if log else set()
+    return sorted({0, steps} | chosen | {k for k in round_ones if k <= steps})
 
 
 @torch.no_grad()
