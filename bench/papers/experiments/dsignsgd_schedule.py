@@ -70,7 +70,8 @@ def run(config: Config) -> Outcome:
             Check.below(
                 f"sigma = {sigma:g}: f at the end, with lr / sqrt(k + 1) to constant lr",
                 float(decreasing.last().median()) / steady[1],
-                1.0,
+                0.2,
+                why="it is lower, but the fall has not gone as far yet",
             )
         )
     return Outcome([Panel("N = 8, d = 50", "iteration", "f", curves, xlog=True)], checks)

@@ -140,7 +140,11 @@ def run(config: Config) -> Outcome:
     for name, want in known.items():
         claim = f"{name}: median f as in another implementation"
         if not config.quick:  # medians of few runs are far off
-            checks.append(Check.near(claim, ends[name], want, 0.5, basis="derived"))
+            checks.append(
+                Check.near(
+                    claim, ends[name], want, 0.25, basis="derived", why="other random numbers"
+                )
+            )
     return Outcome([Panel("||A x||^4", "stochastic gradients", "f of the result", curves)], checks)
 
 
