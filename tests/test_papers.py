@@ -18,7 +18,8 @@ from pysmooth import EFSGD, ClipSGD, TopK
 
 EXPERIMENTS = registry.found()
 # Claims that do not hold in the quick version; see docs/papers.md for those of the complete one.
-# Levels in e3 are lower than expected; the weight in e6 needs more iterations; plain normalisation is not worse on that toy at all.
+# Levels in e3 are lower than expected; the weight in e6 needs more iterations; plain
+# normalisation is not worse on that toy at all.
 KNOWN = {"e3": 1, "e6": 1, "dcsgd-normalised": 1}
 
 

@@ -102,7 +102,7 @@ EXPERIMENT = Experiment(
     "CLERR on a quartic: clipping once in an epoch, and which norm",
     ("2412.02781",),
     "f(x) = mean (x - x_i)^4, 1,000 points, batches of 32, shuffled once; SO lr 1e-7, CSO lr 1e-4 "
-    "and clip 1e4, NASTYA 1e-6 (inner 1e-7), CLERR c0 = 500, c1 = 0.005, inner step 1e-7: the authors' "
-    "tuned values. L1 of a quartic is 3, so c1 is far below 2 L1.",
+    "and clip 1e4, NASTYA 1e-6 (inner 1e-7), CLERR c0 = 500, c1 = 0.005, inner step 1e-7: the "
+    "authors' tuned values. L1 of a quartic is 3, so c1 is far below 2 L1.",
     run,
 )
