@@ -377,10 +377,8 @@ def test_clips_by_rows(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     assert_same(slots, run_of("sgd_momentum", clip=AGC, order=2, resident=2))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [name for name in RULES if INFO[name].reads_grad])
 def test_every_rule_with_a_clip_by_rows(rule: str) -> None:
-    if not INFO[rule].reads_grad:
-        pytest.skip("reads no gradient of its own")
     shapes = [(5, 33), (40, 3, 2), (77,), (3, 1500)]
     slots = [make_slot(rule, shape, dtypes) for shape in shapes for dtypes in DTYPES[::4]]
     slots += [make_slot(rule, shape, lay=transposed) for shape in shapes[:2]]

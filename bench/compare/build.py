@@ -33,8 +33,10 @@ def built(revision: str) -> tuple[str, Path]:
         # Copied, and built where the copy is: what is being edited stays as it is.
         name, tree = "working", WORK / "working"
         files = _run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z"])
-        if tree.exists():
-            shutil.rmtree(tree)
+        # All but the objects, so that only what has changed is compiled again.
+        for old in tree.iterdir() if tree.exists() else ():
+            if old.name != "build":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         for file in filter(None, files.split("\0")):
             if (ROOT / file).is_file():
                 (tree / file).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def built(revision: str) -> tuple[str, Path]:
             shutil.unpack_archive(archive, tree)
             archive.unlink()
     if not done:
-        # One cache of objects for all revisions, where there is a ccache.
+        # What is compared are steps on the CPU.
         environment = {**os.environ, "PYSMOOTH_CUDA": "0"}
         command = [sys.executable, "setup.py", "-q", "build", "-b", "build", "--build-lib", "lib"]
         _run(command, cwd=tree, env=environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -75,7 +76,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """Base class: what is sent, what clients answer, what the server makes of it.
 
     Args:
@@ -108,13 +109,13 @@ class Method:
         """The vectors that go to every participant."""
         return (state.x,)
 
+    @abstractmethod
     def reply(self, task: Task, received: Upload, client: Client) -> Upload:
         """What a client answers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, state: State, uploads: Uploads) -> Outcome:
         """Changes the state; `uploads` holds at least one answer."""
-        raise NotImplementedError
 
 
 def equally(uploads: Uploads) -> dict[int, float]:
