@@ -1,4 +1,4 @@
-"""The examples that need torch alone: the same training with torch, and checkpoints that resume."""
+"""The examples that need torch alone: the same training with torch, and what resumes or replays."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import pysmooth
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import checkpoint
+import cuda_graph
 import swap
 import torch_loop
 
@@ -86,6 +87,13 @@ def test_a_compiled_training_step_breaks_at_the_optimizers() -> None:
 def test_swap() -> None:
     losses = swap.main()
     assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.gpu
+def test_cuda_graph() -> None:
+    """Replays of a whole training step, against the same steps without a graph."""
+    losses = cuda_graph.main()
+    assert losses[-1] < losses[0] / 2
 
 
 def test_checkpoint() -> None:

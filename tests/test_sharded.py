@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded import agreed, cut, meshes, run, values, whole
+from sharded_swap import there_and_back
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -310,4 +311,4 @@ def _copies() -> None:
 def test_four_processes(tmp_path: Path) -> None:
     """All cases that need nothing but a process group, in one start of four processes."""
     cases = (_steps_agree, _clips_agree, _gradients_are_placed, _nonfinite, _stages)
-    run(4, str(tmp_path / "store"), *cases, _top_k, _refusals, _copies)
+    run(4, str(tmp_path / "store"), *cases, _top_k, _refusals, _copies, there_and_back)

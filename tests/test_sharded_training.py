@@ -123,9 +123,16 @@ def test_checkpoints_move_from_four_processes_to_two(tmp_path: Path) -> None:
     run(2, str(tmp_path / "two"), _load, _refusals, args=(str(tmp_path),))
 
 
-def test_the_example_runs() -> None:
-    path = Path(__file__).parent.parent / "examples" / "fsdp2_clip.py"
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("fsdp2_clip", "norm of the last gradient: sharded"),
+        ("titan_loop", "sharded as whole, resumed to the bit"),
+    ],
+)
+def test_the_examples_run(name: str, says: str) -> None:
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run([*command, "2", str(path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "norm of the last gradient: sharded" in done.stdout
+    assert says in done.stdout

@@ -49,7 +49,8 @@ def swap(
 
     With `max_norm=` the clip moves into the step: drop the call of `clip_grad_norm_`. In float32 a
     step differs from torch's by at most three units in the last place of max(\|p\|, \|update\|).
-    States of 16-bit parameters are float32 from here on, where torch rounds them to 16 bits.
+    States of 16-bit parameters are float32 from here on, where torch rounds them to 16 bits. States
+    of DTensors (FSDP2, tensor parallelism) stay DTensors with the parameter's placement.
 
     Call it between steps, before a framework wraps the optimizer (`accelerator.prepare`). The old
     optimizer keeps its states, and is left to be dropped: until then memory holds both.
