@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from .. import reference
 from ..compressors import Compressor
 from ..reference import Member, Passes
+
+ScopeName = Literal["global", "group", "tensor"]
+Start = Literal["zero", "first"]
 
 
 @dataclass

@@ -20,9 +20,6 @@ from ..engine.amp import Amp
 from ..engine.backends import Backend, Engine, make_engine, native_module, resolve
 from ..engine.device import DeviceEngine
 from ..engine.recipe import (
-    ABSORBED,
-    SCALARS,
-    STEP,
     ClipMode,
     ParamStorage,
     Policy,
@@ -30,9 +27,10 @@ from ..engine.recipe import (
     Scope,
     needs_reduce,
 )
-from ..engine.state import fill_state, new_states
+from ..engine.state import fill_state
 from ._hooks import GradientHooks
-from ._managed import part_here, refuse_managed
+from ._loading import Load
+from ._managed import refuse_managed
 from ._precision import check_param_storage, param_storage
 from ._validate import check_choice, check_number
 
@@ -452,91 +450,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         After an error, or without memory for the states, the optimizer is as it was.
         """
-        ready: list[tuple[Tensor, str, Tensor]] = []
-
-        def capture(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            # All that can fail happens here, when nothing has changed: checks, and memory.
-            groups = self._check_loadable(incoming)
-            here = [g["params"] for g in self.param_groups]
-            recipes = {
-                p: recipe.of(p)
-                for group, params in zip(groups, here, strict=True)
-                for recipe in [self._recipe({**group, "params": params})]
-                for p in params
-            }
-            todo = [
-                (p, key, value)
-                for p, saved in _pairs(self, incoming)
-                for key, value in saved.items()
-                if key in recipes[p].keys and value is not None
-            ]
-            with torch.no_grad():
-                parts = {p: part_here(p) for p, _, _ in todo}
-                owned = new_states([(parts[p], key, recipes[p]) for p, key, _ in todo])
-                for (p, key, value), own in zip(todo, owned, strict=True):
-                    # torch kept step counts as plain numbers once
-                    new = value if isinstance(value, Tensor) else torch.tensor(float(value))
-                    if parts[p] is not p and key not in SCALARS:
-                        from ..distributed.sharded import loaded_state
-
-                        ready.append((p, key, loaded_state(p, own, new, key)))
-                    else:
-                        ready.append((p, key, own.copy_(new.reshape(own.shape))))
-            # Whole from the first: torch asks for recipes (`__setstate__`) before post-hooks run.
-            return {**incoming, "param_groups": groups}
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            for p, key, own in ready:
-                self.state[p][key] = own
-
+        load = Load(self)
         # The last of the pre-hooks sees what will really be loaded; the first of the post-hooks
         # completes the load before the user's hooks look at it.
-        pre = self.register_load_state_dict_pre_hook(capture)
-        post = self.register_load_state_dict_post_hook(restore, prepend=True)
+        pre = self.register_load_state_dict_pre_hook(load.capture)
+        post = self.register_load_state_dict_post_hook(load.restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             pre.remove()
             post.remove()
-
-    def _check_loadable(self, incoming: dict[str, Any]) -> list[dict[str, Any]]:
-        """The groups that are to be loaded, with what they lack taken from those that are here."""
-        groups = _check_form(incoming)
-        sizes = [len(g["params"]) for g in groups]
-        if sizes != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                f"state_dict has parameter groups of sizes {sizes}, the optimizer of sizes "
-                f"{[len(g['params']) for g in self.param_groups]}"
-            )
-        labels = dict(zip(map(id, self._params()), self.param_labels(), strict=True))
-        merged = [
-            {**old, **group, "params": old["params"]}
-            for group, old in zip(groups, self.param_groups, strict=True)
-        ]
-        for group in merged:
-            self._check(group)
-        keys = {key for group in merged for key in self._recipe(group).keys}
-        for p, saved in _pairs(self, incoming):
-            count = saved.get(ABSORBED, 0)
-            if not isinstance(count, int) or not 0 <= count < 2**63:
-                raise ValueError(
-                    f"state 'absorbed' of parameter {labels[id(p)]!r} in state_dict is not a count"
-                )
-            for key in keys & saved.keys():
-                value = saved[key]
-                if key in SCALARS:
-                    _check_scalar(key, value, labels[id(p)])
-                elif value is not None and not (
-                    isinstance(value, Tensor) and value.shape == p.shape
-                ):
-                    raise ValueError(
-                        f"state {key!r} of parameter {labels[id(p)]!r} in state_dict does not have "
-                        f"the parameter's shape {tuple(p.shape)}"
-                    )
-        return [
-            {**old, **group, "params": group["params"]}
-            for group, old in zip(groups, self.param_groups, strict=True)
-        ]
 
     # ---- internals -----------------------------------------------------------------------------
 
@@ -553,50 +476,4 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._engine = None
 
 
-def _check_form(incoming: Any) -> list[dict[str, Any]]:
-    """The groups of a state dict, which has the form that torch gives it."""
-    groups, state = (
-        incoming.get(key) if isinstance(incoming, dict) else None
-        for key in ("param_groups", "state")
-    )
-    if not isinstance(groups, list | tuple) or not isinstance(state, dict):
-        raise ValueError("state_dict does not have a list 'param_groups' and a dict 'state'")
-    for i, group in enumerate(groups):
-        ids = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(ids, list | tuple) or not all(isinstance(n, int | str) for n in ids):
-            raise ValueError(f"group {i} of state_dict has no list 'params' of numbers or names")
-    ids = [n for group in groups for n in group["params"]]
-    if len(set(ids)) < len(ids):
-        raise ValueError("state_dict has a parameter more than once in its groups")
-    for n, held in state.items():
-        if not isinstance(held, dict):
-            raise ValueError(f"state {n!r} in state_dict is not a dict")
-        if isinstance(n, int) and n not in ids:
-            raise ValueError(f"state {n} in state_dict is of no parameter in its groups")
-    return list(groups)
-
-
-def _check_scalar(key: str, value: Any, label: str) -> None:
-    if value is None:
-        return
-    name = f"state {key!r} of parameter {label!r} in state_dict"
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain and not (isinstance(value, Tensor) and value.numel() == 1):
-        raise ValueError(f"{name} is not one number")
-    if key == STEP and not 0 <= float(value) < 2**63:  # false for NaN
-        raise ValueError(f"{name} is not a count of steps; got {float(value)}")
-
-
 _watched_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
-
-
-def _pairs(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> list[tuple[Tensor, dict[str, Any]]]:
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [
-        (p, state_dict["state"][i])
-        for i, p in zip(ids, params, strict=True)
-        if i in state_dict["state"]
-    ]

@@ -6,6 +6,7 @@ A library is compiled again when anything that it may include has changed.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shlex
@@ -50,23 +51,36 @@ def library(name: str, kernels: Sequence[Source], others: Sequence[Source] = ())
     cover = ["--coverage", "-O0"] if os.environ.get("PYSMOOTH_SIMT_COVERAGE") == "1" else []
     work = ROOT / "build" / "simt" / f"{name}-{_digest([*FLAGS, *cover])}"
     target = work / f"{name}.so"
-    if not target.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        compiler = shlex.split(os.environ.get("CXX", "g++"))
-        jobs: list[tuple[str, list[str]]] = [(str(HERE / source), []) for source in EMULATION]
-        jobs += [(source, list(extra)) for source, extra in others]
-        jobs += [(source, ["-fsanitize=thread", *cover, *extra]) for source, extra in kernels]
-
-        def compile_one(job: tuple[int, tuple[str, list[str]]]) -> str:
-            number, (source, extra) = job
-            out = str(work / f"{number}.o")
-            command = [*compiler, *FLAGS, *extra, "-x", "c++", "-c", source, "-o", out]
-            subprocess.run(command, check=True)
-            return out
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compile_one, enumerate(jobs)))
-        fresh = work / f"{os.getpid()}.so"
-        subprocess.run([*compiler, "-shared", *cover, *objects, "-o", str(fresh)], check=True)
-        fresh.replace(target)
+    work.mkdir(parents=True, exist_ok=True)
+    # Several workers of one run of the tests want it at once, and one of them compiles.
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            _compile(work, target, kernels, others, cover)
     return ctypes.CDLL(str(target))
+
+
+def _compile(
+    work: Path,
+    target: Path,
+    kernels: Sequence[Source],
+    others: Sequence[Source],
+    cover: Sequence[str],
+) -> None:
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    jobs: list[tuple[str, list[str]]] = [(str(HERE / source), []) for source in EMULATION]
+    jobs += [(source, list(extra)) for source, extra in others]
+    jobs += [(source, ["-fsanitize=thread", *cover, *extra]) for source, extra in kernels]
+
+    def compile_one(job: tuple[int, tuple[str, list[str]]]) -> str:
+        number, (source, extra) = job
+        out = str(work / f"{number}.o")
+        command = [*compiler, *FLAGS, *extra, "-x", "c++", "-c", source, "-o", out]
+        subprocess.run(command, check=True)
+        return out
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, enumerate(jobs)))
+    fresh = work / f"{os.getpid()}.so"
+    subprocess.run([*compiler, "-shared", *cover, *objects, "-o", str(fresh)], check=True)
+    fresh.replace(target)
