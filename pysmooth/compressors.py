@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .reference import compress as codec
+from .reference import compress as eager
 from .reference.order import flatten, unflatten
 
 SelectScope = Literal["tensor", "global", "block"]
@@ -81,7 +81,7 @@ class Compressor:
 
     @property
     def dense(self) -> Dense | None:
-        """For the others, which codec. Kind, level and seed, as csrc/core/codec.h has them."""
+        """For the others: kind, level and seed, as csrc/core/compress.h has them."""
         return None
 
     @property
@@ -185,9 +185,9 @@ class TopK(Compressor):
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         if self.scope != "block":
-            return codec.top_k(x, self.chosen_of(len(x)))
+            return eager.top_k(x, self.chosen_of(len(x)))
         return torch.cat(
-            [codec.top_k(b, self.chosen_of(len(b))) for b in torch.split(x, self.block_size)]
+            [eager.top_k(b, self.chosen_of(len(b))) for b in torch.split(x, self.block_size)]
         )
 
 
@@ -243,7 +243,7 @@ class RandK(Compressor):
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         k = self.chosen_of(len(x))
-        return codec.rand_k(
+        return eager.rand_k(
             x, k, scaled=self.scaled, seed=self.seed, step=step, tensor_id=tensor_id
         )
 
@@ -280,7 +280,7 @@ class ScaledSign(Compressor):
         return (1, 0.0, 0)
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
-        return codec.scaled_sign(x, x.double().abs().sum() / len(x))
+        return eager.scaled_sign(x, x.double().abs().sum() / len(x))
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ class QSGD(Compressor):
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
         block = self.scale_block or len(x)
-        return codec.qsgd(x, self.levels, block, seed=self.seed, step=step, tensor_id=tensor_id)
+        return eager.qsgd(x, self.levels, block, seed=self.seed, step=step, tensor_id=tensor_id)
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,7 @@ class NaturalCompression(Compressor):
         return (4, 0.0, self.seed)
 
     def _flat(self, x: Tensor, step: int, tensor_id: int) -> Tensor:
-        return codec.natural(x, seed=self.seed, step=step, tensor_id=tensor_id)
+        return eager.natural(x, seed=self.seed, step=step, tensor_id=tensor_id)
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ HYPER = {
     "lr_decay": 0.1,
     "coef": 0.5,
     "level": 0.05,
-    "codec": 1.0,
+    "compressor": 1.0,
 }
-MARKS = 5.0  # the codec that takes what was selected
+MARKS = 5.0  # the compressor that takes what was selected
 NO_CLIP = (0, 0.0, 0.0, 0.0, 0.0, -1.0, False)
 HARD = (1, 1.0, 1e-6, 0.0, 0.0, -1.0, False)
 
@@ -187,7 +187,7 @@ def run_of(rule: str, **settings: Any) -> Run:
     clip = settings.pop("clip", HARD)
     hyper = settings.pop("hyper", {})
     if INFO[rule].marks and "select" in settings:
-        hyper = {"codec": MARKS, **hyper}
+        hyper = {"compressor": MARKS, **hyper}
     return Run(hypers=[hyper_of(rule, **hyper)], clips=[clip], **settings)
 
 
@@ -557,12 +557,12 @@ def test_rules_that_mark_selections_are_refused(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [name for name in STAGED if name in RULES])
-@pytest.mark.parametrize("codec", [0.0, 1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("compressor", [0.0, 1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e15])
-def test_passes(rule: str, codec: float, scale: float) -> None:
+def test_passes(rule: str, compressor: float, scale: float) -> None:
     slots = [make_slot(rule, (n,)) for n in (3, 2048, 33000)]
-    level = 8.0 if codec == 3.0 else 0.05 * scale
-    hyper = {"codec": codec, "normalize": 1.0, "weight_decay": 0.0, "level": level}
+    level = 8.0 if compressor == 3.0 else 0.05 * scale
+    hyper = {"compressor": compressor, "normalize": 1.0, "weight_decay": 0.0, "level": level}
     for slot in slots:
         assert slot.grad is not None
         slot.grad.mul_(scale)
@@ -585,12 +585,12 @@ def test_passes(rule: str, codec: float, scale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [name for name in STAGED if name in RULES and "codec" in INFO[name].hyper]
+    "rule", [name for name in STAGED if name in RULES and "compressor" in INFO[name].hyper]
 )
-@pytest.mark.parametrize("codec", [3.0, 4.0])
-def test_codecs_that_draw_in_double(rule: str, codec: float) -> None:
+@pytest.mark.parametrize("compressor", [3.0, 4.0])
+def test_compressors_that_draw_in_double(rule: str, compressor: float) -> None:
     slots = [make_slot(rule, (n,), (F64, F64)) for n in (3, 2048, 9001)]
-    hyper = {"codec": codec, "level": 8.0, "weight_decay": 0.0}
+    hyper = {"compressor": compressor, "level": 8.0, "weight_decay": 0.0}
     assert_same(slots, run_of(rule, hyper=hyper, clip=NO_CLIP), steps=2)
 
 

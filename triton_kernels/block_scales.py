@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codec import DITHERED, scales
+from .compress import DITHERED, scales
 from .how import How  # noqa: F401 - what HOW is
 from .operands import OWN, take, tensor_of
 from .table import BLOCK_NUMBERS

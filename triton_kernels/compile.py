@@ -149,13 +149,14 @@ def specs_of(rule: Rule) -> Iterator[tuple[str, Spec]]:
     """All kernels of one rule."""
     yield f"{rule.name} finalize", finalize_spec(rule, method(), counts=True)
     hyper = [1.0] * len(rule.hyper)  # with weight decay, normalised, by scaled signs
-    drawing = [4.0 if name == "codec" else 1.0 for name in rule.hyper]
+    drawing = [4.0 if name == "compressor" else 1.0 for name in rule.hyper]
     for what, form in forms(rule):
         if rule.taken:
             form = dataclasses.replace(form, listed=True, wide=form.dtypes[0] == F64)
         if (spec := apply_spec(rule, form, False, hyper)) is not None:
             yield f"{rule.name} {what}", spec
-        if "codec" in rule.hyper and (spec := apply_spec(rule, form, False, drawing)) is not None:
+        compresses = "compressor" in rule.hyper
+        if compresses and (spec := apply_spec(rule, form, False, drawing)) is not None:
             if rule.draws(drawing) and rule.applies.draws:
                 yield f"{rule.name} {what}, drawing", spec
         how = method(pass_scopes=(0, 2, 2, 2, 0))
@@ -176,7 +177,7 @@ def specs_of(rule: Rule) -> Iterator[tuple[str, Spec]]:
 
 def blocks(rule: Rule, what: str, form: Form) -> Iterator[tuple[str, Spec]]:
     """What a compressor with a scale per block takes: the scales, and who reads them."""
-    dithering = [3.0 if name == "codec" else 1.0 for name in rule.hyper]
+    dithering = [3.0 if name == "compressor" else 1.0 for name in rule.hyper]
     how = method(pass_scopes=(BLOCK,) * len(rule.scales) + (0,) * 3)
     for k in range(len(rule.sources)):
         run, finish = pass_specs(rule, k, dithering, form, how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .codec import MARKED
+from .compress import MARKED
 from .math import (
     accumulator,
     adagrad,
@@ -33,6 +33,6 @@ RULES: dict[str, Rule] = {
 def rule_for(name: str, hyper: Sequence[float]) -> str:
     """The rule of this name, or its form that marks coordinates, for compressors that select."""
     rule = RULES[name]
-    if rule.marking and hyper[rule.hyper.index("codec")] == MARKED.value:
+    if rule.marking and hyper[rule.hyper.index("compressor")] == MARKED.value:
         return rule.marking
     return name

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "core/codec.h"
+#include "core/compress.h"
 #include "cpu/draw.h"
 #include "cpu/fold.h"
 #include "cpu/port.h"

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "core/codec.h"
+#include "core/compress.h"
 #include "cpu/codec.h"
 #include "cpu/run.h"
 #include "cpu/select.h"
@@ -245,10 +245,10 @@ void code_levels(const CodedSource& source, int64_t n, const Drawn& drawn, int l
   for (int64_t b = 0; b < blocks; ++b) {
     double total = 0.0;
     for (int64_t i = 0; i < pieces; ++i) total += sums[static_cast<size_t>(b * pieces + i)];
-    const double h[] = {static_cast<double>(CodecKind::qsgd), static_cast<double>(levels)};
-    const baseline::Codec<float> codec(h, std::sqrt(total));
-    units.push_back(codec.scale);
-    inverses.push_back(codec.inverse);
+    const double h[] = {static_cast<double>(CompressorKind::qsgd), static_cast<double>(levels)};
+    const baseline::Compressor<float> compressor(h, std::sqrt(total));
+    units.push_back(compressor.scale);
+    inverses.push_back(compressor.inverse);
   }
   std::memcpy(message, units.data(), units.size() * sizeof(float));
   uint8_t* const numbers = message + blocks * static_cast<int64_t>(sizeof(float));

@@ -12,7 +12,7 @@ from ._base import FusedOptimizer
 ResidualPolicy = Literal["skip", "raise", "zero"]
 
 
-MARKS: Dense = (5, 0.0, 0)  # what takes a codec's place where coordinates are selected
+MARKS: Dense = (5, 0.0, 0)  # what takes a compressor's place where coordinates are selected
 
 
 class CompressedOptimizer(FusedOptimizer):
@@ -37,7 +37,7 @@ class CompressedOptimizer(FusedOptimizer):
         block = self.compressor.scale_block
         return self.compressor.select if block is None else (0, 2, 0.0, 0, block, False, 0)
 
-    def codec(self) -> tuple[float, ...]:
+    def compression(self) -> tuple[float, ...]:
         """The compressor as hyper-parameters: kind, level, and the halves of a seed."""
         kind, level, seed = self.compressor.dense or MARKS
         return (float(kind), level, *halves(seed))

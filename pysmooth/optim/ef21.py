@@ -131,7 +131,7 @@ class EF21(CompressedOptimizer):
         start: float | str = 0.0 if self.init == "zero" else GRADIENT
         return Recipe(
             self.rule(momenta),
-            (lr, eta, weight_decay, float(self.normalize), *self.codec()),
+            (lr, eta, weight_decay, float(self.normalize), *self.compression()),
             states,
             ClipSpec(maximize=group["maximize"]),
             counts_steps=True,

@@ -193,7 +193,7 @@ class EFSGD(CompressedOptimizer):
         kept = "compressor_input" if signs else "residual"
         return Recipe(
             f"ef_sgd_{'sign' if signs else self.form()}{suffix}",
-            hyper if signs else (*hyper, *self.codec()),
+            hyper if signs else (*hyper, *self.compression()),
             (kept, *momentum),
             clip_spec(group),
             counts_steps=True,
@@ -220,8 +220,8 @@ class EFSGD(CompressedOptimizer):
         recipe = self._recipe(group)
         if self.state.get(param, {}).get(ABSORBED, 0) == 0:
             return recipe
-        lr, momentum, _, *codec = recipe.hyper
-        return recipe._replace(hyper=(lr, momentum, 0.0, *codec))
+        lr, momentum, _, *compression = recipe.hyper
+        return recipe._replace(hyper=(lr, momentum, 0.0, *compression))
 
     def absorb_gradient(self, param: Tensor) -> None:
         """Adds the parameter's gradient to its residual, and frees it. What the hooks do.

@@ -1,4 +1,4 @@
-"""codec, in eager torch: what a compressor makes of a flat tensor of float32 or float64."""
+"""compress, in eager torch: what a compressor makes of a flat tensor of float32 or float64."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from .staged import Member, Passes
 
 HYPER = (
     *("lr", "eta", "weight_decay", "normalize"),
-    *("codec", "level", "seed_low", "seed_high"),
+    *("compressor", "level", "seed_low", "seed_high"),
 )
 
 

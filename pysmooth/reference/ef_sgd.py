@@ -9,7 +9,7 @@ from torch import Tensor
 from . import compress
 from .staged import Member, Passes
 
-HYPER = ("lr", "momentum", "weight_decay", "codec", "level", "seed_low", "seed_high")
+HYPER = ("lr", "momentum", "weight_decay", "compressor", "level", "seed_low", "seed_high")
 SIGN_HYPER = ("lr", "momentum", "weight_decay")
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import triton
 import triton.language as tl
 
-from ..codec import codec, codec_draw, codec_sum, scales
+from ..compress import compress, compress_draw, compress_sum, scales
 from ..rule import GRAD, NOTHING, PARAM, SQUARES, STAGE, STATE, WIDE, Rule, Streams
 
 
 @triton.jit
 def constants(h, summed, norm, wide):
-    """1 - eta, eta, shrink, lr or lr / norm, codec, level, its scales, lr."""
+    """1 - eta, eta, shrink, lr or lr / norm, compressor, level, its scales, lr."""
     lr, eta, weight_decay, normalize, kind, level, _, _ = h
     step = tl.where(norm == 0, 0.0, lr / norm)
     step = tl.where(normalize == 0, lr, step)
@@ -23,14 +23,14 @@ def constants(h, summed, norm, wide):
 
 @triton.jit
 def prepare(h, x):
-    """Of the codec's scale and the norm."""
+    """Of the compressor's scale and the norm."""
     return constants(h, x[STAGE], x[STAGE + 1], x[WIDE])
 
 
 @triton.jit
 def estimate(distance, s, h, drawn):
     """h + C(w - h)."""
-    return s[0] + codec(distance, h[4], h[5], h[6], h[7], drawn)
+    return s[0] + compress(distance, h[4], h[5], h[6], h[7], drawn)
 
 
 @triton.jit
@@ -142,11 +142,11 @@ def taken_repaired(p, s, c, h):
 
 
 def sums(h: Sequence[float]) -> tuple[int, ...]:
-    """The codec's scale; the norm, where steps are normalised."""
-    return codec_sum(h[4]), SQUARES if h[3] != 0 else NOTHING
+    """The compressor's scale; the norm, where steps are normalised."""
+    return compress_sum(h[4]), SQUARES if h[3] != 0 else NOTHING
 
 
-HYPER = ("lr", "eta", "weight_decay", "normalize", "codec", "level", "seed_low", "seed_high")
+HYPER = ("lr", "eta", "weight_decay", "normalize", "compressor", "level", "seed_low", "seed_high")
 MOMENTA = ("", "_m", "_2m")
 DENSE = ((source, change), (source_m, change_m), (source_2m, change_2m))
 ONE_PASS = (step_m0, step_m, step_2m)
@@ -174,7 +174,7 @@ def rules() -> Iterator[Rule]:
             again=AGAIN[k : k + 1],
             looks=(Streams(given | STATE, 0),),
             scales=(6,),
-            draws=lambda h: codec_draw(h[4:]),
+            draws=lambda h: compress_draw(h[4:]),
         )
         yield Rule(
             f"ef21_select{momenta}",

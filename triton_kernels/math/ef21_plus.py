@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import triton
 import triton.language as tl
 
-from ..codec import MARKED, codec, codec_draw, codec_sum, scales
+from ..compress import MARKED, compress, compress_draw, compress_sum, scales
 from ..draw import MARKS
 from ..rule import GRAD, NOTHING, PARAM, PICKED, SQUARES, STAGE, STATE, WIDE, Rule, Streams
 from .ef21 import HYPER, constants, source, source_m, update
@@ -32,12 +32,12 @@ def prepare(h, x):
 def coded(x, h, scale, inverse, drawn, BIT: tl.constexpr):
     """C(x); of marks the one of this bit counts."""
     if drawn is None:
-        return codec(x, h[4], h[5], scale, inverse, None)
+        return compress(x, h[4], h[5], scale, inverse, None)
     elif drawn.dtype.is_floating():
         mark = ((drawn.to(tl.int32) >> BIT) & 1).to(x.dtype)
-        return codec(x, h[4], h[5], scale, inverse, mark)
+        return compress(x, h[4], h[5], scale, inverse, mark)
     else:
-        return codec(x, h[4], h[5], scale, inverse, drawn)
+        return compress(x, h[4], h[5], scale, inverse, drawn)
 
 
 @triton.jit
@@ -176,9 +176,9 @@ def again_whole_m(g, s):
 
 
 def sums(h: Sequence[float]) -> tuple[int, ...]:
-    """The codec's scales, the errors, the norm where steps are normalised."""
-    codec_ = codec_sum(h[4])
-    return codec_, codec_, SQUARES, SQUARES, SQUARES if h[3] != 0 else NOTHING
+    """The compressor's scales, the errors, the norm where steps are normalised."""
+    compressor = compress_sum(h[4])
+    return compressor, compressor, SQUARES, SQUARES, SQUARES if h[3] != 0 else NOTHING
 
 
 FORMS = (
@@ -222,7 +222,7 @@ def rules() -> Iterator[Rule]:
                 ),
                 applies=Streams(PARAM | STATE, PARAM),
                 sums=(lambda h: (NOTHING, NOTHING, *sums(h)[2:])) if marks else sums,
-                draws=(lambda _: MARKS.value) if marks else (lambda h: codec_draw(h[4:])),
+                draws=(lambda _: MARKS.value) if marks else (lambda h: compress_draw(h[4:])),
                 again=agains,
                 taken=marked if marks else (),
                 looks=(Streams(of_grad | STATE | target, 0), Streams(of_grad | target, 0)),

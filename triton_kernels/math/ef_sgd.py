@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from ..codec import codec, codec_draw, codec_sum, scaled_sign, scales
+from ..compress import compress, compress_draw, compress_sum, scaled_sign, scales
 from ..rule import (
     ABS,
     EVERYTHING,
@@ -24,7 +24,7 @@ from ..rule import (
 
 @triton.jit
 def prepare(h, x):
-    """lr, momentum, decay, codec, level, its scales."""
+    """lr, momentum, decay, compressor, level, its scales."""
     lr, momentum, weight_decay, kind, level, _, _ = h
     scale, inverse = scales(kind, level, x[STAGE], x[WIDE])
     return lr, momentum, weight_decay, kind, level, scale, inverse
@@ -54,7 +54,7 @@ def source_momentum(p, g, s, h):
 @triton.jit
 def sent(v, h, drawn):
     """What is sent of v: nothing where lr is 0."""
-    return tl.where(h[0] == 0, 0.0, codec(v, h[3], h[4], h[5], h[6], drawn))
+    return tl.where(h[0] == 0, 0.0, compress(v, h[3], h[4], h[5], h[6], drawn))
 
 
 @triton.jit
@@ -114,13 +114,13 @@ def update_sign(p, g, s, h):
     return tl.where(h[0] == 0, p, p - scaled_sign(s[0], h[4])), s
 
 
-HYPER = ("lr", "momentum", "weight_decay", "codec", "level", "seed_low", "seed_high")
+HYPER = ("lr", "momentum", "weight_decay", "compressor", "level", "seed_low", "seed_high")
 SIGN_HYPER = ("lr", "momentum", "weight_decay")
 
 
 def sums(h: Sequence[float]) -> tuple[int, ...]:
-    """What the codec needs; nothing where nothing is sent."""
-    return (NOTHING if h[0] == 0 else codec_sum(h[3]),)
+    """What the compressor needs; nothing where nothing is sent."""
+    return (NOTHING if h[0] == 0 else compress_sum(h[3]),)
 
 
 def sign_sums(h: Sequence[float]) -> tuple[int, ...]:
@@ -150,7 +150,7 @@ RULES = (
             again=(again,),
             looks=(Streams(STATE, 0),),
             scales=(5,),
-            draws=lambda h: codec_draw(h[3:]),
+            draws=lambda h: compress_draw(h[3:]),
         )
         for name, states, source_, update_ in (
             ("ef_sgd_dense", 1, source, update),

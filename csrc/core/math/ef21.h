@@ -11,7 +11,7 @@
 // Where it is, pass 1 takes the norm of the repaired h.
 #pragma once
 
-#include "core/codec.h"
+#include "core/compress.h"
 #include "core/rule.h"
 
 PYSMOOTH_KERNELS_BEGIN
@@ -27,8 +27,8 @@ struct Ef21 : RuleDefaults {
       {"ef21_select", "ef21_select_m", "ef21_select_2m"},
       {"ef21_select_normalized", "ef21_select_normalized_m", "ef21_select_normalized_2m"}};
   static constexpr const char* kName = kNames[static_cast<int>(kForm)][kMomenta];
-  static constexpr const char* kHyper[] = {"lr",    "eta",   "weight_decay", "normalize",
-                                           "codec", "level", "seed_low",     "seed_high"};
+  static constexpr const char* kHyper[] = {"lr",         "eta",   "weight_decay", "normalize",
+                                           "compressor", "level", "seed_low",     "seed_high"};
   static constexpr int kStates = 1 + kMomenta;  // h, then v, then u
   static constexpr bool kCountsSteps = true;    // random compressors draw by step
   static constexpr int kStages = kOnePass ? 1 : 2;
@@ -44,21 +44,21 @@ struct Ef21 : RuleDefaults {
   template <class T>
   struct Hyper {
     T keep, admit, shrink, lr, step;
-    Codec<T> codec;
+    Compressor<T> compressor;
   };
 
   PYSMOOTH_HD static Sum stage_sum(const double* h, int stage) {
-    if (stage == 0) return kSelects ? Sum::none : codec_sum(h[4]);
+    if (stage == 0) return kSelects ? Sum::none : compressor_sum(h[4]);
     return h[3] != 0.0 ? Sum::squares : Sum::none;
   }
 
-  PYSMOOTH_HD static Draw draw(const double* h) { return codec_draw(h + 4); }
+  PYSMOOTH_HD static Draw draw(const double* h) { return compressor_draw(h + 4); }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
     return {static_cast<T>(1.0 - h[1]),        static_cast<T>(h[1]),
             static_cast<T>(1.0 - h[0] * h[2]), static_cast<T>(h[0]),
-            step_of<T>(h, s.stage[1]),         Codec<T>(h + 4, s.stage[0])};
+            step_of<T>(h, s.stage[1]),         Compressor<T>(h + 4, s.stage[0])};
   }
   template <class T>
   PYSMOOTH_HD static T step_of(const double* h, double norm) {
@@ -80,7 +80,7 @@ struct Ef21 : RuleDefaults {
       if constexpr (kOnePass) x.param = x.param * h.shrink - x.state[0] * h.lr;
       return distance(x);
     }
-    if constexpr (!kSelects) x.state[0] = x.state[0] + h.codec(distance(x), x.drawn);
+    if constexpr (!kSelects) x.state[0] = x.state[0] + h.compressor(distance(x), x.drawn);
     return x.state[0];
   }
 

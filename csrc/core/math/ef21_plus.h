@@ -6,7 +6,7 @@
 //   p = (1 - lr * weight_decay) * p - lr * h             (or lr * h / ||h||)
 //
 // Pass 0 looks at w - h and pass 1 at w for what the compressor needs: a scale, or a selection,
-// whose marks take the place of the codec. Passes 2 and 3 take the two errors, over the unit that
+// whose marks take the compressor's place. Passes 2 and 3 take the two errors, over the unit that
 // the compressor looks at. Pass 4 changes h and takes its norm; apply steps.
 #pragma once
 
@@ -32,15 +32,15 @@ struct Ef21Plus : Ef21<kMomenta, Ef21Form::dense> {
   template <class T>
   struct Hyper {
     typename Base::template Hyper<T> base;
-    Codec<T> direct;
+    Compressor<T> direct;
     bool marked, takes_direct;
   };
 
   PYSMOOTH_HD static bool selects_nothing(const double* h) {
-    return codec_kind(h[4]) != CodecKind::marks;
+    return compressor_kind(h[4]) != CompressorKind::marks;
   }
   PYSMOOTH_HD static Sum stage_sum(const double* h, int stage) {
-    if (stage < 2) return codec_sum(h[4]);
+    if (stage < 2) return compressor_sum(h[4]);
     return stage < 4 || h[3] != 0.0 ? Sum::squares : Sum::none;
   }
 
@@ -48,9 +48,9 @@ struct Ef21Plus : Ef21<kMomenta, Ef21Form::dense> {
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
     const bool marked = !selects_nothing(h);
     Hyper<T> out{Base::template prepare<T>(h, s),
-                 Codec<T>(h + 4, marked ? s.mark_scale : s.stage[1]), marked,
+                 Compressor<T>(h + 4, marked ? s.mark_scale : s.stage[1]), marked,
                  s.stage[3] < s.stage[2]};
-    if (marked) out.base.codec = out.direct;
+    if (marked) out.base.compressor = out.direct;
     out.base.step = Base::template step_of<T>(h, s.stage[4]);
     return out;
   }
@@ -64,7 +64,7 @@ struct Ef21Plus : Ef21<kMomenta, Ef21Form::dense> {
   // The two estimates.
   template <class V, class T>
   PYSMOOTH_HD static V through(const Lane<V, kStates>& x, const Hyper<T>& h) {
-    return x.state[0] + h.base.codec(target(x) - x.state[0], h.marked ? x.marked[0] : x.drawn);
+    return x.state[0] + h.base.compressor(target(x) - x.state[0], h.marked ? x.marked[0] : x.drawn);
   }
   template <class V, class T>
   PYSMOOTH_HD static V direct(const Lane<V, kStates>& x, const Hyper<T>& h) {

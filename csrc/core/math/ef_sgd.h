@@ -8,7 +8,7 @@
 // rand-k) touch nothing but the chosen coordinates. With lr = 0 nothing is sent, and e stays.
 #pragma once
 
-#include "core/codec.h"
+#include "core/compress.h"
 #include "core/rule.h"
 
 PYSMOOTH_KERNELS_BEGIN
@@ -18,7 +18,7 @@ struct EfSgd : RuleDefaults {
   static constexpr const char* kName =
       kSelect ? (kMomentum ? "ef_sgd_select_momentum" : "ef_sgd_select")
               : (kMomentum ? "ef_sgd_dense_momentum" : "ef_sgd_dense");
-  static constexpr const char* kHyper[] = {"lr",    "momentum", "weight_decay", "codec",
+  static constexpr const char* kHyper[] = {"lr",    "momentum", "weight_decay", "compressor",
                                            "level", "seed_low", "seed_high"};
   static constexpr int kStates = 1 + kMomentum;  // e, then m
   static constexpr unsigned kLowStates = 1;
@@ -38,20 +38,22 @@ struct EfSgd : RuleDefaults {
   struct Hyper {
     T lr, momentum, decay;
     bool decays, frozen;
-    Codec<T> codec;
+    Compressor<T> compressor;
   };
 
   PYSMOOTH_HD static Sum stage_sum(const double* h, int /*stage*/) {
-    return kSelect || h[0] == 0.0 ? Sum::none : codec_sum(h[3]);
+    return kSelect || h[0] == 0.0 ? Sum::none : compressor_sum(h[3]);
   }
-  PYSMOOTH_HD static Draw draw(const double* h) { return h[0] == 0.0 ? Draw{} : codec_draw(h + 3); }
+  PYSMOOTH_HD static Draw draw(const double* h) {
+    return h[0] == 0.0 ? Draw{} : compressor_draw(h + 3);
+  }
   PYSMOOTH_HD static bool reads_param(const double* h, int /*stage*/) { return h[2] != 0.0; }
   PYSMOOTH_HD static bool selects_nothing(const double* h) { return h[0] == 0.0; }
 
   template <class T>
   PYSMOOTH_HD static Hyper<T> prepare(const double* h, const Scalars& s) {
     return {static_cast<T>(h[0]), static_cast<T>(h[1]), static_cast<T>(h[2]),
-            h[2] != 0.0,          h[0] == 0.0,          Codec<T>(h + 3, s.stage[0])};
+            h[2] != 0.0,          h[0] == 0.0,          Compressor<T>(h + 3, s.stage[0])};
   }
 
   template <int kStage, class V, class T>
@@ -77,7 +79,7 @@ struct EfSgd : RuleDefaults {
   template <class V, class T>
   PYSMOOTH_HD static void update(Lane<V, kStates>& x, const Hyper<T>& h) {
     if (h.frozen) return;
-    const V c = h.codec(x.state[0], x.drawn);
+    const V c = h.compressor(x.state[0], x.drawn);
     x.param = x.param - c;
     x.state[0] = x.state[0] - c;
   }

@@ -15,21 +15,23 @@
 
 namespace pysmooth {
 
-enum class CodecKind : int { identity, scaled_sign, hard_threshold, qsgd, natural, marks };
+enum class CompressorKind : int { identity, scaled_sign, hard_threshold, qsgd, natural, marks };
 
-PYSMOOTH_HD constexpr CodecKind codec_kind(double kind) {
-  return static_cast<CodecKind>(static_cast<int>(kind));
+PYSMOOTH_HD constexpr CompressorKind compressor_kind(double kind) {
+  return static_cast<CompressorKind>(static_cast<int>(kind));
 }
 
-PYSMOOTH_HD constexpr Sum codec_sum(double kind) {
-  const CodecKind k = codec_kind(kind);
-  return k == CodecKind::scaled_sign ? Sum::abs : k == CodecKind::qsgd ? Sum::squares : Sum::none;
+PYSMOOTH_HD constexpr Sum compressor_sum(double kind) {
+  const CompressorKind k = compressor_kind(kind);
+  return k == CompressorKind::scaled_sign ? Sum::abs
+         : k == CompressorKind::qsgd      ? Sum::squares
+                                          : Sum::none;
 }
 
-// Of the four hyper-parameters that describe a codec: kind, level, and the halves of a seed.
-PYSMOOTH_HD constexpr Draw codec_draw(const double* h) {
-  const CodecKind k = codec_kind(h[0]);
-  const bool draws = k == CodecKind::qsgd || k == CodecKind::natural;
+// Of the four hyper-parameters that describe a compressor: kind, level, and the halves of a seed.
+PYSMOOTH_HD constexpr Draw compressor_draw(const double* h) {
+  const CompressorKind k = compressor_kind(h[0]);
+  const bool draws = k == CompressorKind::qsgd || k == CompressorKind::natural;
   return draw_of(draws ? Draw::bits : Draw::none, h[2], h[3]);
 }
 
@@ -83,17 +85,17 @@ PYSMOOTH_HD V dithered(V x, V drawn, T step, T inverse, T levels) {
 }
 
 template <class T>
-struct Codec {
-  CodecKind kind;
+struct Compressor {
+  CompressorKind kind;
   T level, scale, inverse;
 
   // h: kind and level; sum: what was taken over all coordinates, or the scale of marks.
-  PYSMOOTH_HD Codec(const double* h, double sum)
-      : kind(codec_kind(h[0])),
+  PYSMOOTH_HD Compressor(const double* h, double sum)
+      : kind(compressor_kind(h[0])),
         level(static_cast<T>(h[1])),
         scale(static_cast<T>(sum)),
         inverse(0) {
-    if (kind != CodecKind::qsgd) return;
+    if (kind != CompressorKind::qsgd) return;
     // Where a step is too small for a normal number nothing is sent; none is infinite.
     constexpr double kTiny = sizeof(T) == 4 ? 1.1754943508222875e-38 : 2.2250738585072014e-308;
     constexpr double kMost = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
@@ -105,12 +107,12 @@ struct Codec {
   // aid: what was drawn for the coordinate; for marks, whether it was selected: 1 or 0.
   template <class V>
   PYSMOOTH_HD V operator()(V x, V aid) const {
-    if (kind == CodecKind::scaled_sign) return scaled_sign<V, T>(x, scale);
-    if (kind == CodecKind::hard_threshold)
+    if (kind == CompressorKind::scaled_sign) return scaled_sign<V, T>(x, scale);
+    if (kind == CompressorKind::hard_threshold)
       return ops<V>::select(magnitude_of<V>(x) >= V{} + level, x, V{});
-    if (kind == CodecKind::qsgd) return dithered<V, T>(x, aid, scale, inverse, level);
-    if (kind == CodecKind::natural) return natural<V, T>(x, aid);
-    if (kind == CodecKind::marks) return ops<V>::select(aid != V{}, x * scale, V{});
+    if (kind == CompressorKind::qsgd) return dithered<V, T>(x, aid, scale, inverse, level);
+    if (kind == CompressorKind::natural) return natural<V, T>(x, aid);
+    if (kind == CompressorKind::marks) return ops<V>::select(aid != V{}, x * scale, V{});
     return x;
   }
 };

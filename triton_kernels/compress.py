@@ -1,4 +1,4 @@
-"""codec: compressors that look at one coordinate, given a scale. Twin of csrc/core/codec.h."""
+"""compress: C(x) by one coordinate and a scale. Twin of csrc/core/compress.h."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from .draw import BITS
 from .rule import ABS, NOTHING, SQUARES
 
-# identity, scaled sign, hard threshold, QSGD, natural; in a codec's place, that some are selected
+# identity, scaled sign, hard threshold, QSGD, natural; in place of one, that some are selected
 SIGN, THRESHOLD, DITHERED, NATURAL, MARKED = (tl.constexpr(n) for n in range(1, 6))
 
 
@@ -62,7 +62,7 @@ def dithered(x, drawn, step, inverse, levels):
 
 
 @triton.jit
-def codec(x, kind, level, scale, inverse, drawn):
+def compress(x, kind, level, scale, inverse, drawn):
     """C(x). `drawn`: random bits; for MARKED a number, 0 where x is not sent; or None."""
     if drawn is None:
         kept = tl.where(tl.abs(x) >= level, x, 0.0)
@@ -76,7 +76,7 @@ def codec(x, kind, level, scale, inverse, drawn):
 
 @triton.jit
 def scales(kind, level, value, wide):
-    """What codec() is given as scale and inverse, of what was summed up.
+    """What compress() is given as scale and inverse, of what was summed up.
 
     A step that is too small for a normal number is 0, and none is infinite.
     """
@@ -90,11 +90,11 @@ def scales(kind, level, value, wide):
     return tl.where(dithers, scale, value), tl.where(dithers, inverse, 0.0)
 
 
-def codec_sum(kind: float) -> int:
-    """What is summed up for a codec's scale."""
+def compress_sum(kind: float) -> int:
+    """What is summed up for a compressor's scale."""
     return {SIGN.value: ABS, DITHERED.value: SQUARES}.get(int(kind), NOTHING)
 
 
-def codec_draw(hyper: Sequence[float]) -> int:
-    """What is drawn, given the four hyper-parameters that describe a codec."""
+def compress_draw(hyper: Sequence[float]) -> int:
+    """What is drawn, given the four hyper-parameters that describe a compressor."""
     return BITS.value if hyper[0] in (DITHERED.value, NATURAL.value) else 0
