@@ -110,12 +110,11 @@ def _refusals(folder: str) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at import
         from torch.distributed.optim import ZeroRedundancyOptimizer
     plain = nn.Linear(6, 4)
-    zero = ZeroRedundancyOptimizer(
-        plain.parameters(), optimizer_class=pysmooth.ClipSGD, lr=0.1, max_norm=1.0
-    )
-    plain(torch.ones(2, 6)).sum().backward()
     with pytest.raises(ValueError, match="ZeroRedundancyOptimizer"):
-        zero.step()
+        ZeroRedundancyOptimizer(
+            plain.parameters(), optimizer_class=pysmooth.ClipSGD, lr=0.1, max_norm=1.0
+        )
+    pysmooth.ClipSGD(plain.parameters(), lr=0.1, max_norm=1.0)  # beside it: nothing wrong
 
 
 def test_checkpoints_move_from_four_processes_to_two(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ the parameter's placement, so that torch.distributed.checkpoint saves and reshar
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -126,28 +125,13 @@ def loaded_state(param: Any, own: Tensor, value: Any, key: str) -> Tensor:
     return like(param, own)
 
 
-def refuse_flattened(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
-    """Refuses what shards parameters in a way that norms cannot see: FSDP1 and ZeRO."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
+def refuse_flattened(params: Iterable[Tensor]) -> None:
+    """Refuses shards that are plain tensors, whose norms would be local: those of FSDP1."""
     if any(getattr(p, "_fsdp_flattened", False) or hasattr(p, "_sharded_size") for p in params):
         raise ValueError(
             "pysmooth does not take parameters of FullyShardedDataParallel (FSDP1), whose shards "
             "are plain tensors: norms would be local. Use fully_shard (FSDP2)"
         )
-    zero = getattr(
-        sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer"),
-        "ZeroRedundancyOptimizer",
-        None,
-    )
-    if zero is None:
-        return
-    for thing in gc.get_objects():
-        if type(thing) is zero and thing.__dict__.get("optim") is optimizer:
-            raise ValueError(
-                "pysmooth's optimizers do not go into ZeroRedundancyOptimizer, which gives each "
-                "process some of the parameters: norms would be local. Use fully_shard (FSDP2)"
-            )
 
 
 class _View:
@@ -374,11 +358,11 @@ def engine_for(optimizer: FusedOptimizer, name: str, inner: Any) -> Any:
     """The engine for parameters that may be spread over processes, given a backend's own.
 
     Raises:
-        ValueError: FSDP1 or ZeRO holds the parameters.
+        ValueError: FSDP1 holds the parameters.
         BackendError: they are spread, and the backend does not take such.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    refuse_flattened(optimizer, params)
+    refuse_flattened(params)
     if optimizer.sharding is None and not any(map(is_dtensor, params)):
         return inner
     if name != "cpu":

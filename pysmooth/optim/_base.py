@@ -30,7 +30,7 @@ from ..engine.recipe import (
 from ..engine.state import fill_state
 from ._hooks import GradientHooks
 from ._loading import Load
-from ._managed import refuse_managed
+from ._managed import refuse_managed, refuse_zero
 from ._precision import check_param_storage, param_storage
 from ._validate import check_choice, check_number
 
@@ -92,6 +92,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         amp: str = "fused",
     ) -> None:
+        refuse_zero()
         self.scope = check_scope(scope)
         self.policy = _POLICIES[check_choice("nonfinite", nonfinite, self.policies)]
         self.norm_type = check_number("norm_type", norm_type, strict=True)

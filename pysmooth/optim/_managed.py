@@ -1,10 +1,11 @@
-"""Tells parameters whose gradients somebody changes after backward: DDP's and FSDP's."""
+"""Tells who else has a hand in an optimizer's gradients or parameters: DDP, FSDP, ZeRO."""
 
 from __future__ import annotations
 
 import gc
 import sys
 from collections.abc import Iterable
+from traceback import walk_stack
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +52,20 @@ def refuse_managed(params: Iterable[Tensor], argument: str) -> None:
             f"{argument} does not go with {manager}: it looks at gradients in backward, before "
             "they are reduced over the processes"
         )
+
+
+def refuse_zero() -> None:
+    """Raises ValueError where ZeroRedundancyOptimizer is about to make its local optimizer.
+
+    That one gets some of the parameters as plain tensors, and nothing in them says so; but it is
+    constructed by a method of a ZeroRedundancyOptimizer, which is then on the stack.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return
+    for frame, _ in walk_stack(None):
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise ValueError(
+                "pysmooth's optimizers do not go into ZeroRedundancyOptimizer, which gives each "
+                "process some of the parameters: norms would be local. Use fully_shard (FSDP2)"
+            )
