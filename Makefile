@@ -23,8 +23,8 @@ bench-full: $(VENV)/built ## The same with all models and all rivals (an hour)
 	$(BIN)/python -m pysmooth.bench --full
 
 .PHONY: report
-report: $(VENV)/rivals ## One page for sceptics: also memory, scaling, other packages' optimizers (40 minutes)
-	$(BIN)/python -m pysmooth.bench report
+report: $(VENV)/rivals ## One page for sceptics: also memory, scaling, other packages' optimizers (an hour; PARTS=)
+	$(BIN)/python -m pysmooth.bench report $(if $(PARTS),--parts $(PARTS))
 
 .PHONY: bench-compare
 bench-compare: $(VENV)/built ## Which steps got slower since BASE=revision: times by turns, and instructions (valgrind)

@@ -77,7 +77,7 @@ def run(
     if quick:
         options.models, options.compile_models = ["resnet20", "many-tiny"], []
         options.end_to_end_seconds, options.rounds = 6.0, 5
-        options.selection = False
+        options.parts = tuple(part for part in options.parts if part != "selection")
     options.methods = _pick("--methods", methods, list(METHODS), options.methods)
     if methods is not None or models is not None:  # asked for by name
         options.every_method, options.seconds, options.compile_reserve = True, 7200.0, 0.0
@@ -90,9 +90,14 @@ def run(
 
 def execute(options: Options, out_dir: Path) -> None:
     """Runs the suite, prints the report, writes the files and names them."""
+    console = Console()
+    write_files(measured(options, console), out_dir, console)
+
+
+def measured(options: Options, console: Console) -> dict[str, Any]:
+    """Runs the suite, and prints the report."""
     from .report import print_report
 
-    console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a log file has room
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -100,7 +105,7 @@ def execute(options: Options, out_dir: Path) -> None:
         task = progress.add_task("starting", total=None)
         results = run_suite(options, lambda text: progress.update(task, description=text))
     print_report(results, console)
-    write_files(results, out_dir, console)
+    return results
 
 
 def write_files(results: dict[str, Any], out_dir: Path, console: Console) -> None:

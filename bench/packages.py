@@ -103,14 +103,39 @@ def _of(
     return {name: make}
 
 
+def sgd(momentum: float) -> dict[str, Callable[[Problem], Step]]:
+    """SGD, by package; pytorch_optimizer's is torch's own, bitsandbytes' always has momentum."""
+    return {
+        **(_of("bitsandbytes", "SGD32bit", momentum=momentum) if momentum else {}),
+        **_of("heavyball", "SGD", consume_grad=False, beta=momentum),
+        **_of("optimi", "SGD", momentum=momentum),
+    }
+
+
 def adagrad() -> dict[str, Callable[[Problem], Step]]:
     """AdaGrad, by package."""
-    return _of(DEEPSPEED, "DeepSpeedCPUAdagrad", ".adagrad")
+    return {
+        **_of(DEEPSPEED, "DeepSpeedCPUAdagrad", ".adagrad"),
+        **_of("bitsandbytes", "Adagrad32bit"),
+    }
 
 
 def signum() -> dict[str, Callable[[Problem], Step]]:
     """Signum with momentum 0.9, by package; pytorch_optimizer's AdamW is torch's own."""
     return _of("pytorch_optimizer", "SignSGD", momentum=0.9)
+
+
+def lion() -> dict[str, Callable[[Problem], Step]]:
+    """Lion with betas (0.9, 0.99) and weight decay 0.01, by package."""
+    usual: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.01}
+    return {
+        **_of(DEEPSPEED, "DeepSpeedCPULion", ".lion", **usual),
+        **_of("bitsandbytes", "Lion32bit", **usual),
+        **_of("bitsandbytes 8-bit", "Lion8bit", **usual),
+        **_of("flashoptim", "FlashLion", **usual),
+        **_of("optimi", "Lion", **usual),
+        **_of("pytorch_optimizer", "Lion", **usual),
+    }
 
 
 def adamw() -> dict[str, Callable[[Problem], Step]]:

@@ -35,26 +35,29 @@ Progress = Callable[[str], None]
 # Large models of these are not compiled in a default run: clip_sgd_momentum shows what it is like.
 LEFT_TO_MOMENTUM = ("clip_sgd", "clip_adagrad", "clip_adamw", "signum")
 
+USUAL = ("training", "selection", "host", "speed", "numerics")
+# What a sceptic asks besides: do all do the same work, in how much memory, at what sizes?
+PARTS = (*USUAL, "agreement", "memory", "scaling")
+
 
 @dataclass
 class Options:
     """What to run. `seconds` bounds the whole; what does not fit is left out, and said so."""
 
+    parts: tuple[str, ...] = USUAL
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     models: list[str] = field(default_factory=lambda: ["resnet20", "many-tiny", "gpt2-124m"])
     dtype: str = "fp32"
     device: str = "cpu"
     rivals: list[str] = field(default_factory=lambda: list(rivals.NAMES))
-    selection: bool = True  # how often top-k looks twice
+    eager: bool = False  # pysmooth's eager backend as a contestant, on small models
     compile_models: list[str] = field(default_factory=lambda: ["resnet20", "gpt2-124m"])
-    # What a sceptic asks besides: do all do the same work, in how much memory, at what sizes?
-    sceptic: bool = False
-    memory_methods: tuple[str, ...] = ("clip_sgd_momentum", "clip_adamw")
     memory_model: str = "resnet50"
     largest: int = 10**9  # parameters, in the series over sizes
     scaling_seconds: float = 2.0  # a point
     every_method: bool = False  # on every model, also where a default run leaves it out
     rounds: int = 15
+    race_seconds: float = 25.0  # a race of one method on one model, at most
     end_to_end_seconds: float = 50.0
     seconds: float = 260.0
     # What compiling the hand-written step is allowed to cost, by model: seen 45 to 100 s for
@@ -81,27 +84,57 @@ def empty_results(device: str) -> dict[str, Any]:
 
 
 def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
-    """All parts, in the order of their importance to a reader."""
+    """The chosen parts, in the order of their importance to a reader."""
     began = time.perf_counter()
 
     def left() -> float:
         return options.seconds - (time.perf_counter() - began)
 
     results = empty_results(options.device)
-    if options.end_to_end_seconds > 0:
+    parts = options.parts
+    if "training" in parts and options.end_to_end_seconds > 0:
         from .end_to_end import run_all
 
         results["end_to_end"] = run_all(options.end_to_end_seconds, progress)
-    top_k = any("top-k" in name for name in options.methods)
-    if options.selection and top_k and options.device == "cpu" and "cpu" in available_backends():
+    if "selection" in parts and _selects(options):
         progress("top-k: second looks")
         results["selection"] = selection.measure()
-    for model in ("many-tiny", "resnet20"):
+    for model in ("many-tiny", "resnet20") if "host" in parts else ():
         if model in options.models:
             progress(f"host cost: {model}")
             results["host"].append(host.per_tensor(model, MODELS[model](), options.device))
-    results["left_out"] += packages.left_out(options.device)
+    if "speed" in parts:
+        _speed(results, options, left, progress)
+    if "numerics" in parts:
+        progress("numerics against float64")
+        results["numerics"] = numerics.compare(options.methods, options.device)
+    if "agreement" in parts:
+        progress("agreement of the contestants")
+        compiled = rivals.COMPILED in options.rivals
+        results["agreement"] = agreement.measure(options.methods, options.device, compiled)
+    for name in options.methods if "memory" in parts else ():
+        progress(f"memory: {name}")
+        results["memory"] += memory.measure(
+            name, options.memory_model, options.device, options.rivals
+        )
+    if "scaling" in parts:
+        results["scaling"] = scaling.measure(
+            options.methods, options.device, options.largest, options.scaling_seconds, progress
+        )
+    results["environment"]["seconds"] = f"{time.perf_counter() - began:.0f}"
+    return results
 
+
+def _selects(options: Options) -> bool:
+    top_k = any("top-k" in name for name in options.methods)
+    return top_k and options.device == "cpu" and "cpu" in available_backends()
+
+
+def _speed(
+    results: dict[str, Any], options: Options, left: Callable[[], float], progress: Progress
+) -> None:
+    """The races of all methods on all models, and the bandwidth beside those of the last."""
+    results["left_out"] += packages.left_out(options.device)
     for model in options.models:
         for name in options.methods:
             usual = METHODS[name].models
@@ -112,28 +145,8 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
             results["rows"].append(row)
             if "first_step" in row:
                 results["first_step"].append(row.pop("first_step"))
-        if model == options.models[-1]:
-            progress("bandwidth")
-            results["bandwidth"] = measure_bandwidth(numel(MODELS[model]()), options)
-    progress("numerics against float64")
-    results["numerics"] = numerics.compare(options.methods, options.device)
-    if options.sceptic:
-        progress("agreement of the contestants")
-        compiled = rivals.COMPILED in options.rivals
-        results["agreement"] = agreement.measure(options.methods, options.device, compiled)
-        for name in options.memory_methods:
-            progress(f"memory: {name}")
-            results["memory"] += memory.measure(
-                name, options.memory_model, options.device, options.rivals
-            )
-        results["scaling"] = scaling.measure(
-            options.memory_methods,
-            options.device,
-            options.largest,
-            options.scaling_seconds,
-            progress,
-        )
-    return results
+    progress("bandwidth")
+    results["bandwidth"] = measure_bandwidth(numel(MODELS[options.models[-1]]()), options)
 
 
 def measure(
@@ -154,9 +167,12 @@ def measure(
     first = clock() - start
 
     contestants: dict[str, Callable[[], object]] = {"pysmooth": step}
-    for other in other_backends(backend, problem.params):
+    small = numel(shapes) < 10_000_000
+    for other in other_backends(backend, problem.params, options.eager and small):
         try:
-            contestants[f"pysmooth {other}"], _ = method.ours(replace(problem, backend=other))
+            made, runs = method.ours(replace(problem, backend=other))
+            if runs == other:  # a function takes the one it likes
+                contestants[f"pysmooth {other}"] = made
         except BackendError as error:
             left_out.append(f"{other} on {method.name}, {model}: {error}")
     for name, make in method.rivals.items():
@@ -168,14 +184,14 @@ def measure(
     compile_s: float | None = None
     if method.compiled is not None and rivals.COMPILED in options.rivals:
         label = f"{rivals.COMPILED} on {method.name}, {model}"
-        small = numel(shapes) < 10_000_000 and len(shapes) < 500
+        quick = small and len(shapes) < 500
         if model not in options.compile_models:
             left_out.append(f"{label}: compiling it takes minutes; --full runs it")
-        elif not small and left() < options.compile_reserve:
+        elif not quick and left() < options.compile_reserve:
             left_out.append(
                 f"{label}: {left():.0f} s left, compiling it may take more; --full runs it"
             )
-        elif not small and method.name in LEFT_TO_MOMENTUM and not options.every_method:
+        elif not quick and method.name in LEFT_TO_MOMENTUM and not options.every_method:
             left_out.append(f"{label}: left to clip_sgd_momentum; --full runs it")
         else:
             contestants[rivals.COMPILED], compile_s = method.compiled(problem)
@@ -183,13 +199,12 @@ def measure(
     # The floor is measured in float32 on as many bytes as the method's own streams have.
     floor = bandwidth.Floor(numel(shapes), options.device)
     probes = floor.contestants(method) if dtype == "fp32" else {}
-    small_steps = numel(shapes) < 10_000_000
     timed = interleave(
         {**contestants, **probes},
-        rounds=options.rounds * (8 if small_steps else 1),
+        rounds=options.rounds * (8 if small else 1),
         clock=clock,
         prepare=problem.restore,
-        seconds=min(25.0, max(6.0, left() / 3)),
+        seconds=min(options.race_seconds, max(6.0, left() / 3)),
     )
     row = {
         "method": method.name,
@@ -211,7 +226,7 @@ def measure(
         },
     }
     # A floor means something where memory is the limit, not where launching is.
-    if probes and not small_steps:
+    if probes and not small:
         seconds = bandwidth.floor_seconds(method, {n: timed[n].median for n in probes})
         row["floor_ms"] = seconds * 1e3
         row["roofline_fraction"] = seconds / timed["pysmooth"].median
@@ -249,13 +264,15 @@ def measure_bandwidth(size: int, options: Options) -> dict[str, float]:
     return {**found, "copy": 2 * gigabytes / min(copies)}
 
 
-def other_backends(backend: str, params: list[Tensor]) -> list[Backend]:
-    """Compiled backends beside the one that "auto" took, to be timed side by side."""
+def other_backends(backend: str, params: list[Tensor], eager: bool = False) -> list[Backend]:
+    """Backends beside the one that "auto" took, to be timed side by side."""
     kind = params[0].device.type
     return [
         cast(Backend, info.name)
         for info in REGISTERED
-        if kind != "cpu" and kind in info.auto and info.name != backend and info.missing() is None
+        if info.name != backend
+        and info.missing() is None
+        and (eager if info.name == "eager" else kind != "cpu" and kind in info.auto)
     ]
 
 

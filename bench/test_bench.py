@@ -51,6 +51,8 @@ def test_models_have_their_published_sizes(model: str, parameters: int) -> None:
         ("clip_adamw-bf16-states", 6),
         ("clip_adam_norm", 6),
         ("signum", 5),
+        ("lion", 5),
+        ("normalized_sgd", 6),
         ("ef_sgd-scaled-sign", 5),
         ("ef_sgd-top-k", 3),
         ("ef21-top-k", 4),
@@ -151,6 +153,8 @@ def test_rivals_do_the_same_step_as_pysmooth(of: str, name: str) -> None:
     for ours, theirs in zip(*both, strict=True):
         # A rounding to bfloat16 is off by less than 2^-7.
         rtol, atol = (2**-6, 2**-6 * 0.1) if "bf16" in of else (1e-5, 1e-6)
+        if (of, name) == ("clip_adamw", "heavyball"):
+            atol = 1e-5  # it divides by max(sqrt(v), eps) where others add eps
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 

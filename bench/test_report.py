@@ -14,12 +14,12 @@ import torch
 import typer
 from torch import Tensor
 
-from . import agreement, memory, rivals, scaling
+from . import agreement, memory, packages, rivals, scaling
 from .methods import METHODS, make_problem
 from .models import MODELS
 from .numerics import Contestant
-from .page import best_rivals, write_page
-from .page.cli import merged
+from .page import best_rivals, pieces, write_page
+from .page.merge import merged
 from .problem import Problem, Step, torch_step
 from .suite import empty_results
 
@@ -29,6 +29,7 @@ def test_contestants_agree_and_who_differs_is_seen(monkeypatch: pytest.MonkeyPat
         optimizer = torch.optim.SGD(problem.params, lr=1.1 * problem.lr, momentum=0.9)
         return torch_step(problem, optimizer)
 
+    monkeypatch.setattr(packages, "present", lambda name, device: name not in packages.PACKAGES)
     monkeypatch.setitem(METHODS["clip_sgd_momentum"].rivals, "another lr", other)
     rows = agreement.measure(["clip_sgd_momentum", "clip_grad_norm (clipped)"], "cpu", False)
     distances = {row["contestant"]: row["distance"] for row in rows}
@@ -95,6 +96,31 @@ def test_scaling_counts_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for point in (p for series in found.values() for p in series):
         assert point["seconds"]["pysmooth"] > 0
         assert set(point["ratio"]) == set(point["seconds"]) - {"pysmooth"}
+
+
+def test_rivals_go_before_pysmooth_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS["clip_sgd_momentum"]
+    for room, names in (
+        (14.0, ["torch fused", "torch foreach"]),  # 2 + 3 states + 2 copies
+        (8.0, ["torch fused"]),
+        (4.5, []),
+        (3.0, None),
+    ):
+        monkeypatch.setattr(scaling, "_available", lambda device, room=room: 4e6 * room)
+        assert scaling._fitting(method, 10**6, "cpu") == names
+
+
+def test_every_method_of_the_report_has_its_pieces() -> None:
+    for model in ("resnet20", "many-tiny", "gpt2-124m"):
+        raced: list[str] = []
+        for name in pieces.NAMES:
+            made = pieces.options(name, "cpu", 10**9, False)
+            if made.parts == ("speed",) and made.models == [model]:
+                raced += made.methods
+        assert sorted(raced) == sorted(pieces.ALL)
+    assert list(pieces.chosen("scaling, training", False)) == ["training", "scaling"]
+    with pytest.raises(ValueError, match="'speed' is not one of: training"):
+        pieces.chosen("speed", False)
 
 
 def test_sizes_beyond_the_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +225,20 @@ def test_runs_are_merged_and_the_last_one_counts(tmp_path: Path) -> None:
         files.append(tmp_path / f"{i}.json")
         files[-1].write_text(json.dumps(results))
     found = merged(files)
-    assert [(r["model"], r["contestants"][1]["ratio"]) for r in found["rows"]] == [
-        ("b", 2.0),
-        ("a", 3.0),
+    assert [(r["model"], r["contestants"][1]["ratio"], r["run"]) for r in found["rows"]] == [
+        ("b", 2.0, "0"),
+        ("a", 3.0, "1"),
     ]
+    assert [run["name"] for run in found["runs"]] == ["0", "1"]
     assert found["environment"] == {"cpu": "x", "torch": "1; 2"}
     assert found["left_out"] == ["y"]
+    # What was merged can be merged again, and figures keep their runs.
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps(found))
+    again = merged([whole])
+    assert (again["rows"], again["runs"]) == (found["rows"], found["runs"])
+    text = write_page(found, tmp_path).read_text()
+    assert "Measured in 0, 1 (" in text
     files[0].write_text("{}")
     with pytest.raises(typer.BadParameter, match=r"0\.json"):
         merged(files)

@@ -124,6 +124,20 @@ def adam_norm(
     torch._foreach_add_(params, torch._foreach_mul(first, -lr / (total + 1).sqrt()))
 
 
+def normalized(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """A step of length lr along a momentum that starts as the first gradient."""
+    momentum, (count,) = states
+    weight = torch.where(count == 0, 1.0, 0.1).to(count.dtype)
+    count.add_(1)
+    for g, m in zip(grads, momentum, strict=True):
+        m.lerp_(g, weight)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(m) for m in momentum]))
+    for p, m in zip(params, momentum, strict=True):
+        p.sub_(lr / norm * m)
+
+
 def signum(
     params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
 ) -> None:
@@ -141,6 +155,26 @@ def signum_loop(
     for p, g, m in zip(params, grads, states[0], strict=True):
         m.mul_(0.9).add_(g, alpha=0.1)
         p.sub_(lr * torch.sign(m))
+
+
+def lion(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Lion."""
+    (momentum,) = states
+    torch._foreach_mul_(params, 1 - lr * 0.01)
+    signs = torch._foreach_sign(torch._foreach_lerp(momentum, grads, 0.1))
+    torch._foreach_add_(params, signs, alpha=-lr)
+    torch._foreach_lerp_(momentum, grads, 0.01)
+
+
+def lion_loop(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """Lion, one tensor at a time."""
+    for p, g, m in zip(params, grads, states[0], strict=True):
+        p.mul_(1 - lr * 0.01).sub_(lr * torch.sign(m.lerp(g, 0.1)))
+        m.lerp_(g, 0.01)
 
 
 def ef_sign(

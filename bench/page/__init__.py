@@ -14,6 +14,7 @@ from ..report import ulp
 from ..scaling import flatness
 from ..suite import claims
 from .charts import charts
+from .merge import OF_A_RUN, own_run, runs_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,8 +46,11 @@ def write_page(results: dict[str, Any], out_dir: Path) -> Path:
         charts=charts(results),
         claims=claims,
         data=data,
+        environment={k: v for k, v in results["environment"].items() if k not in OF_A_RUN},
         flatness=flatness,
         log=math.log,
+        runs=results.get("runs") or [own_run(results, "this one")],
+        runs_of=runs_of,
         script=(HERE / "page.js").read_text(encoding="utf-8"),
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         ulp=ulp,

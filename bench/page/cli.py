@@ -2,77 +2,65 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from .. import rivals
-from ..methods import METHODS
-from ..models import MODELS
-from ..suite import Options, empty_results
-
-MODELS_OF_THE_REPORT = ["resnet20", "many-tiny", "gpt2-124m"]
-METHODS_OF_THE_REPORT = [name for name in METHODS if "bf16-params" not in name]
-
-
-def merged(files: list[Path]) -> dict[str, Any]:
-    """Results of several runs as one; of a row or figure measured twice, the last file's counts."""
-    found = empty_results("cpu")
-    environments = []
-    for file in files:
-        try:
-            one = json.loads(file.read_text())
-            environments.append(one["environment"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise typer.BadParameter(f"{file}: {error!r}", param_hint="FILES") from None
-        again = {_place(row) for row in one.get("rows", [])}
-        found["rows"] = [row for row in found["rows"] if _place(row) not in again]
-        for key in found:
-            if key in ("rows", "left_out", "first_step"):
-                found[key] += [x for x in one.get(key, []) if x not in found[key]]
-            elif key != "environment" and one.get(key):
-                found[key] = one[key]
-    keys = list(dict.fromkeys(key for e in environments for key in e))
-    found["environment"] = {
-        key: "; ".join(dict.fromkeys(e[key] for e in environments if key in e)) for key in keys
-    }
-    return found
-
-
-def _place(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[key] for key in ("method", "model", "dtype"))
+from ..report import write_json
+from ..suite import set_threads
+from . import pieces
+from .merge import merged
 
 
 def report(
     files: Annotated[
         list[Path] | None, typer.Argument(help="results.json of earlier runs; none: measure now.")
     ] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(help=f"Measure only these of {', '.join(pieces.NAMES)}; keep the others."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A look in a few minutes.")] = False,
     largest: Annotated[int, typer.Option(help="Parameters, at most, in the scaling.")] = 10**9,
     out: Annotated[Path | None, typer.Option(help="Where the files go.")] = None,
+    page: Annotated[bool, typer.Option(help="Write the page, not only the results.")] = True,
 ) -> None:
-    """One HTML page with all that a sceptic may ask; 40 minutes, or from results already there."""
-    from ..cli import default_out, execute, write_files
+    """One HTML page with all that a sceptic may ask; 50 minutes, or from results already there.
+
+    It is measured in parts, each by a process of its own, whose results stay in the folder `runs`
+    beside the page: `--parts` measures some of them again, or for the first time, and writes the
+    page with all that are there.
+    """
+    from ..cli import default_out, measured, write_files
 
     out_dir = out or default_out()
+    console = Console()
     if files:
-        write_files(merged(files), out_dir, Console())
+        write_files(merged(files), out_dir, console)
         return
-    options = Options(device=device, sceptic=True, largest=largest, seconds=7200.0)
-    options.models = options.compile_models = MODELS_OF_THE_REPORT
-    options.methods, options.every_method = METHODS_OF_THE_REPORT, True
-    options.compile_reserve = 0.0
-    if quick:
-        options.models, options.methods = ["resnet20"], ["clip_sgd_momentum", "clip_adamw"]
-        options.rivals = [name for name in rivals.NAMES if name != rivals.COMPILED]
-        options.compile_models, options.rounds, options.end_to_end_seconds = [], 5, 6.0
-        options.largest, options.memory_model = min(largest, 10**7), "resnet20"
-        options.selection, options.scaling_seconds = False, 0.3
-    if device != "cpu":
-        options.end_to_end_seconds = 0.0
-    assert set(options.models) <= set(MODELS)
-    execute(options, out_dir)
+    try:
+        names = pieces.chosen(parts, quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--parts") from None
+    runs = out_dir / "runs"
+    if len(names) == 1:
+        set_threads(threads)
+        results = measured(pieces.options(names[0], device, largest, quick), console)
+        runs.mkdir(parents=True, exist_ok=True)
+        write_json(results, runs, f"{names[0]}.json")
+    else:
+        rest = ["--device", device, "--largest", str(largest), "--out", str(out_dir), "--no-page"]
+        rest += ["--quick"] * quick + (["--threads", str(threads)] if threads else [])
+        for i, name in enumerate(names):
+            console.print(f"[bold]{i + 1} of {len(names)}: {name}[/]")
+            command = [sys.executable, "-m", "pysmooth.bench", "report", "--parts", name, *rest]
+            subprocess.run(command, check=True)
+    if page:
+        there = [runs / f"{name}.json" for name in pieces.NAMES]
+        write_files(merged([file for file in there if file.exists()]), out_dir, console)
