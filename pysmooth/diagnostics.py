@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._extras import needs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Of a normal sample, the parts beyond Q3 + 1.5 and Q3 + 3 interquartile ranges.
 _MILD, _EXTREME = 0.0035, 1.2e-6
@@ -78,6 +83,40 @@ def estimate_smoothness(points: Sequence[Tensor], gradients: Sequence[Tensor]) -
     if level < 0:  # the best fit through the origin
         level, slope = 0.0, float((norms * local).sum() / (norms**2).sum())
     return Smoothness(level, slope, norms, local)
+
+
+def plot_smoothness(found: Smoothness, axes: Axes | None = None) -> Axes:
+    r"""Draws local smoothness against \|\|g\|\|, step by step, and the fitted line.
+
+    Points along a rising line: (L0,L1)-smooth, and L1 is its slope. A level cloud: smooth, L1 = 0.
+    Points are coloured by their place in the run, the first dark.
+
+    Args:
+        found: of `estimate_smoothness`.
+        axes: where to draw; None: a figure of its own, `axes.figure`, which no window shows.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed: pip install 'pysmooth[bench]'.
+
+    Source: arXiv:1905.11881, figure 1.
+    """
+    if axes is None:
+        figure: Any = needs("matplotlib.figure", extra="bench").Figure(figsize=(5, 3.6))
+        axes = figure.subplots()
+    norms, local = found.norms.cpu(), found.local.cpu()
+    axes.scatter(norms, local, c=range(len(norms)), s=14, cmap="viridis", label="steps of the run")
+    ends = torch.linspace(0, float(norms.max()), 2, dtype=norms.dtype)
+    label = f"{found.L0:.3g} + {found.L1:.3g} ||g||"
+    axes.plot(ends, found.L0 + found.L1 * ends, color="tab:red", linewidth=1.3, label=label)
+    axes.set_xlabel("norm of the gradient, ||g||")
+    axes.set_ylabel("local smoothness")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+    return axes
 
 
 def estimate_tail(norms: Tensor, *, part: float = 0.1) -> Tail:

@@ -62,8 +62,9 @@ class Entry:
         twin_kwargs: arguments that both classes take.
         dtypes: parameter dtypes.
         clips: whether it clips the gradient, and so knows `max_norm` and the policy "propagate".
-        tensors: arguments that make every tensor a step of its own.
+        tensors: arguments that make every tensor, or every group, a step of its own.
         joint: whether one number, made of all clipped gradients, enters every parameter's step.
+        waits: whether the host chooses a number of the step, and so waits for a device.
         ulp: bound of the error of one step against the float64 oracle, in `units`.
     """
 
@@ -83,6 +84,7 @@ class Entry:
     clips: bool = True
     tensors: Kwargs = field(default_factory=lambda: {"scope": "tensor"})
     joint: bool = False
+    waits: bool = False
     ulp: float = 2.0
 
     @property
@@ -93,9 +95,35 @@ class Entry:
         """An optimizer of the "main" variant."""
         return self.make(params, backend=backend, **{**self.main, **overrides})
 
+    def apart(self, params: Sequence[Any]) -> list[Any]:
+        """The parameters such that, given `tensors`, each is a step of its own."""
+        if self.tensors.get("scope") == "group":
+            return [{"params": [p]} for p in params]
+        return list(params)
 
-def _from_smoothness(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    return pysmooth.ClipSGD.from_smoothness(params, **kwargs)
+
+class GivenLoss(pysmooth.PolyakSGD):
+    """The loss is 1, whatever the closure says: gradients here are drawn, and those of nothing."""
+
+    def step(self, closure: Any = None, *, loss: Any = None) -> Any:
+        """One step."""
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
+        super().step(loss=signs[: len(self.units())])
+        return loss
+
+
+# Of TheoryClipSGD: the threshold lies among the norms of what `record_grads` draws.
+THEORY: Kwargs = {
+    "L0": 0.1,
+    "L1": 0.3,
+    "sigma": 0.1,
+    "R0": 1.0,
+    "T": 100,
+    "double_sampling": False,
+}
 
 
 def _momentum_buffer(kwargs: Kwargs) -> tuple[str, ...]:
@@ -134,13 +162,61 @@ REGISTRY: tuple[Entry, ...] = (
         twin_kwargs={"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     ),
     Entry(
-        "clip_sgd_from_smoothness",
-        _from_smoothness,
+        "l0l1_gd",
+        pysmooth.L0L1GD,
         {
             "main": {"L0": 2.0, "L1": 0.5, "eta": 0.5, "momentum": 0.9, "weight_decay": 0.01},
             "normalised": {"L0": 0.0, "L1": 1.0, "eta": 0.1, "scope": "tensor"},
         },
         _momentum_buffer,
+    ),
+    Entry(
+        "polyak_sgd",
+        GivenLoss,
+        {
+            "main": {"c": 0.5, "max_step": 3.0, "lr": 0.7, "scope": "group"},
+            "smoothed": {"growth": 2.0, "first_step": 0.01, "eps": 1e-8},
+        },
+        lambda _: (),
+        tensors={"scope": "group"},
+        waits=True,
+        ulp=4.0,
+    ),
+    Entry(
+        "adgd",
+        pysmooth.AdGD,
+        {"main": {"lr": 0.01}, "quarter": {"lr": 0.01, "gamma": 0.25, "scope": "group"}},
+        lambda _: ("prev_grad",),
+        tensors={"scope": "group"},
+        joint=True,
+        waits=True,
+        ulp=4.0,
+    ),
+    Entry(
+        "stm",
+        pysmooth.STM,
+        {
+            "main": {"L0": 2.0, "L1": 0.5},
+            "plain": {"L0": 0.0, "L1": 1.0, "eta": 0.1, "variant": "plain", "scope": "group"},
+        },
+        lambda _: ("solution", "dual"),
+        tensors={"scope": "group"},
+        waits=True,
+        ulp=4.0,
+    ),
+    Entry(
+        "theory_clip_sgd",
+        pysmooth.TheoryClipSGD,
+        {
+            "main": {**THEORY, "average": True},
+            "adaptive": {**THEORY, "rule": "adaptive", "scope": "group"},
+            "implicit": {**THEORY, "rule": "implicit", "lr": 2.0},
+        },
+        lambda kwargs: ("average",) if kwargs.get("average") else (),
+        tensors={"scope": "group"},
+        joint=True,
+        waits=True,
+        ulp=4.0,
     ),
     Entry(
         "adagrad",
@@ -615,6 +691,10 @@ def continues_alike(
 # ---- parametrisation ----------------------------------------------------------------------------
 
 every_entry = pytest.mark.parametrize("entry", REGISTRY, ids=lambda e: e.name)
+# Those that a step on a device needs no number of.
+every_unwaiting_entry = pytest.mark.parametrize(
+    "entry", [e for e in REGISTRY if not e.waits], ids=lambda e: e.name
+)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_variant = pytest.mark.parametrize(
     ("entry", "kwargs"),

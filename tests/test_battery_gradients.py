@@ -52,7 +52,8 @@ def test_parameters_without_gradient_stay_as_they_are(entry: Entry, backend: str
         optimizer.step()
     for i, (p, s) in enumerate(zip(params, start, strict=True)):
         assert same_bits(p, s) == (i % 2 == 0 or p.numel() == 0)
-        assert bool(optimizer.state.get(p)) == bool(i % 2)
+        held = optimizer.state.get(p, {})
+        assert set(entry.state_keys(entry.main)) <= set(held) if i % 2 else not held
 
 
 @every_backend
@@ -73,7 +74,7 @@ def test_gradients_that_appear_late_and_vanish(entry: Entry, backend: str) -> No
     present = ((True, False), (True, True), (False, True), (True, True))
     params, expected = make_params([(5,), (40,)]), make_params([(5,), (40,)])
     rows = record_grads(params, len(present))
-    optimizer = entry.build(params, backend, **entry.tensors)
+    optimizer = entry.build(entry.apart(params), backend, **entry.tensors)
     for row, here in zip(rows, present, strict=True):
         set_grads(params, [g if h else None for g, h in zip(row, here, strict=True)])
         optimizer.step()

@@ -142,7 +142,7 @@ def test_native_memory_does_not_grow(entry: Entry, backend: str) -> None:
 def test_parameter_replaced_in_its_group(entry: Entry, backend: str) -> None:
     params, expected = make_params([(5,), (7,)]), make_params([(5,), (7,)])
     rows = record_grads(params, 4)
-    optimizer = entry.build(params, backend, **entry.tensors)
+    optimizer = entry.build(entry.apart(params), backend, **entry.tensors)
     advance(optimizer, params, rows[:2])
     old = params[0].detach().clone()
     new = torch.nn.Parameter(torch.linspace(0, 1, 5))
@@ -166,12 +166,16 @@ def test_list_of_parameters_changed_in_its_group(entry: Entry, backend: str, cha
     params, expected = make_params([(5,), (7,), (3,)]), make_params([(5,), (7,), (3,)])
     rows = record_grads(params, 4)
     before, after = (2, 3) if change == "append" else (3, 2)
-    optimizer = entry.build(params[:before], backend, **entry.tensors)
+    groups = entry.apart(params[:before])
+    if isinstance(groups[0], dict) and change == "append":
+        groups.append({"params": []})
+    optimizer = entry.build(groups, backend, **entry.tensors)
     advance(optimizer, params[:before], [row[:before] for row in rows[:2]])
+    edited = optimizer.param_groups[-1]["params"]
     if change == "append":
-        optimizer.param_groups[0]["params"].append(params[2])
+        edited.append(params[2])
     else:
-        del optimizer.param_groups[0]["params"][2]
+        del edited[-1]
     advance(optimizer, params[:after], [row[:after] for row in rows[2:]])
 
     for i, p in enumerate(expected):

@@ -18,7 +18,7 @@ from battery import (
     Kwargs,
     assert_same_bits,
     assert_same_snapshot,
-    every_entry,
+    every_unwaiting_entry,
     every_variant,
     make_params,
     record_grads,
@@ -334,7 +334,7 @@ def test_replays_and_other_steps_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.usefixtures("late")
-@every_entry
+@every_unwaiting_entry
 def test_a_learning_rate_on_the_device_is_read_there(entry: Entry) -> None:
     """Nobody waits to know it, and a replay finds what is there by then."""
     params, twins = make_params(), make_params()

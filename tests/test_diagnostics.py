@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 
-from pysmooth.diagnostics import estimate_smoothness, estimate_tail
+from pysmooth.diagnostics import estimate_smoothness, estimate_tail, plot_smoothness
 
 
 def test_exponential_has_l0_zero_and_a_parabola_l1_zero():
@@ -18,6 +19,28 @@ def test_exponential_has_l0_zero_and_a_parabola_l1_zero():
     found = estimate_smoothness(xs, [3 * x for x in xs])
     assert pytest.approx(3.0, rel=1e-6) == found.L0
     assert found.L1 < 1e-6
+
+
+def test_picture_has_every_step_and_the_fitted_line(tmp_path):
+    xs = [torch.tensor([2.0 - 0.01 * k], dtype=torch.float64) for k in range(50)]
+    found = estimate_smoothness(xs, [x.exp() for x in xs])
+    axes = plot_smoothness(found)
+    assert plot_smoothness(found, axes) is axes  # into what is there
+    offsets = axes.collections[0].get_offsets()
+    assert torch.equal(torch.tensor(offsets), torch.stack([found.norms, found.local], 1))
+    x, y = (torch.tensor(v) for v in axes.lines[0].get_data())
+    torch.testing.assert_close(y, found.L0 + found.L1 * x)
+    axes.figure.savefig(tmp_path / "smoothness.png")
+    assert (tmp_path / "smoothness.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    xs = [torch.tensor([float(k)]) for k in range(4)]
+    found = estimate_smoothness(xs, xs)
+    with pytest.raises(ImportError, match=r"pysmooth\[bench\]"):
+        plot_smoothness(found)
 
 
 @pytest.mark.parametrize("index", [1.5, 3.0])

@@ -254,7 +254,7 @@ def test_broken_checkpoint_is_refused_whole(entry: Entry, backend: str, how: str
     advance(optimizer, params, rows[:2])
     other = copy.deepcopy(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
-    if how == "state of nothing" and not saved["state"]:
+    if how in ("state of nothing", "params of names") and not saved["state"]:
         pytest.skip("no states")
     BROKEN[how](saved)
     with pytest.raises((ValueError, TypeError)):
@@ -388,7 +388,7 @@ def test_requires_grad_toggled(entry: Entry, backend: str) -> None:
     present = (True, False, False, True)
     params, expected = make_params([(5,), (40,)]), make_params([(5,), (40,)])
     rows = record_grads(params, len(present))
-    optimizer = entry.build(params, backend, **entry.tensors)
+    optimizer = entry.build(entry.apart(params), backend, **entry.tensors)
     for row, here in zip(rows, present, strict=True):
         params[0].requires_grad_(here)
         set_grads(params, [row[0] if here else None, row[1]])

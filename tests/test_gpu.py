@@ -17,6 +17,7 @@ from battery import (
     advance,
     assert_same_bits,
     every_entry,
+    every_unwaiting_entry,
     every_variant,
     make_params,
     max_ulp,
@@ -198,7 +199,7 @@ def test_same_bits_from_run_to_run_and_on_a_side_stream(entry: Entry) -> None:
 @pytest.mark.usefixtures("no_sync")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @on_gpu
-@every_entry
+@every_unwaiting_entry
 def test_a_step_does_not_wait(entry: Entry, backend: str) -> None:
     params = moved(make_params())
     optimizer = build(entry, params, backend)
@@ -217,7 +218,7 @@ def test_a_step_does_not_wait(entry: Entry, backend: str) -> None:
 
 
 @on_gpu
-@every_entry
+@every_unwaiting_entry
 def test_replays_of_a_captured_step_and_other_steps(entry: Entry, backend: str) -> None:
     """With a learning rate that changes on the device, against steps without a graph."""
     lr = torch.tensor(0.1, device="cuda")

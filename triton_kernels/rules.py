@@ -9,6 +9,7 @@ from .math import (
     accumulator,
     adagrad,
     adam,
+    adgd,
     clip21,
     ef21,
     ef21_plus,
@@ -17,6 +18,7 @@ from .math import (
     scale,
     sgd,
     sign,
+    stm,
 )
 from .rule import Rule
 
@@ -24,7 +26,7 @@ RULES: dict[str, Rule] = {
     rule.name: rule
     for family in (
         *(scale, sgd, adagrad, adam, sign, accumulator),
-        *(normalized_sgd, clip21, ef_sgd, ef21, ef21_plus),
+        *(stm, adgd, normalized_sgd, clip21, ef_sgd, ef21, ef21_plus),
     )
     for rule in family.RULES
 }

@@ -129,7 +129,7 @@ class CudaEngine(DeviceEngine):
         numbers = (
             [group["params"] for group in optimizer.param_groups],
             [
-                self._hyper(recipe, group.get("lr"))
+                self._hyper(recipe, optimizer.late_lr(group))
                 for recipe, group in zip(recipes, optimizer.param_groups, strict=True)
             ],
             [recipe.clip for recipe in recipes],

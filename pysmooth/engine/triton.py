@@ -77,7 +77,7 @@ class TritonEngine(DeviceEngine):
             for index, (recipe, group) in enumerate(
                 zip(recipes, optimizer.param_groups, strict=True)
             )
-            if isinstance(lr := group.get("lr"), Tensor) and self.reads(lr)
+            if isinstance(lr := optimizer.late_lr(group), Tensor) and self.reads(lr)
         ]
         plan.run(addresses, words, (scale, found_inf), held=rates)
         if captures(plan.device):

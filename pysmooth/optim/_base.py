@@ -71,8 +71,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     # after it: the step divides gradients by the one, unless that is None because they are unscaled
     # already, and does not happen if the other is not 0. It does so for those who say this.
     _step_supports_amp_scaling = True
+    # Whether kernels may read a group's lr where it is, on their device.
+    lr_on_device = True
     # Whether hooks take gradients into states, and free them; see `EFSGD`.
     absorbs = False
+    # States of a parameter that a subclass keeps beside those of its recipe.
+    own_states: tuple[str, ...] = ()
     # What the parameters do not say about how a model is spread over processes.
     sharding: Sharding | None = None
     policies: tuple[str, ...] = ("propagate", "skip", "raise")
@@ -139,9 +143,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _readable(self, group: dict[str, Any]) -> dict[str, Any]:
         # A learning rate that kernels read on their device: asking for its value would wait.
-        if isinstance(self._engine, DeviceEngine) and self._engine.reads(group.get("lr")):
+        if isinstance(self._engine, DeviceEngine) and self._engine.reads(self.late_lr(group)):
             return {**group, "lr": math.nan}
         return group
+
+    def late_lr(self, group: dict[str, Any]) -> object:
+        """The learning rate, if kernels may read it where it is."""
+        return group.get("lr") if self.lr_on_device else None
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
         recipe, storage = self.recipe(group), param_storage(group)

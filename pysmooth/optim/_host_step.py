@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from .._clip_grad import get_total_norm
 from ..engine.checks import check_gradient
-from ..engine.recipe import ClipSpec, Recipe
+from ..engine.recipe import ClipSpec, Recipe, Scope
 from ._base import FusedOptimizer
-from ._validate import check_choice, check_number
+from ._validate import check_choice, check_flag, check_number
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
@@ -26,69 +26,105 @@ class HostStepOptimizer(FusedOptimizer):
 
     A subclass gives `choose(groups)`, the new numbers of the groups that share a step size; they
     live in the groups, under the names in `memory`, and so are saved, loaded and copied. A step
-    that fails, or is skipped, leaves them as they were.
+    that fails, or is skipped, leaves them as they were, and so does one without any gradient.
 
     The choice reads a norm: on a GPU it waits for the device.
     """
 
-    # GradScaler then unscales before the step, and leaves steps out itself: a choice has to see
-    # gradients as they are.
-    _step_supports_amp_scaling = False
+    # It is a factor of a number that the host makes.
+    lr_on_device = False
     memory: dict[str, Any]
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, scope: str, nonfinite: str, backend: str
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        scope: str,
+        maximize: bool,
+        nonfinite: str,
+        backend: str,
+        amp: str = "external",
+        **precision: Any,
     ) -> None:
         check_choice("scope", scope, ("global", "group"))
+        # GradScaler then unscales before the step, and leaves steps out itself: a choice has to
+        # see gradients as they are.
+        check_choice("amp", amp, ("external",))
         super().__init__(
             params,
-            {**defaults, "step_size": None, **self.memory},
+            {**defaults, "maximize": maximize, "step_size": None, **self.memory},
             scope=scope,
             nonfinite=nonfinite,
             norm_type=2.0,
             backend=backend,
+            amp=amp,
+            **precision,
         )
 
     def choose(self, groups: list[dict[str, Any]], unit: int) -> dict[str, Any]:
         """New values of `step_size` and of what is remembered, for groups that share them."""
         raise NotImplementedError
 
+    def learn(self, groups: list[dict[str, Any]], unit: int) -> dict[str, Any]:
+        """What the step itself has told, if it was done."""
+        return {}
+
     def units(self) -> list[list[dict[str, Any]]]:
         """The groups that share a step size."""
         groups = self.param_groups
-        return [list(groups)] if self.scope.name == "GLOBAL" else [[group] for group in groups]
+        return [list(groups)] if self.scope == Scope.GLOBAL else [[group] for group in groups]
 
     def gradients(self, groups: list[dict[str, Any]]) -> list[Tensor]:
         """Those of the groups' parameters that have one."""
         return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
+    def norms_taken(self) -> list[float]:
+        """The gradients' norms in the step that was done, per unit."""
+        norms = self._engine.norms() if self._engine is not None else None
+        return [] if norms is None else [float(norm) for norm in norms]
+
+    def begins(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether none of the groups' parameters has a state."""
+        return not any(self.state.get(p) for group in groups for p in group["params"])
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
         check_number("lr", group["lr"])
+        check_flag("maximize", group["maximize"])
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """Plain gradient descent with the step size that was chosen."""
         size = 0.0 if group["step_size"] is None else float(group["step_size"])
-        return Recipe("sgd", (float(group["lr"]) * size, 0.0, 0.0, 0.0, 0.0, 0.0), (), ClipSpec())
+        hyper = (float(group["lr"]) * size, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Recipe("sgd", hyper, (), ClipSpec(maximize=group["maximize"]))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
         for p, label in zip(self._params(), self.param_labels(), strict=True):
             check_gradient(p, label)
+        for group in self.param_groups:
+            self._check(group)
         names = ("step_size", *self.memory)
         before = [{name: group[name] for name in names} for group in self.param_groups]
         skipped = self._skipped
         done = False
+        moving = [(n, u) for n, u in enumerate(self.units()) if self.gradients(u)]
         try:
-            with torch.no_grad():
-                for number, groups in enumerate(self.units()):
-                    chosen = self.choose(groups, number)
-                    for group in groups:
-                        group.update(chosen)
+            self._update(self.choose, moving)
             super()._run()
             self._settle()
             done = self._skipped == skipped
+            if done:
+                self._update(self.learn, moving)
         finally:
             if not done:
                 for group, old in zip(self.param_groups, before, strict=True):
                     group.update(old)
+
+    @torch.no_grad()
+    def _update(self, source: Any, moving: list[tuple[int, list[dict[str, Any]]]]) -> None:
+        for number, groups in moving:
+            numbers = source(groups, number)
+            for group in groups:
+                group.update(numbers)

@@ -41,7 +41,7 @@ class Load:
             (p, key, value)
             for p, saved in _pairs(optimizer, incoming)
             for key, value in saved.items()
-            if key in recipes[p].keys and value is not None
+            if key in (*recipes[p].keys, *optimizer.own_states) and value is not None
         ]
         with torch.no_grad():
             parts = {p: part_here(p) for p, _, _ in todo}
@@ -80,6 +80,7 @@ class Load:
         for group in merged:
             optimizer._check(group)
         keys = {key for group in merged for key in optimizer._recipe(group).keys}
+        keys |= {*optimizer.own_states}
         for p, saved in _pairs(optimizer, incoming):
             _check_states(p, saved, keys, labels[id(p)])
         return [

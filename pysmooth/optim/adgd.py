@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from ..engine.recipe import ClipSpec, Recipe
+from ..engine.recipe import SCALE, ClipMode, ClipSpec, Recipe
+from ._base import check_scope
 from ._clip import Backend, NonFinite
 from ._host_step import HostStepOptimizer, norm_of
+from ._precision import Precision
 from ._validate import check_number
 
 
@@ -29,12 +32,16 @@ class AdGD(HostStepOptimizer):
             p = p - step_size * p.grad
             prev_grad = p.grad
 
-    `ratio` is infinite at first: the first term does not count then, nor does the second where the
-    gradient did not change. For deterministic gradients; see `AdSGD` for those of batches.
+    `ratio` is infinite at first: the first term does not count then, nor does the second where
+    nothing moved or the gradient did not change. For deterministic gradients; see `AdSGD` for those
+    of batches.
 
-    State: `prev_grad`, 4 bytes per parameter (float32 also for 16-bit parameters), 8 for float64;
-    the numbers are in `param_groups[i]`: "step_size", "ratio". Each step makes a passing copy of
-    the gradients' difference.
+    One fused step: gradients are read for their norm, they and `prev_grad` for the change, and the
+    parameters moved.
+
+    State: `prev_grad`, 4 bytes per parameter (float32 also for 16-bit parameters), 8 for float64,
+    and `scale`, the change, one number; the others are in `param_groups[i]`: "step_size", "ratio",
+    "norm".
 
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
@@ -42,7 +49,8 @@ class AdGD(HostStepOptimizer):
         lr: the first step size, greater than 0 and small.
         gamma: greater than 0; 1/2 in the original, 1/4 in a later analysis (recalled, not read).
         scope: "global": one step size; "group": each group its own.
-        nonfinite, backend: as in `pysmooth.ClipSGD`.
+        maximize: ascend instead of descend.
+        nonfinite, backend, precision: as in `pysmooth.ClipSGD`; `amp` is "external".
 
     Raises:
         ValueError: an argument is out of range.
@@ -52,7 +60,8 @@ class AdGD(HostStepOptimizer):
     Source: arXiv:1910.09529; under (L0,L1)-smoothness, arXiv:2409.14989.
     """
 
-    memory = {"ratio": math.inf}  # noqa: RUF012
+    # `bounds`: of the step to come, as csrc/core/math/adgd.h has them.
+    memory = {"ratio": math.inf, "norm": 0.0, "bounds": (0.0, 0.0, 0.0)}  # noqa: RUF012
 
     def __init__(
         self,
@@ -61,44 +70,54 @@ class AdGD(HostStepOptimizer):
         *,
         gamma: float = 0.5,
         scope: str = "global",
+        maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
-        defaults = {"lr": lr, "gamma": gamma}
-        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, backend=backend)
+        self.stage_scopes = (check_scope(scope),)
+        super().__init__(
+            params,
+            {"lr": lr, "gamma": gamma},
+            scope=scope,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            backend=backend,
+            **precision,
+        )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
+        super().check_group(group)
         for name in ("lr", "gamma"):
             check_number(name, group[name], strict=True)
 
-    def recipe(self, group: dict[str, Any]) -> Recipe:
-        """A momentum that keeps nothing: its buffer is the gradient of this step."""
-        size = group["lr"] if group["step_size"] is None else group["step_size"]
-        hyper = (float(size), 0.0, 0.0, 0.0, 0.0, 0.0)
-        return Recipe("sgd_momentum", hyper, ("prev_grad",), ClipSpec())
-
     def choose(self, groups: list[dict[str, Any]], unit: int) -> dict[str, Any]:
-        """From those parameters that have moved."""
-        last = groups[0]["step_size"]
-        if last is None:
-            return {"step_size": float(groups[0]["lr"]), "ratio": math.inf}
-        pairs = [
-            (p.grad, self.state[p]["prev_grad"])
-            for group in groups
-            for p in group["params"]
-            if p.grad is not None and self.state.get(p, {}).get("prev_grad") is not None
-        ]
-        moved = last * norm_of([b for _, b in pairs])
-        changed = norm_of([g - b for g, b in pairs])
-        size = math.nan if math.isnan(changed) or math.isnan(moved) else math.inf
-        if changed > 0:
-            size = float(groups[0]["gamma"]) * moved / changed
-        grown = math.sqrt(1 + groups[0]["ratio"]) * last
-        size = size if size != size else min(size, grown)
-        if math.isinf(size):
-            size = last
-        return {"step_size": size, "ratio": size / last if last else math.inf}
+        """What bounds the step size; how the gradient changed is found out in the step."""
+        g, last = groups[0], groups[0]["step_size"]
+        if last is None or self.begins(groups):
+            lr = float(g["lr"])
+            return {"step_size": None, "bounds": (lr, math.inf, lr)}
+        grown = math.sqrt(1 + g["ratio"]) * last
+        travel = float(g["gamma"]) * last * g["norm"] if g["norm"] != 0 else math.inf
+        return {"bounds": (grown, travel, grown if math.isfinite(grown) else last)}
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        """Its norm is taken, and clips nothing."""
+        clip = ClipSpec(ClipMode.HARD, math.inf, maximize=group["maximize"])
+        return Recipe("adgd", tuple(group["bounds"]), ("prev_grad",), clip, keeps_scale=True)
+
+    def learn(self, groups: list[dict[str, Any]], unit: int) -> dict[str, Any]:
+        """The step size that it was."""
+        params = [p for g in groups for p in g["params"] if p.grad is not None and p.numel() > 0]
+        if not params:
+            return {}
+        changed = float(self.state[params[0]][SCALE])
+        last, (grown, travel, still) = groups[0]["step_size"], groups[0]["bounds"]
+        size = still if changed == 0 else travel / changed
+        size = min(grown, size) if size == size else size
+        ratio = size / last if last else math.inf
+        return {"step_size": size, "ratio": ratio, "norm": self.norms_taken()[unit]}
 
 
 class AdSGD(HostStepOptimizer):
@@ -123,7 +142,7 @@ class AdSGD(HostStepOptimizer):
         amplifier: how fast the step size may grow, at least 0.
         damping: greater than 0.
         eps: added to the step size, at least 0; its place is as recalled of the authors' code.
-        scope, nonfinite, backend: as in `AdGD`.
+        scope, maximize, nonfinite, backend, precision: as in `AdGD`.
 
     Raises:
         ValueError: an argument is out of range, or there is no closure.
@@ -142,15 +161,25 @@ class AdSGD(HostStepOptimizer):
         damping: float = 1.0,
         eps: float = 1e-5,
         scope: str = "global",
+        maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
-        defaults = {"lr": lr, "amplifier": amplifier, "damping": damping, "eps": eps}
         self._before: dict[Tensor, Tensor] = {}
-        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, backend=backend)
+        super().__init__(
+            params,
+            {"lr": lr, "amplifier": amplifier, "damping": damping, "eps": eps},
+            scope=scope,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            backend=backend,
+            **precision,
+        )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
+        super().check_group(group)
         for name in ("lr", "damping"):
             check_number(name, group[name], strict=True)
         for name in ("amplifier", "eps"):
@@ -159,7 +188,8 @@ class AdSGD(HostStepOptimizer):
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """Plain gradient descent."""
         size = group["lr"] if group["step_size"] is None else group["step_size"]
-        return Recipe("sgd", (float(size), 0.0, 0.0, 0.0, 0.0, 0.0))
+        hyper = (float(size), 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Recipe("sgd", hyper, (), ClipSpec(maximize=group["maximize"]))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns the loss at the present point."""

@@ -8,9 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from ..engine.recipe import COMPENSATION, MASTER
+from ..engine.state import empty_states, state_dtype
 from ._clip import Backend, NonFinite
 from ._host_step import HostStepOptimizer, norm_of
+from ._precision import Precision
 from ._validate import check_choice, check_flag, check_number
 
 Rule = Literal["standard", "implicit", "adaptive"]
@@ -42,7 +46,8 @@ class TheoryClipSGD(HostStepOptimizer):
     The theory's result is the mean of the points whose step was not clipped (h <= c), the first
     point if there is none: `average=True` keeps it, `averaged()` gives it.
 
-    State: none; with `average` `average`, of the parameter's dtype.
+    State: none; with `average` `average`, 4 bytes per parameter (float32 also for 16-bit
+    parameters), 8 for float64.
 
     Args:
         params: as in `pysmooth.ClipSGD`.
@@ -56,14 +61,19 @@ class TheoryClipSGD(HostStepOptimizer):
         double_sampling: whether h is an independent sample's norm.
         average: whether the mean is kept.
         scope: "global", or "group" for independent runs.
-        nonfinite, backend: as in `pysmooth.ClipSGD`.
+        maximize: ascend instead of descend.
+        nonfinite, backend, precision: as in `pysmooth.ClipSGD`; `amp` is "external".
 
     Raises:
         ValueError: an argument is out of range, or a step lacks its second sample.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend is not available for these parameters.
 
     Source: arXiv:2502.16492, step rules as in its authors' code.
     """
 
+    # Of no recipe: the step does not touch it.
+    own_states = ("average",)
     memory = {"sum_squares": START, "sample_norm": None, "averaged": 0}  # noqa: RUF012
 
     def __init__(
@@ -80,14 +90,22 @@ class TheoryClipSGD(HostStepOptimizer):
         double_sampling: bool = True,
         average: bool = False,
         scope: str = "global",
+        maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         backend: Backend = "auto",
+        **precision: Unpack[Precision],
     ) -> None:
-        check_flag("double_sampling", double_sampling)
-        check_flag("average", average)
         defaults = {"lr": lr, "L0": L0, "L1": L1, "sigma": sigma, "R0": R0, "T": T, "rule": rule}
         defaults |= {"double_sampling": double_sampling, "average": average}
-        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, backend=backend)
+        super().__init__(
+            params,
+            defaults,
+            scope=scope,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            backend=backend,
+            **precision,
+        )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
@@ -96,6 +114,8 @@ class TheoryClipSGD(HostStepOptimizer):
             check_number(name, group[name], strict=True)
         check_number("sigma", group["sigma"])
         check_choice("rule", group["rule"], ("standard", "implicit", "adaptive"))
+        for name in ("double_sampling", "average"):
+            check_flag(name, group[name])
 
     @staticmethod
     def constants(group: dict[str, Any]) -> tuple[float, float, float]:
@@ -138,18 +158,29 @@ class TheoryClipSGD(HostStepOptimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
         counts = [group["averaged"] for group in self.param_groups]
-        before = [
-            [p.detach().clone() for p in group["params"]] if group["average"] else []
+        points = {
+            p: self._point(p)
             for group in self.param_groups
-        ]
+            for p in group["params"]
+            if group["average"] and p.grad is not None
+        }
+        skipped = self._skipped
         super()._run()
-        for group, points, count in zip(self.param_groups, before, counts, strict=True):
-            for p, x in zip(group["params"], points, strict=group["average"]):
-                state = self.state[p]
-                if "average" not in state:
-                    state["average"] = x.clone()
-                if group["averaged"] > count:
-                    state["average"].lerp_(x, 1 / group["averaged"])
+        if self._skipped != skipped:
+            return
+        for group, count in zip(self.param_groups, counts, strict=True):
+            for p in group["params"]:
+                if p in points:
+                    mean = self.state[p].setdefault("average", points[p])
+                    if group["averaged"] > count:
+                        mean.lerp_(points[p], 1 / group["averaged"])
+
+    def _point(self, p: Tensor) -> Tensor:
+        """Where the parameter is, its companion counted in, in the dtype of states."""
+        state = self.state.get(p, {})
+        (point,) = empty_states([(p, state_dtype(p))])
+        point.copy_(state.get(MASTER, p.detach()))
+        return point.add_(state[COMPENSATION]) if COMPENSATION in state else point
 
     def averaged(self) -> list[Tensor]:
         """The mean of the points whose step was not clipped; needs `average=True`."""

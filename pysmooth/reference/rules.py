@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import accumulator, adagrad, adam, clip21, ef21, ef_sgd, normalized_sgd, scale, sgd, sign
+from . import (
+    accumulator,
+    adagrad,
+    adam,
+    adgd,
+    clip21,
+    ef21,
+    ef_sgd,
+    normalized_sgd,
+    scale,
+    sgd,
+    sign,
+    stm,
+)
 from .staged import Member, Staged, run_chain
 from .storage import compute_dtype
 
@@ -173,6 +186,8 @@ RULES: dict[str, EagerRule] = {
             EagerRule(f"accumulator{suffix}", accumulator.HYPER, states, accumulator.update)
             for states, suffix in ((1, ""), (2, "_momentum"))
         ),
+        EagerRule("stm", stm.HYPER, 2, stm.update, takes_first=True),
+        _staged("adgd", adgd, 1),
         _staged("normalized_sgd", normalized_sgd, 1),
         _staged("clip21", clip21, 1),
         _staged("clip21_noise", clip21, 2, counts_steps=True, staged=clip21.noisy),
