@@ -62,6 +62,10 @@ def _first_undone(method: Method, problem: Problem) -> Step:
     step, _ = method.compiled(problem)
     with torch.no_grad():
         torch._foreach_copy_([p.detach() for p in problem.params], before)
-        for states in step.keeps:  # type: ignore[attr-defined]
+        keeps = step.keeps  # type: ignore[attr-defined]
+        starting = getattr(step, "starting", 0)
+        for states in keeps[:starting]:
+            torch._foreach_copy_(states, before)
+        for states in keeps[starting:]:
             torch._foreach_zero_(states)
     return step

@@ -19,7 +19,7 @@ from pysmooth.engine.backends import fastest
 from pysmooth.optim._base import FusedOptimizer
 
 from . import packages, rivals, written
-from .problem import Problem, Step
+from .problem import Problem, Step, keeping
 from .written import Written
 
 Pass = tuple[int, int]
@@ -84,6 +84,33 @@ _clip_sgd = _optimizer(
     lambda p: pysmooth.ClipSGD(p.params, p.lr, momentum=p.momentum, max_norm=p.max_norm)
 )
 
+
+def _polyak(problem: Problem) -> tuple[Step, str]:
+    optimizer = pysmooth.PolyakSGD(problem.params, lr=problem.lr)
+    optimizer.use_backend(problem.backend)
+    return keeping(lambda: optimizer.step(loss=1.0), optimizer), optimizer.resolved_backend
+
+
+def _adgd(problem: Problem) -> tuple[Step, str]:
+    optimizer = pysmooth.AdGD(problem.params, problem.lr)
+    optimizer.use_backend(problem.backend)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.param_groups[0]["ratio"] = 0.0  # see written.adgd
+
+    return keeping(step, optimizer), optimizer.resolved_backend
+
+
+def _by_hand(
+    step: written.Function, loop: written.Function, states: int = 0, **kwargs: Any
+) -> dict[str, Any]:
+    """A method that torch does not have: as one writes it down, with foreach ops, and compiled."""
+    foreach = Written(step, states, **kwargs)
+    plain = {rivals.EAGER: Written(loop, states, **kwargs).eager, "torch foreach": foreach.eager}
+    return {"rivals": plain, "compiled": foreach.compiled, "states": states, "models": ()}
+
+
 METHODS = {
     m.name: m
     for m in (
@@ -144,7 +171,7 @@ METHODS = {
                 "torch fused": rivals.torch_adamw(fused=True),
                 **packages.adamw(),
             },
-            compiled=Written(written.adamw, 2, counts=True).compiled,
+            compiled=Written(written.adamw, 2, counts=1).compiled,
             clips=True,
             states=2,
             models=("gpt2-124m",),
@@ -163,7 +190,7 @@ METHODS = {
                 )
             ),
             {"torch fused": rivals.torch_adamw(fused=True)},
-            compiled=Written(written.adamw, 2, counts=True).compiled,
+            compiled=Written(written.adamw, 2, counts=1).compiled,
             clips=True,
             states=1,
             models=(),
@@ -235,10 +262,35 @@ METHODS = {
             "normalized_sgd",
             ((1, 1), (1, 1)),
             _optimizer(lambda p: pysmooth.NormalizedSGD(p.params, p.lr)),
-            {rivals.EAGER: Written(written.normalized, 1, counts=True).eager},
-            compiled=Written(written.normalized, 1, counts=True).compiled,
+            {rivals.EAGER: Written(written.normalized, 1, counts=1).eager},
+            compiled=Written(written.normalized, 1, counts=1).compiled,
             states=1,
             models=(),
+        ),
+        # Step sizes of the theory.
+        Method(
+            "l0l1_gd",
+            ((0, 1), (1, 1)),
+            _optimizer(lambda p: pysmooth.L0L1GD(p.params, 1.0, 1.0, p.lr)),
+            **_by_hand(written.l0l1, written.l0l1_loop),
+        ),
+        Method(
+            "polyak_sgd",
+            ((0, 1), (1, 1)),
+            _polyak,
+            **_by_hand(written.polyak, written.polyak_loop),
+        ),
+        Method(
+            "adgd",  # the gradient before is written, and not read, in the last pass
+            ((0, 1), (0, 2), (1, 2)),
+            _adgd,
+            **_by_hand(written.adgd, written.adgd_loop, 1, counts=2),
+        ),
+        Method(
+            "stm",
+            ((0, 1), (3, 1)),
+            _optimizer(lambda p: pysmooth.STM(p.params, 1 / p.lr, 1.0, 0.28)),
+            **_by_hand(written.stm, written.stm_loop, 2, counts=3, starts=True),
         ),
         # The rivals of what follows do not look for non-finite numbers: "zero" is the policy that
         # costs no pass of its own.

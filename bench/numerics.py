@@ -104,7 +104,7 @@ def _reference(method: Method) -> Callable[[Problem], Step]:
 
     def make(problem: Problem) -> Step:
         step = method.ours(problem)[0]
-        optimizer = getattr(step, "__self__", None)
+        optimizer = getattr(step, "keeps", getattr(step, "__self__", None))
         if not isinstance(optimizer, FusedOptimizer):
             return pick(method, *PLAIN)[1](problem)
         optimizer._backend, optimizer._engine = "eager", None

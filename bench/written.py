@@ -29,12 +29,14 @@ LEVELS = 256  # of QSGD
 class Written:
     """A step: step(params, grads, states, lr, max_norm), and how many state lists it keeps.
 
-    One that counts has a list more, of one number: a Python number would compile anew each step.
+    One that counts has a list more, of so many numbers: a Python number would compile anew each
+    step. States are 0 at first, or the parameters.
     """
 
     step: Function
     states: int
-    counts: bool = False
+    counts: int = 0
+    starts: bool = False
 
     def eager(self, problem: Problem) -> Step:
         """The step as it is."""
@@ -54,20 +56,27 @@ class Written:
 
     def _bound(self, problem: Problem, function: Function) -> Step:
         params = [p.detach() for p in problem.params]
-        states = [[torch.zeros_like(p) for p in params] for _ in range(self.states)]
-        states += [[params[0].new_zeros(())]] * self.counts
+        make = torch.clone if self.starts else torch.zeros_like
+        states = [[make(p) for p in params] for _ in range(self.states)]
+        if self.counts:
+            states.append([params[0].new_zeros(()) for _ in range(self.counts)])
 
         def step() -> None:
             grads = [p.grad for p in problem.params if p.grad is not None]
             with torch.no_grad():
                 function(params, grads, states, problem.lr, problem.max_norm)
 
+        step.starting = self.states if self.starts else 0  # type: ignore[attr-defined]
         return keeping(step, states)
 
 
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    return norm
+
+
 def _clipped(grads: list[Tensor], max_norm: float) -> list[Tensor]:
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    return list(torch._foreach_mul(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0)))
+    return list(torch._foreach_mul(grads, torch.clamp(max_norm / (_norm(grads) + 1e-6), max=1.0)))
 
 
 def agc_momentum(
@@ -175,6 +184,104 @@ def lion_loop(
     for p, g, m in zip(params, grads, states[0], strict=True):
         p.mul_(1 - lr * 0.01).sub_(lr * torch.sign(m.lerp(g, 0.1)))
         m.lerp_(g, 0.01)
+
+
+def l0l1(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """(L0,L1)-GD, L0 = L1 = 1."""
+    torch._foreach_add_(params, torch._foreach_mul(grads, -lr / (1 + _norm(grads))))
+
+
+def l0l1_loop(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """The same, one tensor at a time."""
+    size = lr / (1 + torch.sqrt(torch.stack([(g * g).sum() for g in grads]).sum()))
+    for p, g in zip(params, grads, strict=True):
+        p.sub_(g * size)
+
+
+def polyak(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """GD-PS of a loss that is 1 above its least value."""
+    torch._foreach_add_(params, torch._foreach_mul(grads, -lr / _norm(grads).square()))
+
+
+def polyak_loop(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """The same, one tensor at a time."""
+    size = lr / torch.stack([(g * g).sum() for g in grads]).sum()
+    for p, g in zip(params, grads, strict=True):
+        p.sub_(g * size)
+
+
+def adgd(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """AdGD whose step size does not grow: it would for ever, where gradients do not change."""
+    before, (size, last) = states
+    changed, norm = _norm(torch._foreach_sub(grads, before)), _norm(grads)
+    new = torch.where(changed > 0, torch.minimum(size, 0.5 * size * last / changed), size)
+    new = torch.where(size > 0, new, lr)
+    torch._foreach_add_(params, torch._foreach_mul(grads, -new))
+    torch._foreach_copy_(before, grads)
+    size.copy_(new)
+    last.copy_(norm)
+
+
+def adgd_loop(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """The same, one tensor at a time."""
+    before, (size, last) = states
+    changed = torch.stack([(g - b).square().sum() for g, b in zip(grads, before, strict=True)])
+    norm = torch.stack([(g * g).sum() for g in grads]).sum().sqrt()
+    held = 0.5 * size * last / changed.sum().sqrt()
+    new = torch.where(changed.sum() > 0, torch.minimum(size, held), size)
+    new = torch.where(size > 0, new, lr)
+    for p, g, b in zip(params, grads, before, strict=True):
+        p.sub_(g * new)
+        b.copy_(g)
+    size.copy_(new)
+    last.copy_(norm)
+
+
+def _triangles(grads: list[Tensor], numbers: list[Tensor], lr: float) -> tuple[Tensor, ...]:
+    """Of STM-Max with L0 = 1 / lr, L1 = 1 and eta = 0.28: the step, and the weights."""
+    count, total, curvature = numbers
+    curvature.copy_(torch.maximum(curvature, 1 / lr + _norm(grads)))
+    alpha, ahead = 0.14 * (count + 2), 0.14 * (count + 3)
+    keep = total / (total + alpha)
+    total.add_(alpha)
+    count.add_(1)
+    return alpha / curvature, keep, alpha / total, total / (total + ahead), ahead / (total + ahead)
+
+
+def stm(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """(L0,L1)-STM."""
+    y, z, numbers = states
+    step, keep, admit, near, ahead = _triangles(grads, numbers, lr)
+    torch._foreach_sub_(z, torch._foreach_mul(grads, step))
+    torch._foreach_mul_(y, keep)
+    torch._foreach_add_(y, torch._foreach_mul(z, admit))
+    at = torch._foreach_add(torch._foreach_mul(y, near), torch._foreach_mul(z, ahead))
+    torch._foreach_copy_(params, at)
+
+
+def stm_loop(
+    params: list[Tensor], grads: list[Tensor], states: Lists, lr: float, max_norm: float
+) -> None:
+    """The same, one tensor at a time."""
+    step, keep, admit, near, ahead = _triangles(grads, states[2], lr)
+    for p, g, y, z in zip(params, grads, *states[:2], strict=True):
+        z.sub_(g * step)
+        y.mul_(keep).add_(z * admit)
+        p.copy_(y * near + z * ahead)
 
 
 def ef_sign(
