@@ -41,7 +41,7 @@ INTERPRETED = ("clip_sgd", "adam", "m_adagrad_norm", "clip21_sgd2m", "ef_sgd", "
 
 # What the CUDA and the Triton backend have no kernel for yet, in the words of their BackendErrors.
 CUDA_LACKS = ("absorb=True", "scope='block' of QSGD")
-TRITON_LACKS = ("absorb=True",)
+TRITON_LACKS: tuple[str, ...] = ()
 
 # Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.
 SHAPES = ((7, 5), (), (33,), (0, 4), (5003,), (3, 2, 3, 3), (1,))

@@ -5,8 +5,6 @@ There is no device here: a step is captured by recording its launches, and repla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,52 +20,9 @@ pytestmark = pytest.mark.interpreted
 if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from pysmooth.triton_kernels import launch, plan
-from pysmooth.triton_kernels.launch import Launch
-from pysmooth.triton_kernels.plan import SPARES, Words
-
-
-class Graph:
-    """The launches of a capture, after what they read was sent."""
-
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
-        self.words: Words | None = None
-
-    def replay(self) -> None:
-        """What a graph does: the copy out of the host's memory, then the launches."""
-        assert self.words is not None
-        assert self.words.host is not None
-        self.words.device_words.copy_(self.words.host)
-        for recorded in self.launches:
-            recorded(None)
-
-
-@pytest.fixture
-def _late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU passes for a device that works behind the host's back."""
-    monkeypatch.setattr(plan, "is_late", lambda _: True)
-
-
-@contextmanager
-def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
-    """Records launches; no table may be made meanwhile."""
-    graph = Graph()
-    with monkeypatch.context() as patched:
-        for module in ("triton_kernels.plan", "engine.triton", "engine.triton_clip"):
-            patched.setattr(f"pysmooth.{module}.captures", lambda _: True)
-        patched.setattr(Launch, "__call__", lambda x, _: graph.launches.append(x))
-        patched.setattr(Words, "__post_init__", lambda _: pytest.fail("memory in a capture"))
-        patched.setattr(Words, "_room", lambda _: pytest.fail("pinned memory in a capture"))
-        send = Words.send
-
-        def sent(words: Words, *news: Any) -> None:
-            graph.words = words
-            send(words, *news)
-
-        patched.setattr(Words, "send", sent)
-        yield graph
-
+from capturing import capture, late  # noqa: F401 - a fixture
+from pysmooth.triton_kernels import launch
+from pysmooth.triton_kernels.plan import SPARES
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam": (pysmooth.AdamW, {"lr": 0.01, "max_norm": 1.0, "capturable": True}),

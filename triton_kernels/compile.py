@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from .absorb import VALUES
+from .absorption import BEGIN_ABSORBED
 from .apply import apply
 from .block_scales import block_scales
 from .finalize import finalize, finish_pass
@@ -42,9 +44,12 @@ from .specs import (
     TOP_K,
     Form,
     Method,
+    absorb_spec,
+    admit_spec,
     apply_spec,
     coefs_spec,
     finalize_spec,
+    look_spec,
     pass_specs,
     reduce_spec,
     rows_spec,
@@ -62,7 +67,7 @@ F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat1
 # What a kernel's arguments are; all others point to 32-bit integers.
 WIDE = {
     "parts",
-    *("tensors", "gradients", "layouts", "amp", "counters"),
+    *("tensors", "gradients", "layouts", "amp", "counters", "taken"),
     *("units", "histogram", "samples", "places", "tallies"),
 }
 FLOATS = {
@@ -79,6 +84,7 @@ FLOATS = {
     "sums",
     "lengths",
     "spec",
+    "rates",
 }
 UNSIGNED = {"keys", "seeds"}
 COUNTS = {"count", "shift", "width"}  # and, of finalize and finish_pass:
@@ -133,6 +139,10 @@ def specs(rules: list[str]) -> Iterator[tuple[str, Spec]]:
         yield f"reduce L{norm_type:g}", reduce_spec(F32, method(norm_type=norm_type), 0, True)
     yield "reduce unaligned", reduce_spec(F32, method(), 0, False)
     yield "reduce strided", reduce_spec(F32, method(), 4, False)
+    for dtype in (F32, BF16):
+        yield f"look {dtype}", look_spec(dtype, 0, True)
+    yield "look strided", look_spec(F32, 4, False)
+    yield "begin absorbed", BEGIN_ABSORBED
     for dtype, length, dims in ((F32, 9, 0), (BF16, 100, 4), (F32, 5000, 0), (F64, 5000, 0)):
         for of_grad in (False, True):
             yield f"rows of {length}", rows_spec(dtype, dims, length, of_grad=of_grad)
@@ -169,10 +179,25 @@ def specs_of(rule: Rule) -> Iterator[tuple[str, Spec]]:
             run, _ = pass_specs(rule, k, drawing, form, how)
             if run is not None and rule.draws(drawing) and rule.passes[k].draws:
                 yield f"{rule.name} {what}, pass {k}, drawing", run
+        if rule.absorbs:
+            yield from absorbing(rule, what, form, hyper)
         if rule.scales and what in ("float32", "float64"):
             yield from blocks(rule, what, dataclasses.replace(form, span=1024))
         if rule.taken and what in ("float32", "float64", "kahan"):
             yield from selection(rule, what, form)
+
+
+def absorbing(
+    rule: Rule, what: str, form: Form, hyper: Sequence[float]
+) -> Iterator[tuple[str, Spec]]:
+    """What takes one gradient in; and the pass of a step that finds it in the states."""
+    how = method(asks=True, names=True, absorbs=True, pass_scopes=(2,))
+    if what in ("float32", "low"):
+        yield f"{rule.name} {what}, admit", admit_spec(rule, form, how)
+    yield f"{rule.name} {what}, absorb", absorb_spec(rule, form, hyper, False)
+    absorbed, _ = pass_specs(rule, 0, hyper, dataclasses.replace(form, absorbed=True), how)
+    if absorbed is not None:
+        yield f"{rule.name} {what}, absorbed", absorbed
 
 
 def blocks(rule: Rule, what: str, form: Form) -> Iterator[tuple[str, Spec]]:
@@ -211,6 +236,8 @@ def signature(spec: Spec) -> dict[str, str]:
     for name in spec.kernel.arg_names:
         if name in constants:
             out[name] = "constexpr"
+        elif name in VALUES:
+            out[name] = "i64"
         elif name in COUNTS or (name in MORE_COUNTS and spec.kernel in (finalize, finish_pass)):
             out[name] = "i32"
         elif name in WIDE or (name == "list_keys" and how is not None and how.wide):

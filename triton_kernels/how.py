@@ -50,6 +50,7 @@ class How:
         span: elements that share a compressor's scale; 0: all of a unit.
         per_block: constants, as bits, that are the block's own.
         rows: the gradient has a coefficient per row, beside the tensor's.
+        absorbed: the states have taken the gradient in: a value is what again() gives.
     """
 
     types: tuple[Any, ...]
@@ -75,6 +76,7 @@ class How:
     span: int = 0
     per_block: int = 0
     rows: bool = False
+    absorbed: bool = False
 
     @property
     def count(self) -> int:

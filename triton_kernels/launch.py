@@ -47,24 +47,27 @@ class Launch:
         self.spec = spec
         self.grid = (programs, 1, 1)
         self.arguments = tuple(arguments)
-        constants = tuple(value for _, value in spec.constants)
-        self._first = (*self.arguments, *constants)
+        self._constants = tuple(value for _, value in spec.constants)
         addresses = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in self.arguments)
-        self._bound = (*addresses, *constants)
+        self._bound = tuple(addresses)
         self._compiled: Any = None
 
     def follow(self, other: Launch) -> None:
         """Takes the kernel that a launch of the same spec and grid has found."""
         self._compiled = other._compiled
 
-    def __call__(self, stream: int | None = None) -> None:
-        """Launches on a stream of the current device; None: the current one."""
+    def __call__(self, stream: int | None = None, values: tuple[int, ...] = ()) -> None:
+        """Launches on a stream of the current device; None: the current one.
+
+        `values` come after the arguments: integers whose type the kernel says.
+        """
         if self.grid[0] == 0:  # nothing but empty tensors
             return
         if self._compiled is not None:
-            self._compiled(*self._bound, stream=stream)
+            self._compiled(*self._bound, *values, *self._constants, stream=stream)
             return
-        made = self.spec.kernel[self.grid](*self._first, **self.spec.options)
+        given = (*self.arguments, *values, *self._constants)
+        made = self.spec.kernel[self.grid](*given, **self.spec.options)
         if not INTERPRETED:
             self._compiled = made[self.grid]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
+from .absorption import Absorption
 from .block_scales import block_scales
 from .how import STOCHASTIC
 from .launch import Launch, Spec, captures, current_stream, is_late
@@ -20,7 +21,7 @@ from .row_cuts import Rows
 from .rule import KNOWN
 from .rules import RULES
 from .selection import Selection, lists, picked_scale
-from .specs import Form, Method, apply_spec, finalize_spec, pass_specs, reduce_spec
+from .specs import Form, Method, apply_spec, finalize_spec, look_spec, pass_specs, reduce_spec
 from .table import (
     BLOCK_NUMBERS,
     CHUNK,
@@ -59,6 +60,7 @@ class Slot:
     starts: int = 0  # states that start as the gradient, as bits
     fresh: int = 0  # 1: this is its first step; 2: some of what it has is new; see finalize.py
     rows: int = 0  # that it is clipped by; 0: it is clipped as a whole
+    absorbed: int = 0  # gradients that its states have taken in since the last step
     hyper: Sequence[float] = ()
 
     @property
@@ -152,7 +154,7 @@ class Plan:
         # Magnitudes are compared as float64 if one of them is.
         self.wide = any(s.param.dtype == torch.float64 for s in slots)
         passes = [self._work_of(s) for s in slots]
-        reads = [self._reduce_of(s) for s in slots]
+        reads = [self._read_of(s) for s in slots]
         counts = torch.tensor([b - a for a, b in pairwise(first)], dtype=torch.int64)
         # Of every chunk: its tensor, and which of its chunks it is.
         owner = torch.repeat_interleave(torch.arange(len(slots)), counts) if slots else counts
@@ -203,7 +205,9 @@ class Plan:
             c: torch.zeros(count * CONSTANTS.value, dtype=c, device=device)
             for c in {_compute(s) for s in slots}
         }
-        self._reduces = [(spec, self.chunks_of(m)) for spec, m in _grouped(r[0] for r in reads)]
+        self.looks = [spec if method.absorbs else None for spec, _ in reads]
+        reduces = [None if method.absorbs else spec for spec, _ in reads]
+        self._reduces = [(spec, self.chunks_of(m)) for spec, m in _grouped(reduces)]
         self.work_of = [work for work, _ in passes]
         self.works = [
             (work, self.chunks_of(m), ints(m, torch.int32), slots[m[0]])
@@ -214,6 +218,7 @@ class Plan:
             (floats(max(1, self.chunks)), floats(max(1, self.chunks))) for _ in range(most)
         ]
         self.selection = Selection.of(self)
+        self.absorption = Absorption(self) if method.absorbs else None
         self.words = Words(len(slots), groups, device)
         self._eager = self._bind(self.words)
         # For captures to come, and of those that were: memory cannot be had while one goes on.
@@ -238,11 +243,16 @@ class Plan:
             self._layouts += dim
         return dims, at
 
-    def _reduce_of(self, s: Slot) -> tuple[Spec | None, int]:
-        if not self.method.reduces or s.param.numel() == 0:
+    def _read_of(self, s: Slot) -> tuple[Spec | None, int]:
+        """What reads its gradient before anything else, and where the layout of that is."""
+        method = self.method
+        if s.param.numel() == 0 or not (method.asks if method.absorbs else method.reduces):
             return None, 0
         dims, at = self.lay_out(s.grad.shape, [s.grad])
-        return reduce_spec(s.grad.dtype, self.method, dims, not dims and _aligned(s.grad)), at
+        aligned = not dims and _aligned(s.grad)
+        if method.absorbs:
+            return look_spec(s.grad.dtype, dims, aligned), at
+        return reduce_spec(s.grad.dtype, method, dims, aligned), at
 
     def _work_of(self, s: Slot) -> tuple[Work, int]:
         dims, at = self.lay_out(s.param.shape, s.operands)
@@ -258,6 +268,7 @@ class Plan:
             listed=lists(method, s.param.numel()),
             span=method.span,
             rows=s.rows > 0,
+            absorbed=method.absorbs,
         )
         noisy = bool(s.low) or s.kept == STOCHASTIC.value
         draws = rule.draws(s.hyper) != 0
@@ -313,6 +324,8 @@ class Plan:
         """The launches of a step that reads these words: up to the constants, and from there on."""
         norms: list[Launch] = []
         applies: list[Launch] = []
+        if self.absorption is not None:
+            norms.append(self.absorption.begin(words))
         for spec, (owner, index, number) in self._reduces:
             chunks = (self.rows, words.gradients, self.layouts, owner, index, number)
             norms.append(Launch(spec, len(owner), (*chunks, self.partials, self.flags)))

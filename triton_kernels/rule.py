@@ -97,6 +97,8 @@ class Rule:
         marking: name of its form for compressors that select, where that is a rule of its own.
         marks: whether the last state is a byte per element that the plan provides, for a step.
         freezes: whether nothing is selected where its first hyper-parameter is 0.
+        absorbs: whether its first pass can take gradients in before the step, one by one; the step
+            then has the pass's value from again(). Its first hyper-parameter is lr.
     """
 
     name: str
@@ -125,3 +127,4 @@ class Rule:
     marking: str = ""
     marks: bool = False
     freezes: bool = False
+    absorbs: bool = False

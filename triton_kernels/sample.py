@@ -91,7 +91,10 @@ def sample(
         o = tl.load(places + line, mask=mine, other=0) + j % LINE
         there = mine & (o < numel)
         _, p, g, s = take(tensor, o, there, HOW)
-        value, _, _ = HOW.rule(p, g, begun(s, g, tensor[2][2], HOW), tensor[2][OWN:])
+        if HOW.absorbed:
+            value = HOW.again(g, s)
+        else:
+            value, _, _ = HOW.rule(p, g, begun(s, g, tensor[2][2], HOW), tensor[2][OWN:])
         key = tl.where(there, magnitude(value, HOW.wide).to(tl.int64), -1)
     tl.store(samples + line.to(tl.int64) * LINE + j % LINE, key, mask=mine)
 

@@ -50,7 +50,9 @@ def evaluate(tensor, list_, first, o, limit, sums, count, HOW: tl.constexpr):
     where, p, g, s = take(tensor, o, mask, HOW)
     s = begun(s, g, starting, HOW)
     h = constants_at(tensor, o, mask, HOW)
-    if HOW.draws == MARKS:
+    if HOW.absorbed:
+        value = HOW.again(g, s)
+    elif HOW.draws == MARKS:
         OWNED: tl.constexpr = HOW.states - 1
         marks = s[OWNED]
         value, p, s = HOW.rule(p, g, s[:OWNED], h, marks)

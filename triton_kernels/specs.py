@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 
 from . import tuning
+from .absorb import admit, look
 from .apply import apply
 from .block_scales import block_scales
 from .finalize import finalize, finish_pass
@@ -42,6 +43,7 @@ class Method:
     by_rows: bool = False  # some clip has a coefficient per row
     select: tuple[Any, ...] | None = None  # as compressors say it
     span: int = 0  # elements that share a compressor's scale; 0: all of a unit
+    absorbs: bool = False  # gradients are taken in before the step, one by one
 
     @property
     def kind(self) -> int:
@@ -61,7 +63,7 @@ class Form:
         starts: states that start as the gradient, as bits.
         wide: its values are compared with float64 ones.
         listed: candidates are collected in lists: it does not fit into one program.
-        span, rows: see How.
+        span, rows, absorbed: see How.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -74,6 +76,7 @@ class Form:
     listed: bool = False
     span: int = 0
     rows: bool = False
+    absorbed: bool = False
 
     def how(self, rule: Rule, function: Any, streams: Streams, zero: bool, **rest: Any) -> How:
         """A pass with these streams."""
@@ -152,7 +155,7 @@ def finalize_spec(
     rule: Rule, method: Method, *, noisy: bool = False, seeded: bool = False, counts: bool = False
 ) -> Spec:
     """What comes between reduce and apply."""
-    asks = method.asks
+    asks = method.asks and not method.absorbs
     return Spec(
         finalize,
         (
@@ -189,6 +192,14 @@ def apply_spec(rule: Rule, form: Form, zero: bool, hyper: Sequence[float] = ()) 
 
 def pass_how(rule: Rule, k: int, hyper: Sequence[float], form: Form, zero: bool) -> How:
     """What pass number k of a rule is compiled for."""
+    value = {
+        "sum": NOTHING if summed_by_block(rule, k, form) else rule.sums(hyper)[k],
+        "wide": form.wide,
+        "collects": form.listed and k < len(rule.taken),
+    }
+    if form.absorbed:
+        again = {"again": rule.again[k], "absorbed": True, "noisy": 0}
+        return form.how(rule, None, rule.looks[k], zero, **again, **value)
     streams = rule.passes[k]
     if not rule.reads_param(hyper) and not streams.writes & PARAM:
         streams = replace(streams, reads=streams.reads & ~PARAM)
@@ -200,12 +211,38 @@ def pass_how(rule: Rule, k: int, hyper: Sequence[float], form: Form, zero: bool)
         # What apply, or a selection, rounds after this is rounded by other noise.
         turn=8 * (1 + k),
         draws=rule.draws(hyper) if streams.draws else 0,
-        sum=NOTHING if summed_by_block(rule, k, form) else rule.sums(hyper)[k],
         starts=form.starts if k == 0 else 0,
         keeps=rule.keeps_value and k == 0,
-        wide=form.wide,
-        collects=form.listed and k < len(rule.taken),
+        **value,
     )
+
+
+def look_spec(dtype: torch.dtype, dims: int, aligned: bool) -> Spec:
+    """What looks at one gradient before it is absorbed."""
+    of = reduce_spec(dtype, Method(0, False, False, False, float("inf"), True), dims, aligned)
+    constants = tuple((name, value) for name, value in of.constants if name not in ("KIND", "P"))
+    return Spec(look, constants, of.warps)
+
+
+def admit_spec(rule: Rule, form: Form, method: Method) -> Spec:
+    """What decides whether a gradient is absorbed, and makes the constants."""
+    constants = {
+        "PREPARE": rule.prepare,
+        "HYPER": len(rule.hyper),
+        "NUMBERS": rule.constants,
+        "ASKS": method.asks,
+        "NAMES": method.asks and method.names,
+        "NOISY": bool(form.low) or form.kept == STOCHASTIC.value,
+        "SPAN": tuning.FINALIZE_SPAN,
+    }
+    return Spec(admit, tuple(constants.items()), tuning.FINALIZE_WARPS)
+
+
+def absorb_spec(rule: Rule, form: Form, hyper: Sequence[float], zero: bool) -> Spec:
+    """The first pass of a rule, for one gradient that the step will find in the states."""
+    now = replace(form, absorbed=False, listed=False)
+    how = replace(pass_how(rule, 0, hyper, now, zero), sum=NOTHING, keeps=False)
+    return Spec(source, (("HOW", how), ("GLOBAL", False)), form.warps)
 
 
 def summed_by_block(rule: Rule, k: int, form: Form) -> bool:

@@ -270,6 +270,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         rules=_triton_rules,
         lacks=_triton_lacks,
         engine=_triton_engine,
+        absorbs=True,
         capturable=True,
     ),
     BackendInfo(

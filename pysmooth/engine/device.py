@@ -15,7 +15,7 @@ from torch import Tensor
 from .._errors import BackendError, NonFiniteGradientError
 from .backends import Engine
 from .checks import check_gradient, check_layout, check_memory, check_state
-from .recipe import GRADIENT, NORM_SQ, STEP, Policy, Recipe, Scope
+from .recipe import ABSORBED, GRADIENT, NORM_SQ, STEP, Policy, Recipe, Scope
 from .state import fill_state, new_states
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Told(NamedTuple):
 
     skipped: Tensor  # how many steps the policy refused; one number
     spoiled: Tensor  # per parameter: not 0 if its gradient was not finite
+    taken: Tensor | None = None  # per parameter: gradients that its states took in since a step
 
 
 class DeviceEngine(Engine):
@@ -51,6 +52,7 @@ class DeviceEngine(Engine):
     def __init__(self) -> None:
         self._told: Told | None = None
         self._members: list[Member] = []
+        self._places: dict[Tensor, int] = {}  # parameters' numbers
         # Parameters whose states were allocated, and may yet have had no step; with what their
         # state dict held before, None where there was none.
         self._fresh: dict[Tensor, dict[str, Any] | None] = {}
@@ -117,6 +119,7 @@ class DeviceEngine(Engine):
             self.forget(optimizer, list(self._fresh))
             raise
         self._members = members
+        self._places = {m.param: i for i, m in enumerate(members)}
         return members, device
 
     def _one_device(self, params: list[Tensor]) -> torch.device:
@@ -171,7 +174,8 @@ class DeviceEngine(Engine):
         for p, recipe in zip(params, recipes, strict=True):
             known = optimizer.state.get(p)
             missing = [k for k in recipe.keys if known is None or known.get(k) is None]
-            if missing and p.grad is not None:
+            # Where gradients are absorbed, nobody can ask later who has one.
+            if missing and (p.grad is not None or (optimizer.absorbs and p.requires_grad)):
                 self._fresh[p] = None if known is None else dict(known)
                 lacking += [(p, key, recipe) for key in missing]
         group_of = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
@@ -216,6 +220,8 @@ class DeviceEngine(Engine):
         if (told := self._told) is None:
             return 0
         skipped = int(told.skipped)
+        if told.taken is not None:
+            self._settle_absorbed(optimizer, told.taken)
         self._settle_fresh(optimizer)
         if not skipped:
             return 0
@@ -244,6 +250,13 @@ class DeviceEngine(Engine):
             unused += [p for p in self._fresh if p.numel() == 0]
         self.forget(optimizer, unused)
 
+    def _settle_absorbed(self, optimizer: FusedOptimizer, taken: Tensor) -> None:
+        """What the device has counted: more than the host saw in replays, less where it refused."""
+        for member, count in zip(self._members, taken.tolist(), strict=True):
+            held = optimizer.state.get(member.param, {})
+            if count or held.get(ABSORBED):
+                held[ABSORBED] = count
+
     def forget(self, optimizer: FusedOptimizer, unused: Iterable[Tensor]) -> None:
         """Takes away states that were allocated in vain."""
         for p in unused:
@@ -261,7 +274,7 @@ class DeviceEngine(Engine):
         return 0
 
     def absorb(self, optimizer: FusedOptimizer, p: Tensor) -> bool:
-        """Refused: no kernel takes a gradient in by itself."""
+        """Refused, unless a subclass can (device_absorb.py)."""
         raise BackendError(f"the {self.name} backend has no kernel for absorb=True")
 
     def selections(self) -> tuple[int, int]:

@@ -81,7 +81,8 @@ class EagerEngine:
         params = [q for group in optimizer.param_groups for q in group["params"]]
         number = next(i for i, q in enumerate(params) if q is p)
         g = groups[number]
-        recipe = optimizer.absorbing(optimizer.param_groups[g], p).of(p)
+        begins = not optimizer.state.get(p, {}).get(ABSORBED)
+        recipe = optimizer.absorbing(optimizer.param_groups[g], first=begins).of(p)
         self._check(optimizer, optimizer.recipes(), [(g, p, optimizer.param_labels()[number])])
         if optimizer.policy.asks_first and not _finite(_grad(p)):
             return False

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._errors import NonFiniteGradientError
 from .amp import Amp
 from .checks import check_gradient
-from .recipe import SCALARS, ClipMode, Recipe
+from .recipe import ABSORBED, SCALARS, ClipMode, Recipe
 from .state import fill_state, new_states, version_roots
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class NativeEngine:
                 ):
                     plan = self._build(optimizer, optimizer.recipes())
                 place, g = self._places[p]
-                recipe = optimizer.absorbing(optimizer.param_groups[g], p)
+                first = not optimizer.state.get(p, {}).get(ABSORBED)
+                recipe = optimizer.absorbing(optimizer.param_groups[g], first=first)
                 outcome = plan.absorb(place, recipe.hyper, recipe.clip, torch.get_num_threads())
                 if outcome != STALE:
                     break

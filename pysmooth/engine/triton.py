@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._errors import BackendError
+from ..triton_kernels.absorption import Numbers
 from ..triton_kernels.launch import captures
 from ..triton_kernels.plan import Plan, Slot, group_words, packed
 from ..triton_kernels.rules import RULES, rule_for
@@ -16,8 +17,10 @@ from ..triton_kernels.specs import IN_BLOCK, NO_SELECTION, Method
 from ..triton_kernels.table import GROUP_WORDS
 from .amp import Amp
 from .backends import native_module
-from .device import DeviceEngine, Member, Told, gradient_of, on_device
+from .device import Member, Told, gradient_of, on_device
+from .device_absorb import AbsorbingEngine
 from .recipe import (
+    ABSORBED,
     GRADIENT,
     NORM_SQ,
     SCALE,
@@ -38,7 +41,7 @@ LATE = ("cuda",)  # devices that work behind the host's back
 Form = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
-class TritonEngine(DeviceEngine):
+class TritonEngine(AbsorbingEngine):
     """Steps through a `Plan`, rebuilt whenever anything but a gradient's address changed."""
 
     name = "triton"
@@ -54,6 +57,8 @@ class TritonEngine(DeviceEngine):
         self._params: list[Tensor] = []
         self._watch: Watch | None = None  # where the native module can tell
         self._resolved: list[Tensor | None] = []
+        self._expected: dict[Tensor, Tensor] = {}  # forms of gradients that were absorbed
+        self._absorbed_for: list[tuple[object, ...]] = []  # what their passes were made for
         self._selections = (0, 0)  # of plans that are gone
 
     @torch.no_grad()
@@ -80,6 +85,8 @@ class TritonEngine(DeviceEngine):
             if isinstance(lr := optimizer.late_lr(group), Tensor) and self.reads(lr)
         ]
         plan.run(addresses, words, (scale, found_inf), held=rates)
+        if optimizer.absorbs:
+            written = self.forget_absorbed(optimizer)
         if captures(plan.device):
             optimizer.keep_for_graphs(plan)
             self._fresh = {}  # a replay may use the states at any time
@@ -163,7 +170,7 @@ class TritonEngine(DeviceEngine):
             if grad.is_conj() or grad.is_neg():
                 grad = grad.resolve_conj().resolve_neg()
             address = grad.data_ptr()
-            if (grad.dtype, grad.shape, grad.stride(), address % 16 == 0) != form:
+            if _form_of(grad) != form:
                 return None
             out.append((grad, address if grad.numel() > 0 else 0))
         return out
@@ -181,22 +188,71 @@ class TritonEngine(DeviceEngine):
         selections = self.selections()
         members, place = self.gather(optimizer, recipes, None)
         try:
-            grads = [gradient_of(m.param) for m in members]
+            grads = [self._form_of(optimizer, m.param) for m in members]
             slots = [_slot(m, grad) for m, grad in zip(members, grads, strict=True)]
+            for s, m in zip(slots, members, strict=True):
+                s.absorbed = optimizer.state.get(m.param, {}).get(ABSORBED, 0)
             plan = Plan(slots, len(recipes), _method(optimizer, recipes), place)
         except BaseException:
             self.forget(optimizer, list(self._fresh))
             raise
         self._plan, self._selections = plan, selections
-        self._told = Told(plan.counters[:1], plan.spoiled)
+        taken = None if plan.absorption is None else plan.absorption.taken
+        self._told = Told(plan.counters[:1], plan.spoiled, taken)
+        if plan.absorption is not None and place.type in LATE:
+            torch.cuda.synchronize(place)  # backward may work on another stream than this
         self._states = [[(k, t, t.data_ptr()) for k, t in m.held.items()] for m in members]
-        self._forms = [(g.dtype, g.shape, g.stride(), g.data_ptr() % 16 == 0) for g in grads]
+        self._forms = [_form_of(g) for g in grads]
         self._addresses = [m.param.data_ptr() for m in members]
         self._params = [m.param for m in members]
         self._watch = _watch(optimizer, members)
+        self._absorbed_for = [_absorbed_for(m.recipe) for m in members] * optimizer.absorbs
         self._roots = version_roots([t for m in members for t in m.held.values()])
         self._built_for = _form(optimizer, recipes)
         return plan
+
+    def _form_of(self, optimizer: FusedOptimizer, p: Tensor) -> Tensor:
+        """The gradient, or what it will look like."""
+        if not optimizer.absorbs:
+            return gradient_of(p)
+        if p.grad is not None:
+            self._expected[p] = stand_in(gradient_of(p))
+        return self._expected.get(p, p)
+
+    # ---- gradients that states take in before the step ------------------------------------------
+
+    def build(self, optimizer: FusedOptimizer) -> None:
+        """Makes a plan for gradients to be taken in."""
+        self._build(optimizer, optimizer.recipes())
+
+    def holds(self, optimizer: FusedOptimizer, place: int) -> bool:
+        """Whether the plan is right for this parameter, its states and the gradient it has."""
+        member = self._members[place]
+        p = member.param
+        if not self._built_for or len(optimizer.state) != self._built_for[0]:
+            return False
+        state = optimizer.state.get(p, {})
+        if p.grad is None or p.data_ptr() != self._addresses[place]:
+            return False
+        for key, tensor, address in self._states[place]:
+            if state.get(key) is not tensor or tensor.data_ptr() != address:
+                return False
+        recipe = optimizer.absorbing(optimizer.param_groups[member.group], first=True).of(p)
+        known = self._absorbed_for[place] == _absorbed_for(recipe)
+        return known and bool(member.held) and _form_of(gradient_of(p)) == self._forms[place]
+
+    def take_in(self, optimizer: FusedOptimizer, place: int, recipe: Recipe, once: int) -> None:
+        """Enqueues what takes the parameter's gradient in."""
+        plan, member = self._plan, self._members[place]
+        assert plan is not None
+        assert plan.absorption is not None
+        lr = optimizer.param_groups[member.group].get("lr")
+        rate = self._rate(lr) if isinstance(lr, Tensor) and self.reads(lr) else None
+        numbers = Numbers(recipe.hyper, once, recipe.clip.maximize, rate)
+        grad = gradient_of(member.param)
+        plan.absorption.take_in(place, grad.data_ptr(), numbers)
+        if captures(plan.device):
+            optimizer.keep_for_graphs(plan)
 
     def started(self) -> list[bool]:
         """Per parameter, whether a step of this plan has used its states. Waits for the device."""
@@ -256,7 +312,7 @@ def _watch(optimizer: FusedOptimizer, members: list[Member]) -> Watch | None:
     # One that lacks states is to have no gradient.
     lacking = [bool(m.recipe.keys) and not m.held for m in members]
     grads = [
-        None if lacks_states else gradient_of(m.param)
+        None if lacks_states or optimizer.absorbs else gradient_of(m.param)
         for m, lacks_states in zip(members, lacking, strict=True)
     ]
     keys = dict.fromkeys(key for m in members for key in m.recipe.keys)
@@ -278,6 +334,18 @@ def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
+def _form_of(grad: Tensor) -> Form:
+    return (grad.dtype, grad.shape, grad.stride(), grad.data_ptr() % 16 == 0)
+
+
+def stand_in(grad: Tensor) -> Tensor:
+    """A tensor of the same form, without memory: a plan outlives the gradients it was made for."""
+    size = 1 + sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
+    unaligned = int(grad.data_ptr() % 16 != 0)
+    memory = torch.empty(max(size, 0) + 1, dtype=grad.dtype, device="meta")
+    return memory.as_strided(grad.shape, grad.stride(), unaligned)
+
+
 def _slot(member: Member, grad: Tensor) -> Slot:
     p, recipe, held = member.param, member.recipe, member.held
     fresh = 0 if p.numel() == 0 or not member.fresh else 2 - member.begins
@@ -291,7 +359,7 @@ def _slot(member: Member, grad: Tensor) -> Slot:
     starts = sum(1 << i for i, key in enumerate(recipe.states) if recipe.initial(key) == GRADIENT)
     companion = held.get(recipe.param_storage.companion or "")
     return Slot(
-        *(name, member.group, _real(p.detach()), _real(grad.detach()), states, *numbers),
+        *(name, member.group, _real(p.detach()), stand_in(_real(grad.detach())), states, *numbers),
         companion=companion,
         kept=int(recipe.param_storage) if held else int(ParamStorage.PLAIN),
         low=low,
@@ -316,11 +384,12 @@ def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
         names=optimizer.policy == Policy.RAISE,
         zero=optimizer.policy == Policy.ZERO,
         norm_type=optimizer.norm_type,
-        reduces=needs_reduce(optimizer.policy, recipes),
+        reduces=not optimizer.absorbs and needs_reduce(optimizer.policy, recipes),
         by_rows=any(r.clip.mode == ClipMode.AGC for r in recipes),
         pass_scopes=tuple(int(scope) for scope in optimizer.stage_scopes),
         select=select if selects else None,
         span=0 if select is None or selects else select[4],
+        absorbs=optimizer.absorbs,
     )
 
 
@@ -332,6 +401,11 @@ def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...
         *((r.rule, r.low_states, r.param_storage, _passes(r)) for r in recipes),
         *(r.clip.mode == ClipMode.AGC for r in recipes),
     )
+
+
+def _absorbed_for(recipe: Recipe) -> tuple[object, ...]:
+    """What a pass that takes a gradient in is specialised for, of a recipe."""
+    return (recipe.rule, recipe.low_states, recipe.param_storage, _passes(recipe))
 
 
 def _passes(recipe: Recipe) -> tuple[object, ...]:

@@ -125,8 +125,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raises ValueError or TypeError, naming the argument, for a group that makes no sense."""
         raise NotImplementedError
 
-    def absorbing(self, group: dict[str, Any], param: Tensor) -> Recipe:
-        """For optimizers that absorb: what is done with the gradient that the parameter has now."""
+    def absorbing(self, group: dict[str, Any], *, first: bool) -> Recipe:
+        """For optimizers that absorb: what is done with a step's first gradient, or the others."""
         raise NotImplementedError
 
     def absorb_rest(self) -> bool:

@@ -67,7 +67,8 @@ class EFSGD(CompressedOptimizer):
     - a step that is left out sends later what it would have sent;
     - `zero_grad()` between backward and step raises `RuntimeError`;
     - `nonfinite` looks at each gradient by itself: "skip" drops it, the others stay (one more in
-      `skipped_steps()`); "raise" raises out of `backward()` and leaves it in `p.grad`;
+      `skipped_steps()`); "raise" raises out of `backward()` and leaves it in `p.grad`. On a GPU,
+      where the host does not wait, it drops it, and raises when the host next reads something;
     - `state_dict()` between backward and step is exact: `absorbed` counts, per parameter, the
       gradients taken in since the last step;
     - a gradient that was set by hand is absorbed by `step()`, after a look at all of these: if one
@@ -96,7 +97,7 @@ class EFSGD(CompressedOptimizer):
             that takes norms). The first two read all gradients once more, as norms do.
         norm: "in_backward": norms, and whether gradients are finite, are seen in backward, as in
             `pysmooth.ClipSGD`, and the step need not read them for it.
-        backend: "auto", "cpu" or "eager".
+        backend: "auto", "cpu", "cuda" (not with `absorb`), "triton" or "eager".
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:
@@ -215,10 +216,10 @@ class EFSGD(CompressedOptimizer):
             self._hooks = GradientHooks(self, lambda: _Absorb(owner))
         return self._hooks.follow(params)
 
-    def absorbing(self, group: dict[str, Any], param: Tensor) -> Recipe:
-        """What is done with the gradient that is there: only the first of a step decays."""
-        recipe = self._recipe(group)
-        if self.state.get(param, {}).get(ABSORBED, 0) == 0:
+    def absorbing(self, group: dict[str, Any], *, first: bool) -> Recipe:
+        """What is done with one gradient: only the first of a step decays."""
+        recipe = self._recipe(self._readable(group))
+        if first:
             return recipe
         lr, momentum, _, *compression = recipe.hyper
         return recipe._replace(hyper=(lr, momentum, 0.0, *compression))
@@ -240,6 +241,10 @@ class EFSGD(CompressedOptimizer):
     def absorb_rest(self) -> bool:
         """Absorbs the gradients that did not come from backward; False where the policy says so."""
         rest = [p for p in self._params() if p.grad is not None]
+        if rest and rest[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a gradient that was set by hand cannot be absorbed while a CUDA graph is captured"
+            )
         if rest and self.policy.asks_first:
             bad = []
             for p in rest:
@@ -261,12 +266,17 @@ class EFSGD(CompressedOptimizer):
         Raises:
             RuntimeError: gradients were absorbed that no step has sent yet.
         """
-        if self.absorbs and any(held.get(ABSORBED, 0) for held in self.state.values()):
+        if self.absorbs and self._has_absorbed():
+            self._settle()  # a device may have kept them out
+        if self.absorbs and self._has_absorbed():
             raise RuntimeError(
                 "zero_grad() cannot take back the gradients that absorb=True has added to the "
                 "residual; call step() first"
             )
         super().zero_grad(set_to_none)
+
+    def _has_absorbed(self) -> bool:
+        return any(held.get(ABSORBED, 0) for held in self.state.values())
 
     def _label(self, param: Tensor) -> str:
         every = zip(self._params(), self.param_labels(), strict=True)

@@ -151,6 +151,7 @@ RULES = (
             looks=(Streams(STATE, 0),),
             scales=(5,),
             draws=lambda h: compress_draw(h[3:]),
+            absorbs=states == 1,
         )
         for name, states, source_, update_ in (
             ("ef_sgd_dense", 1, source, update),
@@ -177,6 +178,7 @@ RULES = (
             looks=(Streams(STATE, 0),),
             takes=(Streams(PARAM | STATE, PARAM | STATE),),
             freezes=True,
+            absorbs=states == 1,
         )
         for name, states, source_ in (
             ("ef_sgd_select", 1, source),
@@ -200,6 +202,9 @@ RULES = (
             reads_param=lambda h: h[2] != 0,
             keeps_scale=True,
             keeps_value=True,
+            again=(again,),
+            looks=(Streams(STATE, 0),),
+            absorbs=states == 1,
         )
         for name, states, source_ in (
             ("ef_sgd_sign", 1, source_sign),
