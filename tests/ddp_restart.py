@@ -114,7 +114,7 @@ def first_life(folder: Path) -> None:
             doomed(jobs[1], step)
         except RuntimeError as error:
             found["error"] = str(error)
-        sent = [s for s in jobs[1].state._slots.values() if s.touched]
+        sent = [s for s in jobs[1].state._slots if s.touched]
         found["staged"] = [s.name for s in sent]  # of the buckets that got through
         found["unchanged"] = [same(a, snapshot(b)) for a, b in zip(before, jobs, strict=True)]
         jobs[1].optimizer.zero_grad()

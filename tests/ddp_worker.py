@@ -213,11 +213,11 @@ def warmed_up(found: dict[str, Any]) -> None:
     found["warm"] = [job.params(), [p.detach().clone() for p in plain.parameters()]]
     job = Job(EF14(TOP))
     job.step(0)
-    before = {s.name: s.states["residual"].clone() for s in job.state._slots.values() if s.states}
+    before = {s.name: s.states["residual"].clone() for s in job.state._slots if s.states}
     at = job.params()
     job.optimizer.param_groups[0]["lr"] = 0.0
     job.step(1)
-    after = {s.name: s.states["residual"] for s in job.state._slots.values() if s.states}
+    after = {s.name: s.states["residual"] for s in job.state._slots if s.states}
     found["rate 0"] = (
         all(torch.equal(a, b) for a, b in zip(at, job.params(), strict=True))
         and before.keys() == after.keys()
@@ -267,7 +267,7 @@ def mismatched(found: dict[str, Any]) -> None:
         except MismatchError as error:
             found[f"mismatch: {name}"] = str(error)
             assert job.state.steps == 0, name
-            assert not any(slot.states for slot in job.state._slots.values()), name
+            assert not any(slot.states for slot in job.state._slots), name
         except RuntimeError as error:  # torch's own
             found[f"mismatch: {name}"] = str(error)
     job = Job(DSignSGD(), lr=rate)
@@ -302,7 +302,7 @@ def changed_world(found: dict[str, Any]) -> None:
         dist.broadcast_object_list(saved, src=0)
         foreign = {**saved[0], "world_size": 7}
         job.state.load_state_dict(foreign)
-        slots = job.state._slots.values()
+        slots = job.state._slots
         if name.startswith("ef14"):
             found["regrouped ef14"] = all(not slot.states for slot in slots)
         else:

@@ -111,7 +111,7 @@ def test_the_mean_of_estimates_is_the_estimate() -> None:
         opt.zero_grad()
         losses(ddp, step).backward()
         opt.step()
-    for slot in state._slots.values():
+    for slot in state._slots:
         assert torch.equal(slot.states["estimate"], slot.states["mean_estimate"])
 
 
@@ -142,25 +142,23 @@ def test_states_that_do_not_fit_are_refused() -> None:
         saved = state.state_dict()
         saved["steps"] = 77
         spoil(saved)
-        before = {s.name: dict(s.states) for s in state._slots.values()}
+        before = {s.name: dict(s.states) for s in state._slots}
         with pytest.raises(ValueError, match=says):
             state.load_state_dict(saved)
         assert state.steps == 1
-        assert all(
-            s.states[k] is v for s in state._slots.values() for k, v in before[s.name].items()
-        )
+        assert all(s.states[k] is v for s in state._slots for k, v in before[s.name].items())
 
 
 def test_an_overflow_stays_out_of_the_residual() -> None:
     ddp, opt, state, model = hooked(EF14(TOP), sgd)
     losses(ddp, 0).backward()
     opt.step()
-    kept = {s.name: s.states["residual"].clone() for s in state._slots.values()}
+    kept = {s.name: s.states["residual"].clone() for s in state._slots}
     opt.param_groups[0]["lr"] = 3e38
     (losses(ddp, 1) * 1e6).backward()
     opt.step()
     assert state.dropped == 1
-    for s in state._slots.values():
+    for s in state._slots:
         assert torch.equal(s.states["residual"], kept[s.name])
     del model
 

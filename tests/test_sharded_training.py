@@ -123,15 +123,17 @@ def test_checkpoints_move_from_four_processes_to_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "ranks", "says"),
     [
-        ("fsdp2_clip", "norm of the last gradient: sharded"),
-        ("titan_loop", "sharded as whole, resumed to the bit"),
+        ("fsdp2_clip", 2, "norm of the last gradient: sharded"),
+        ("fsdp2_compressed", 4, "signs: loss"),
+        ("titan_loop", 2, "sharded as whole, resumed to the bit"),
     ],
 )
-def test_the_examples_run(name: str, says: str) -> None:
+def test_the_examples_run(name: str, ranks: int, says: str) -> None:
     path = Path(__file__).parent.parent / "examples" / f"{name}.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    done = subprocess.run([*command, "2", str(path)], capture_output=True, text=True, timeout=120)
+    command += [str(ranks), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout

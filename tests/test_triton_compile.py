@@ -37,6 +37,14 @@ def test_adam_is_exact_and_in_whole_vectors(target: str) -> None:
     assert aot.vectors(report) > 0
 
 
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_codec(target: str) -> None:
+    for name, spec in aot.codec.SPECS.items():
+        report = aot.compile_spec(name, spec, target)
+        assert report.spills == 0, name
+        assert aot.faults(report, spec) == [], name
+
+
 @pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
 def test_narrow_accesses_are_seen(target: str) -> None:
     unaligned = adam(aligned=False)

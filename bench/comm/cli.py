@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 
 from ..machine import environment
-from .contestants import CONTESTANTS
+from .contestants import CONTESTANTS, with_dense_below
 from .launch import launch
 from .link import LinkUnavailableError, bytes_per_second
-from .report import print_quality, print_race, write
+from .report import print_quality, print_race, print_verdicts, write
+from .verdicts import CLAIMED
 from .worker import Task
 from .workloads import WORKLOADS
 
@@ -41,6 +42,15 @@ def _rates(text: str) -> list[str]:
     return rates
 
 
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no list of numbers", param_hint="--dense-below"
+        ) from None
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)  # through every `finally`: networks are taken down
 
@@ -54,6 +64,9 @@ def comm(
     ranks: Annotated[int, typer.Option(help="Processes.", min=2, max=16)] = 2,
     rounds: Annotated[int, typer.Option(help="Steps that are timed.", min=3)] = 9,
     quality: Annotated[bool, typer.Option(help="Train, and compare losses.")] = True,
+    dense_below: Annotated[
+        str | None, typer.Option(help="Race the claimed methods with these `dense_below`, too.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One workload, few steps.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the files go.")] = None,
 ) -> None:
@@ -67,6 +80,7 @@ def comm(
     signal.signal(signal.SIGTERM, _stop)
     names = _chosen("--hooks", hooks, list(CONTESTANTS))
     names = ["dense", *(name for name in names if name != "dense")]
+    thresholds = _numbers(dense_below)
     chosen = _chosen("--workloads", workloads, list(WORKLOADS))
     asked = _rates(rates)
     if quick:
@@ -79,7 +93,8 @@ def comm(
         training = WORKLOADS[workload].make()
         known = {"workload": workload, "ranks": ranks, "description": training.name}
         for rate in asked:
-            task = Task(workload, names, rounds, "", 0, "")
+            more = [with_dense_below(name, numel) for name in CLAIMED for numel in thresholds]
+            task = Task(workload, [*names, *more], rounds, "", 0, "")
             try:
                 with console.status(f"{training.name}, {rate}"):
                     found = launch(task, ranks, None if rate == "loopback" else rate)
@@ -96,6 +111,8 @@ def comm(
             found |= {**known, "steps": steps}
             results["qualities"].append(found)
             print_quality(found, console)
+    files = write(results, out or default_out())
+    print_verdicts(results, console)
     console.print("\n[bold]Files written[/]")
-    for path in write(results, out or default_out()):
+    for path in files:
         console.print(f"  {path}", soft_wrap=True)

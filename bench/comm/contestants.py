@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -35,12 +35,14 @@ class Contestant:
         lr_scale: times the training's learning rate.
         scheme: what the cost model calls it; None if it has no word for it.
         bucket_mb: DDP's `bucket_cap_mb`; None for its default.
+        method: pysmooth's, where it is one of ours.
     """
 
     register: Register | None
     lr_scale: float = 1.0
     scheme: str | None = None
     bucket_mb: int | None = None
+    method: Method | None = None
 
 
 def _dense(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
@@ -61,12 +63,19 @@ def _power_sgd(rank: int) -> Register:
     return register
 
 
-def _pysmooth(method: Method) -> Register:
+def _pysmooth(method: Method, dense_below: int = 1024) -> Register:
     def register(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
-        state = CompressedState(model, optimizer, method, process_group=model.process_group)
+        group = model.process_group
+        state = CompressedState(
+            model, optimizer, method, process_group=group, dense_below=dense_below
+        )
         model.register_comm_hook(state, compressed_hook)
 
     return register
+
+
+def _ours(method: Method, lr_scale: float = 1.0, scheme: str | None = None) -> Contestant:
+    return Contestant(_pysmooth(method), lr_scale, scheme, method=method)
 
 
 _TOP = TopK(ratio=0.01)
@@ -78,14 +87,36 @@ CONTESTANTS: dict[str, Contestant] = {
     "torch fp16": Contestant(_torch_hook(default_hooks.fp16_compress_hook), scheme="bf16"),
     "torch PowerSGD, rank 1": Contestant(_power_sgd(1), bucket_mb=4096),
     "torch PowerSGD, rank 4": Contestant(_power_sgd(4), bucket_mb=4096),
-    "sign, both ways, EF": Contestant(_pysmooth(TwoWaySign()), scheme="sign-ef"),
-    "EF14 top-1 %": Contestant(_pysmooth(EF14(_TOP)), scheme="topk"),
-    "EF21 top-1 %": Contestant(_pysmooth(EF21(_TOP)), scheme="topk"),
-    "EF21-SGDM top-1 %": Contestant(_pysmooth(EF21(_TOP, eta=0.1)), scheme="topk"),
-    "mean of signs": Contestant(_pysmooth(DSignSGD()), lr_scale=0.005, scheme="sign"),
-    "majority vote": Contestant(_pysmooth(MajorityVote()), lr_scale=0.005),
-    "rand-10 %": Contestant(_pysmooth(DCSGD(RandK(ratio=0.1)))),
-    "QSGD, 15 levels": Contestant(_pysmooth(DCSGD(QSGD(levels=15, scope="block"))), scheme="qsgd"),
-    "natural": Contestant(_pysmooth(DCSGD(NaturalCompression())), scheme="natural"),
-    "Clip21-SGD2M": Contestant(_pysmooth(Clip21SGD2M(1.0, beta=0.1))),
+    "sign, both ways, EF": _ours(TwoWaySign(), scheme="sign-ef"),
+    "EF14 top-1 %": _ours(EF14(_TOP), scheme="topk"),
+    "EF21 top-1 %": _ours(EF21(_TOP), scheme="topk"),
+    "EF21-SGDM top-1 %": _ours(EF21(_TOP, eta=0.1), scheme="topk"),
+    "mean of signs": _ours(DSignSGD(), lr_scale=0.005, scheme="sign"),
+    "majority vote": _ours(MajorityVote(), lr_scale=0.005),
+    "rand-10 %": _ours(DCSGD(RandK(ratio=0.1))),
+    "QSGD, 15 levels": _ours(DCSGD(QSGD(levels=15, scope="block")), scheme="qsgd"),
+    "natural": _ours(DCSGD(NaturalCompression()), scheme="natural"),
+    "Clip21-SGD2M": _ours(Clip21SGD2M(1.0, beta=0.1)),
 }
+
+_DENSE_BELOW = ", dense below "
+
+
+def contestant(name: str) -> Contestant:
+    """The one of that name; "<name>, dense below <n>" is one of ours with that `dense_below`.
+
+    Raises:
+        KeyError: there is none.
+    """
+    plain, found, numel = name.partition(_DENSE_BELOW)
+    entry = CONTESTANTS[plain]
+    if not found:
+        return entry
+    if entry.method is None:
+        raise KeyError(f"{plain} has no dense_below")
+    return replace(entry, register=_pysmooth(entry.method, dense_below=int(numel)))
+
+
+def with_dense_below(name: str, numel: int) -> str:
+    """The name of a contestant with that `dense_below`."""
+    return f"{name}{_DENSE_BELOW}{numel}"

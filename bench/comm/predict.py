@@ -10,7 +10,7 @@ from pysmooth.distributed.cost import Workload, predict
 from pysmooth.distributed.network import Network
 from pysmooth.distributed.schemes import scheme
 
-from .contestants import CONTESTANTS
+from .contestants import contestant
 
 MEMORY = 20e9  # an arbitrary unit here: packing is given in seconds, as measured
 
@@ -39,7 +39,7 @@ def predicted(
         ranks: for how many; packing is taken as measured, for messages of few ranks.
         net: another network than the measured one.
     """
-    if (word := CONTESTANTS[name].scheme) is None:
+    if (word := contestant(name).scheme) is None:
         return None
     race, numel = found["race"], found["numel"]
     backward = statistics.median(race["alone"]["backward_seconds"])

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from pysmooth.distributed.network import Network
 
-from .contestants import CONTESTANTS
+from .contestants import contestant
 from .link import bytes_per_second
 from .predict import packing, predicted
+from .verdicts import verdicts
 
 RANKS = (2, 8, 64, 1024, 16384)
 
@@ -67,13 +68,14 @@ def print_race(found: dict[str, Any], console: Console) -> None:
 def print_quality(found: dict[str, Any], console: Console) -> None:
     """The losses after the same number of steps."""
     table = Table(title=f"{found['description']}, loss after {found['steps']} steps")
-    for column in ("", "training, last tenth", "held out", "against dense"):
+    for column in ("", "learning rate", "training, last tenth", "held out", "against dense"):
         table.add_column(column, justify="left" if not column else "right")
     dense = found["quality"]["dense"]["held_out"]
     for name, row in found["quality"].items():
         tail = row["losses"][-max(1, len(row["losses"]) // 10) :]
         table.add_row(
             name,
+            f"{row['lr']:g}",
             f"{statistics.mean(tail):.4f}",
             f"{row['held_out']:.4f}",
             f"{row['held_out'] / dense - 1:+.1%}",
@@ -81,11 +83,27 @@ def print_quality(found: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_verdicts(results: dict[str, Any], console: Console) -> None:
+    """Whether the claims hold."""
+    table = Table(title="Claims", title_justify="left")
+    for column in ("", "claim", "measured", "holds"):
+        table.add_column(column)
+    for verdict in results["verdicts"]:
+        table.add_row(
+            f"{verdict['contestant']}, {verdict['where']}",
+            verdict["claim"],
+            verdict["measured"],
+            "yes" if verdict["holds"] else "no",
+        )
+    console.print(table)
+
+
 def write(results: dict[str, Any], out: Path) -> list[Path]:
-    """Writes JSON and pictures, and names them."""
+    """Adds rows and verdicts, writes JSON and pictures, and names them."""
     out.mkdir(parents=True, exist_ok=True)
     for found in results["races"]:
         found["rows"] = rows(found)
+    results["verdicts"] = verdicts(results)
     path = out / "comm.json"
     path.write_text(json.dumps(results, indent=1))
     files = [path]
@@ -127,7 +145,7 @@ def _when(found: dict[str, Any], path: Path) -> Path:
     """By the model: this workload on more ranks and other links."""
     rates = ("100mbit", "1gbit", "10gbit", "100gbit")
     names = [n for n in found["race"] if n not in ("alone", "dense")]
-    names = [n for n in names if CONTESTANTS[n].scheme is not None]
+    names = [n for n in names if contestant(n).scheme is not None]
     _, axes = plt.subplots(1, len(rates), figsize=(3.2 * len(rates), 3.6), sharey=True)
     for axis, rate in zip(axes, rates, strict=True):
         net = Network(bytes_per_second(rate), 50e-6)

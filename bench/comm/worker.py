@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..training import Training
-from .contestants import CONTESTANTS, Contestant
+from .contestants import Contestant, contestant
 from .workloads import WORKLOADS
 
 
@@ -43,8 +43,8 @@ class Run:
         self.training = training
         self.model: nn.Module = training.make_model()
         # Without momentum: behind a hook it would multiply what compression adds.
-        lr = training.lr / (1 - training.momentum) * contestant.lr_scale
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        self.lr = training.lr / (1 - training.momentum) * contestant.lr_scale
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.lr)
         self.ddp = self.model
         self.backward = 0.0  # seconds of the last one
         if contestant.register is not None:
@@ -53,8 +53,9 @@ class Run:
             )
             contestant.register(self.ddp, self.optimizer)
 
-    def step(self, number: int) -> Tensor:
-        """One step on this rank's batch."""
+    def step(self, number: int, left: float = 1.0) -> Tensor:
+        """One step on this rank's batch, at so much of the learning rate."""
+        self.optimizer.param_groups[0]["lr"] = self.lr * left
         x, y = self.training.batch(number * dist.get_world_size() + dist.get_rank())
         self.optimizer.zero_grad()
         loss = self.training.loss(self.ddp, x, y)
@@ -103,10 +104,10 @@ def network(numel: int) -> list[dict[str, float]]:
 def race(task: Task, training: Training) -> dict[str, dict[str, Any]]:
     """Seconds and bytes of a step, all contestants in turn; "alone" does not communicate."""
     runs = {"alone": Run(training, Contestant(None))}
-    runs |= {name: Run(training, CONTESTANTS[name]) for name in task.contestants}
+    runs |= {name: Run(training, contestant(name)) for name in task.contestants}
     # What a hook costs where nothing has to travel: a group of one rank each.
     own = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    solo = {name: Run(training, CONTESTANTS[name], own) for name in task.contestants}
+    solo = {name: Run(training, contestant(name), own) for name in task.contestants}
     times: dict[str, list[float]] = {name: [] for name in runs}
     solo_times: dict[str, list[float]] = {name: [] for name in solo}
     backward: list[float] = []
@@ -147,14 +148,22 @@ def race(task: Task, training: Training) -> dict[str, dict[str, Any]]:
 
 
 def quality(task: Task, training: Training) -> dict[str, dict[str, Any]]:
-    """Losses along a training with each contestant, and on data held out at its end."""
+    """Losses along a training with each contestant, and on data held out at its end.
+
+    The learning rate falls to 0 in a line, so that the last loss is not that of one step.
+    """
     found = {}
     for name in task.contestants:
-        run = Run(training, CONTESTANTS[name])
-        losses = torch.stack([run.step(step) for step in range(task.quality_steps)])
+        run = Run(training, contestant(name))
+        losses = torch.stack(
+            [
+                run.step(step, left=1 - step / task.quality_steps)
+                for step in range(task.quality_steps)
+            ]
+        )
         dist.all_reduce(losses)
         mean = (losses / dist.get_world_size()).tolist()
-        found[name] = {"losses": mean, "held_out": run.held_out()}
+        found[name] = {"lr": run.lr, "losses": mean, "held_out": run.held_out()}
     return found
 
 

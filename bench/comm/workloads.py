@@ -45,4 +45,4 @@ class Workload:
     steps: int
 
 
-WORKLOADS = {"wide": Workload(wide, 150), "gpt": Workload(gpt, 300)}
+WORKLOADS = {"wide": Workload(wide, 300), "gpt": Workload(gpt, 300)}

@@ -1,4 +1,4 @@
-"""Data-parallel training that sends less: hooks for DistributedDataParallel, and what they cost."""
+"""Data-parallel training that sends less: hooks for DDP and FSDP2, and what they cost."""
 
 from .clip21 import Clip21SGD2M
 from .cost import Answer, will_it_help
@@ -7,13 +7,16 @@ from .handshake import MismatchError
 from .hook import CompressedState, compressed_hook
 from .method import Method
 from .network import Network
+from .replicas import AllReduceState, compress_all_reduce
 from .sharded import set_sharding
+from .shards import ReduceScatterState, compress_reduce_scatter
 from .signs import DSignSGD, MajorityVote, TwoWaySign
 
 __all__ = [
     "DCSGD",
     "EF14",
     "EF21",
+    "AllReduceState",
     "Answer",
     "Clip21SGD2M",
     "CompressedState",
@@ -22,7 +25,10 @@ __all__ = [
     "Method",
     "MismatchError",
     "Network",
+    "ReduceScatterState",
     "TwoWaySign",
+    "compress_all_reduce",
+    "compress_reduce_scatter",
     "compressed_hook",
     "set_sharding",
     "will_it_help",

@@ -1,7 +1,8 @@
-"""codec: what leaves the process, by the CPU kernels where the tensors are theirs, else in torch.
+"""codec: what leaves the process, by the kernels of a backend where there are any, else in torch.
 
-All tensors are flat and contiguous; floats are float32. Both ways write the same bytes; sums of |x|
-are rounded differently.
+On CPU all messages have kernels; on CUDA devices Triton's take signs, packed numbers and the sums
+of sparse messages. All tensors are flat and contiguous; floats are float32. All ways write the same
+bytes; sums of |x| are rounded differently.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ def _native(x: Tensor) -> types.ModuleType | None:
     return native_module() if mine else None
 
 
+def _triton(x: Tensor) -> types.ModuleType | None:
+    if not x.is_cuda or len(x) == 0 or "triton" not in available_backends():
+        return None
+    from ..triton_kernels import codec as kernels
+
+    module: types.ModuleType = kernels
+    return module
+
+
 def _at(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -65,8 +75,11 @@ def code_signs(
     """Takes x = b * e + a * g into `out`, its signs into `bits`; returns the sum of |x|."""
     if (native := _native(g)) is not None:
         threads = torch.get_num_threads()
-        total = native.code(_at(g), _at(e), a, b, len(g), _at(out), _at(bits), threads)
-        return torch.tensor(total, dtype=torch.float64)
+        found = native.code(_at(g), _at(e), a, b, len(g), _at(out), _at(bits), threads)
+        return torch.tensor(found, dtype=torch.float64)
+    if (kernels := _triton(g)) is not None:
+        total: Tensor = kernels.code_signs(g, e, a, b, out, bits)
+        return total
     x = eager.combine(g, e, a, b)
     if out is not None:
         out.copy_(x)
@@ -96,6 +109,8 @@ def subtract_signs(x: Tensor, scale: Tensor) -> None:
     """X -= scale * sign(x), in place."""
     if (native := _native(x)) is not None:
         native.subtract_signs(_at(x), len(x), float(scale), torch.get_num_threads())
+    elif (kernels := _triton(x)) is not None:
+        kernels.subtract_signs(x, scale)
     else:
         eager.subtract_signs(x, scale)
 
@@ -107,6 +122,8 @@ def sum_signs(bits: Tensor, scales: Tensor | None, factor: float, out: Tensor) -
             *(_at(bits), bits.stride(0), len(bits), _at(scales), len(out), factor, _at(out)),
             *(0, torch.get_num_threads()),
         )
+    elif (kernels := _triton(out)) is not None:
+        kernels.sum_signs(bits, scales, factor, out)
     else:
         out.copy_(eager.sum_signs(bits, scales, len(out)) * factor)
 
@@ -118,6 +135,8 @@ def vote(bits: Tensor, n: int, signs: Tensor) -> None:
             *(_at(bits), bits.stride(0), len(bits), 0, n, 1.0, 0),
             *(_at(signs), torch.get_num_threads()),
         )
+    elif (kernels := _triton(signs)) is not None:
+        kernels.vote(bits, n, signs)
     else:
         signs.copy_(eager.signs_of(eager.sum_signs(bits, None, n)))
 
@@ -126,6 +145,8 @@ def pack_bits(numbers: Tensor, width: int, out: Tensor) -> None:
     """Numbers (int64) of `width` bits as bytes."""
     if (native := _native(numbers)) is not None:
         native.pack_bits(_at(numbers), len(numbers), width, _at(out))
+    elif (kernels := _triton(numbers)) is not None:
+        kernels.pack_bits(numbers, width, out)
     else:
         out.copy_(eager.pack_bits(numbers, width))
 
@@ -136,6 +157,9 @@ def unpack_bits(packed: Tensor, n: int, width: int) -> Tensor:
         numbers = torch.empty(n, dtype=torch.int64)
         native.unpack_bits(_at(packed), n, width, _at(numbers))
         return numbers
+    if (kernels := _triton(packed)) is not None:
+        unpacked: Tensor = kernels.unpack_bits(packed, n, width)
+        return unpacked
     return eager.unpack_bits(packed, n, width)
 
 
@@ -143,6 +167,8 @@ def sum_top_k(messages: Tensor, k: int, out: Tensor) -> None:
     """Puts the sum over ranks of messages about their k largest into `out`; a row is a rank's."""
     if (native := _native(out)) is not None:
         native.sum_top_k(*_rows(messages), len(out), k, _at(out), torch.get_num_threads())
+    elif (kernels := _triton(out)) is not None:
+        kernels.sum_top_k(messages, k, out)
     else:
         out.copy_(eager.sum_top_k(messages, len(out), k))
 

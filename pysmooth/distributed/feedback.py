@@ -147,12 +147,13 @@ class EF21(_Compressing):
         """The first step of init="full"."""
         return self.init == "full" and slot.steps == 0
 
-    def begin(self, slot: Slot, grad: Tensor, mean: Tensor) -> None:
+    def begin(self, slot: Slot, grad: Tensor, mean: Tensor | None) -> None:
         """Estimates and momenta start from the gradient."""
         slot.state("estimate")
         slot.stage("estimate").copy_(grad)
-        slot.state("mean_estimate")
-        slot.stage("mean_estimate").copy_(mean)
+        if mean is not None:
+            slot.state("mean_estimate")
+            slot.stage("mean_estimate").copy_(mean)
         self._momentum(slot, grad)
 
     def _momentum(self, slot: Slot, grad: Tensor) -> Tensor:

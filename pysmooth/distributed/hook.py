@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from .average import Averaging, Job
+from .average import Averaging
+from .kept import Job, new_slot
 from .method import Method
+from .sharded import is_dtensor
 
 # DistributedDataParallel compares the hook's annotation with this.
 GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]
@@ -46,7 +48,7 @@ class CompressedState(Averaging):
     Raises:
         ValueError: an argument is out of range, or the optimizer lacks a parameter and the method
             needs its learning rate.
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or a parameter is complex or a DTensor.
         MismatchError: in the first backward, on every rank: ranks have other methods, parameters,
             dtypes, orders, buckets or, where the method needs them, learning rates. The last two
             in any backward.
@@ -70,8 +72,19 @@ class CompressedState(Averaging):
     ) -> None:
         if isinstance(module, DistributedDataParallel):
             module = module.module
+        slots, about = [], {}
+        for index, (name, p) in enumerate(module.named_parameters()):
+            if is_dtensor(p):
+                raise TypeError(
+                    f"parameter {name!r} is a DTensor, of which a bucket has a part; for "
+                    "fully_shard there are compress_all_reduce and compress_reduce_scatter"
+                )
+            slots.append(new_slot(name, index, p, p.numel()))
+            about[f"parameter {name!r}"] = f"{p.dtype} of shape {tuple(p.shape)}"
+        self._by_id = {slot.owner: slot for slot in slots}
         super().__init__(
-            module.named_parameters(),
+            slots,
+            about,
             optimizer,
             method,
             process_group=process_group,
@@ -92,8 +105,13 @@ class CompressedState(Averaging):
             self._jobs, self._error = [], None
         buffer, last = bucket.buffer(), bucket.is_last()
         begins = [g.storage_offset() - buffer.storage_offset() for g in bucket.gradients()]
-        pieces = list(zip(bucket.parameters(), begins, strict=True))
-        job = self._job(bucket.index(), last, buffer, pieces)
+        pieces = []
+        for p, begin in zip(bucket.parameters(), begins, strict=True):
+            if id(p) not in self._by_id:
+                raise ValueError("a parameter of the model was replaced after the hook was made")
+            pieces.append((self._by_id[id(p)], begin))
+        held = f"bucket {bucket.index()}{', the last' if last else ''}"
+        job = self._job(held, buffer, pieces)
         future: Future[Tensor] = Future(devices=[buffer.device]) if buffer.is_cuda else Future()
         self._jobs.append((job, future))
         self._complete = last

@@ -21,6 +21,7 @@ class Slot:
     index: int
     numel: int
     device: torch.device
+    owner: int = 0  # the parameter's id, by which the optimizer knows it
     lr: float = 0.0  # of this step
     steps: int = 0  # that it took part in
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -87,8 +88,8 @@ class Method:
         """Whether this step averages the gradient as it is, to begin from."""
         return False
 
-    def begin(self, slot: Slot, grad: Tensor, mean: Tensor) -> None:
-        """After a dense step."""
+    def begin(self, slot: Slot, grad: Tensor, mean: Tensor | None) -> None:
+        """After a dense step; no mean where another rank has it, as that of FSDP2's shard."""
 
     def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
         """What a worker does: writes its message (a row for each server where two-phase)."""
