@@ -23,7 +23,7 @@ def _results(speedup: float, share: float | None, held_out: float) -> dict[str, 
 @pytest.mark.parametrize(
     ("measured", "holds"),
     [
-        ((3.0, 0.1, 1.02), [True, True, True]),
+        ((3.0, 0.1, 1.0199), [True, True, True]),
         ((2.99, 0.101, 1.021), [False, False, False]),
         ((5.0, None, 0.9), [True, False, True]),
     ],

@@ -80,7 +80,7 @@ def simulated(method: Method, outer: int, inner: int, *, scatter: bool) -> list[
     return [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("name", worker.ALL_REDUCED)
+@pytest.mark.parametrize("name", worker.UNDER_DDP)
 def test_all_reduce_is_the_hook_of_ddp(name: str, two: Found) -> None:
     for rank in two:
         assert same(rank["all-reduce"][name], rank["all-reduce"][f"ddp {name}"])
