@@ -19,6 +19,15 @@ class AllReduceState(UnitwiseKept, Averaging):
     """What `compress_all_reduce` keeps: states of this rank's shards, staged as with DDP.
 
     Attributes and methods are those of `CompressedState`.
+
+    Args:
+        model: after `fully_shard`.
+        optimizer: the one that steps it.
+        method: what is sent.
+        kwargs: the others of `compress_all_reduce`.
+
+    Raises:
+        ValueError, TypeError, MismatchError: as `compress_all_reduce` tells.
     """
 
     def __init__(

@@ -40,6 +40,15 @@ class ReduceScatterState(UnitwiseKept):
 
     Attributes and methods are those of `CompressedState`, but for another number of ranks: then
     `load_state_dict` drops what was kept, and the method begins anew.
+
+    Args:
+        model: after `fully_shard`.
+        optimizer: the one that steps it.
+        method: what is sent.
+        kwargs: the others of `compress_reduce_scatter`.
+
+    Raises:
+        ValueError, TypeError, MismatchError: as `compress_reduce_scatter` tells.
     """
 
     def __init__(
