@@ -12,8 +12,10 @@ from torch import Tensor
 
 from pysmooth import federated as fed
 from pysmooth.federated.clients import drawn, shuffled
+from pysmooth.federated.draws import permutation
 from pysmooth.federated.method import draw_cohort
 from pysmooth.federated.uploads import tree_sum
+from pysmooth.reference import random
 
 D, N = 7, 12  # dimensions; samples of a client
 
@@ -327,3 +329,10 @@ def test_states_that_do_not_fit_are_refused() -> None:
 def test_bad_arguments_are_named(make: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         make()
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 5), (16, 100), (100, 100)])
+def test_draws_are_those_of_the_reference(count: int, size: int) -> None:
+    for key in ({"seed": 0, "step": 3, "tensor_id": 2**31 - 1}, {"seed": 2**63 + 7, "step": 0}):
+        key = {"tensor_id": 5, **key}
+        assert torch.equal(permutation(count, size, **key), random.permutation(count, size, **key))

@@ -1,4 +1,4 @@
-"""Draws the pictures of the pages here: `python docs/methods/plots.py [folder]`.
+"""Draws pictures of the pages here: `python docs/methods/plots.py [names]`.
 
 Logistic regression on drawn data, gradients of single batches with heavy-tailed noise added
 (Student's t, 1.5 degrees of freedom). Each curve is the median of 5 seeds.
@@ -7,7 +7,7 @@ Logistic regression on drawn data, gradients of single batches with heavy-tailed
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 import pysmooth
-from pysmooth import RandK, ScaledSign, TopK
+from pysmooth import QSGD, Identity, NaturalCompression, RandK, ScaledSign, TopK
 
 DIM, ROWS, STEPS, SEEDS = 100, 2000, 400, 5
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -69,6 +69,14 @@ FAMILIES: dict[str, dict[str, Make]] = {
         "Clip21SGD2M, tau=0.3": lambda p: pysmooth.Clip21SGD2M(p, 0.3, tau=0.3),
         "Clip21SGD2M, tau=3": lambda p: pysmooth.Clip21SGD2M(p, 0.3, tau=3.0),
     },
+    "compressors": {
+        "dense": lambda p: torch.optim.SGD(p, 0.3),
+        "NaturalCompression": lambda p: pysmooth.EFSGD(p, 0.3, NaturalCompression()),
+        "QSGD, 16 levels": lambda p: pysmooth.EFSGD(p, 0.3, QSGD(16)),
+        "ScaledSign": lambda p: pysmooth.EFSGD(p, 0.3, ScaledSign()),
+        "TopK 5 %": lambda p: pysmooth.EFSGD(p, 0.3, TopK(ratio=0.05)),
+        "RandK 5 %": lambda p: pysmooth.EFSGD(p, 0.3, RandK(ratio=0.05, scaled=False)),
+    },
 }
 # Heavy tails make a compressor's picture unreadable: there the noise is that of the batches.
 HEAVY = {"clip-sgd", "sign", "adaptive", "adaptive-norm"}
@@ -99,24 +107,52 @@ def run(make: Make, seed: int, *, heavy: bool) -> list[float]:
     return losses
 
 
-def main(folder: Path) -> None:
+def draw(
+    path: Path,
+    curves: dict[str, tuple[Sequence[float], Tensor]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    xlog: bool = False,
+) -> None:
+    """One picture, of places and values by label."""
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    for label, (places, values) in curves.items():
+        axis.plot(places, values, label=label, linewidth=1.3)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.set_yscale("log")
+    if xlog:
+        axis.set_xscale("log")
+    axis.legend(fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def bits_of_a_step(make: Make) -> int:
+    """What one worker sends in a step of this optimizer."""
+    compressor = getattr(make([torch.nn.Parameter(torch.zeros(DIM))]), "compressor", Identity())
+    return int(compressor.bits(DIM))
+
+
+def main(folder: Path, names: Sequence[str]) -> None:
     """Writes one picture per family."""
     torch.set_num_threads(1)
-    for name, makes in FAMILIES.items():
-        figure, axis = plt.subplots(figsize=(6, 3.2))
-        for label, make in makes.items():
+    for name in names:
+        curves = {}
+        for label, make in FAMILIES[name].items():
             runs = torch.tensor([run(make, seed, heavy=name in HEAVY) for seed in range(SEEDS)])
-            axis.plot(runs.median(dim=0).values, label=label, linewidth=1.3)
-        axis.set_xlabel("step")
-        axis.set_ylabel("loss over all data")
-        axis.set_yscale("log")
-        axis.legend(fontsize=8, frameon=False)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=90)
-        plt.close(figure)
+            unit = bits_of_a_step(make) if name == "compressors" else 1
+            first = 1 if name == "compressors" else 0  # bits are on a logarithmic axis
+            steps = range(first, STEPS)
+            curves[label] = ([unit * step for step in steps], runs.median(dim=0).values[first:])
+        bits = name == "compressors"
+        xlabel = "bits that a worker sends" if bits else "step"
+        draw(folder / f"{name}.png", curves, xlabel, "loss over all data", xlog=bits)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    main(Path(__file__).parent, sys.argv[1:] or list(FAMILIES))

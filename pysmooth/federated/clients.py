@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..reference.random import permutation
+from .draws import permutation
 
 
 class Client(Protocol):

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..reference.random import permutation
 from .clients import Client, Task
+from .draws import permutation
 from .uploads import Uploads
 
 NormSource = Literal["pseudo", "exact"]

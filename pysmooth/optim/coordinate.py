@@ -26,11 +26,17 @@ class _RandomCoordinate(torch.optim.Optimizer):
         check_seed("seed", seed)
         super().__init__(params, {**defaults, "steps": 0})
         self.seed = seed
-        for p in self._params():
-            if not p.is_contiguous() or not p.is_floating_point():
-                raise ValueError("coordinate descent takes contiguous, real parameters only")
         if sum(p.numel() for p in self._params()) == 0:
             raise ValueError("the parameters have no coordinate")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch."""
+        count = len(self.param_groups)
+        super().add_param_group(param_group)
+        added = [p for group in self.param_groups[count:] for p in group["params"]]
+        if not all(p.is_contiguous() and p.is_floating_point() for p in added):
+            del self.param_groups[count:]
+            raise ValueError("coordinate descent takes contiguous, real parameters only")
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("seed", *self.kept)}
@@ -81,16 +87,30 @@ class CoordinateDescent(_RandomCoordinate):
     Source: arXiv:2412.17050.
     """
 
-    kept = ("constants",)
+    kept = ("constants", "by_coordinate")
 
     def __init__(self, params: ParamsT, L0: Constants, L1: Constants, *, seed: int = 0) -> None:
         super().__init__(params, {}, seed)
+        self.by_coordinate = any(isinstance(v, Sequence) for v in (L0, L1))
         self.constants = tuple(
             _constants(n, v, self._params()) for n, v in (("L0", L0), ("L1", L1))
         )
         for a, b in zip(*self.constants, strict=True):
             if bool(((a == 0) & (b == 0)).any()):
                 raise ValueError("L0 and L1 must not both be 0")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch; not where every coordinate has constants of its own.
+
+        Raises:
+            ValueError: it has, or the parameters are not contiguous or real.
+        """
+        known = getattr(self, "constants", ())  # not there while the constructor runs
+        if known and self.by_coordinate:
+            raise ValueError("a group cannot be added: L0 or L1 is a list, without its constants")
+        super().add_param_group(param_group)
+        if known:
+            self.constants = tuple([cs[0]] * len(self._params()) for cs in known)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; the closure calls backward, and returns the loss."""
