@@ -23,7 +23,6 @@ if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from pysmooth.triton_kernels import plan, tuning
-from pysmooth.triton_kernels.launch import Launch
 from pysmooth.triton_kernels.table import CHUNK
 
 from pysmooth.engine import triton_clip
@@ -400,76 +399,6 @@ def test_an_overflow_in_the_very_first_step_leaves_no_state() -> None:
     del optimizer.found_inf
     optimizer.step()
     assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones(4))  # a first step
-
-
-# ---- launches and compilations -------------------------------------------------------------------
-
-
-class Recorded:
-    """Stands in for a launch: nothing runs, but who was to run is known."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __call__(self, launch: Launch) -> None:
-        kinds = tuple(
-            (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else type(a)
-            for a in launch.arguments
-        )
-        self.calls.append((launch.spec, kinds))
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    record = Recorded()
-    monkeypatch.setattr(Launch, "__call__", lambda launch, _: record(launch))
-    return record
-
-
-@pytest.mark.parametrize("count", [1, 300])
-def test_a_step_is_three_launches_whatever_the_number_of_tensors(
-    recorded: Recorded, count: int
-) -> None:
-    params = make_params([(3,)] * count)
-    optimizer = pysmooth.Adam(params, max_norm=1.0, backend="triton")
-    advance(optimizer, params, record_grads(params, 1))
-    names = [spec.kernel.__name__ for spec, _ in recorded.calls]
-    assert names == ["reduce", "finalize", "apply"]
-
-
-def test_a_schedule_never_compiles_again(recorded: Recorded) -> None:
-    """100 steps, everything that moves in training moving: three specialisations, all aligned."""
-    params = make_params([(33,), (5, 7), ()])
-    optimizer = pysmooth.AdamW(params, max_norm=1.0, backend="triton")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=110)
-    rows = record_grads(params, 4)
-    for i in range(100):
-        advance(optimizer, params, [rows[i % 4]])
-        schedule.step()
-        optimizer.param_groups[0]["weight_decay"] = i / 100
-        if i % 7 == 0:
-            params[1].grad = None
-            optimizer.step()
-    assert len(set(recorded.calls)) == 3
-    assert all(
-        kind[1] == 0 for _, kinds in recorded.calls for kind in kinds if isinstance(kind, tuple)
-    )
-
-
-def test_unchanged_addresses_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = make_params()
-    optimizer = pysmooth.ClipSGD(params, 0.1, max_norm=1.0, backend="triton")
-    set_grads(params, record_grads(params, 1)[0])
-    optimizer.step()
-    engine = optimizer._engine
-    assert isinstance(engine, TritonEngine)
-    assert engine._plan is not None
-    sent = engine._plan.words.host
-    optimizer.step()
-    assert engine._plan.words.host is sent
-    optimizer.param_groups[0]["lr"] = 0.2
-    optimizer.step()
-    assert engine._plan.words.host is not sent
 
 
 # ---- what cannot be done -------------------------------------------------------------------------
