@@ -134,6 +134,6 @@ def test_the_examples_run(name: str, ranks: int, says: str) -> None:
     path = Path(__file__).parent.parent / "examples" / f"{name}.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(ranks), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
