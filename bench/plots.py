@@ -13,7 +13,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
 from .suite import claims
@@ -23,14 +22,14 @@ COLORS = {
     "torch foreach": "#8fa3c0",
     "torch fused": "#4a6fa5",
     "torch.compile": "#c8713b",
-    "eager": "#d9d2c5",
-    "eager in place": "#b5a68d",
+    "eager": "#c4ab74",
+    "eager in place": "#8f7440",
     "DeepSpeed CPU": "#7d5ba6",
     "bitsandbytes": "#a06c9c",
     "bitsandbytes 8-bit": "#c9a3c6",
     "heavyball": "#b0576b",
     "optimi": "#cf8a97",
-    "pytorch_optimizer": "#8a7f5c",
+    "pytorch_optimizer": "#4f9aa3",
 }
 OURS = "#2a9d6f"
 LINES: tuple[Literal["-", ":", "--", "-."], ...] = ("-", ":", "--", "-.")
@@ -61,7 +60,6 @@ def figures(results: dict[str, Any]) -> dict[str, Figure]:
     if results["scaling"]:
         found["scaling"] = _scaling(results["scaling"])
     for figure in found.values():
-        figure.tight_layout()
         plt.close(figure)  # pyplot need not keep it
     return found
 
@@ -72,41 +70,51 @@ def _clean(axis: Axes) -> None:
 
 
 def _speedups(rows: list[dict[str, Any]]) -> Figure:
-    height = 1.3 + sum(0.2 * len(row["contestants"]) + 0.05 for row in rows)
-    figure, axis = plt.subplots(figsize=(9, height))
-    ticks, labels = [], []
-    at = 0.0
-    for row in reversed(rows):
-        bars = [c for c in row["contestants"] if c["name"] != "pysmooth"]
-        for c in reversed(bars):
-            axis.barh(at, c["ratio"], 0.9, color=COLORS.get(c["name"], "#999999"))
-            axis.text(c["ratio"] * 1.03, at, f"{c['ratio']:.2g}x", va="center", fontsize=8)
-            at += 1
-        ticks.append(at - (len(bars) + 1) / 2)
-        labels.append(f"{row['method']}\n{row['model']}")
-        at += 0.7
-    axis.axvline(1, color=OURS, linewidth=1.5)
-    axis.set_yticks(ticks, labels, fontsize=8)
-    axis.set_xscale("log")
-    axis.set_xlabel("rival's time / pysmooth's time (log scale; the green line is pysmooth)")
-    names = [n for n in COLORS if any(c["name"] == n for r in rows for c in r["contestants"])]
-    handles = [Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in names]
-    axis.legend(
-        handles,
-        names,
-        fontsize=8,
-        frameon=False,
-        ncols=min(len(names), 5),
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
+    """A column per model, a line per method, a dot per rival; the bars are the middle halves."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))[::-1]
+    size = (2.2 + 3.1 * len(models), 1.3 + 0.29 * len(methods))
+    figure, axes = plt.subplots(
+        1, len(models), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
-    axis.margins(y=0.01)
-    _clean(axis)
+    for axis, model in zip(axes[0], models, strict=True):
+        for row in (r for r in rows if r["model"] == model):
+            at = methods.index(row["method"])
+            for c in (c for c in row["contestants"] if not c["name"].startswith("pysmooth")):
+                color = COLORS.get(c["name"], "#999999")
+                axis.plot([c.get("ratio_low"), c.get("ratio_high")], [at, at], color=color)
+                axis.plot(c["ratio"], at, "o", color=color, markersize=6, alpha=0.9)
+        axis.axvline(1, color=OURS, linewidth=2)
+        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.grid(axis="y", color="#888888", alpha=0.2, linewidth=0.6)
+        axis.tick_params(axis="y", length=0)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(model, fontsize=10)
+        axis.margins(y=0.5 / len(methods))
+        _clean(axis)
+    figure.supxlabel("rival's time / pysmooth's (green: pysmooth)", fontsize=9)
+    _legend(figure, {c["name"] for r in rows for c in r["contestants"]})
     return figure
 
 
+def _legend(figure: Figure, there: set[str]) -> None:
+    """The rivals' colours, in a line or two on top."""
+    names = [n for n in COLORS if n in there]
+    dots = [Line2D([], [], color=COLORS[n], marker="o", linestyle="") for n in names]
+    figure.legend(
+        dots,
+        names,
+        fontsize=8,
+        frameon=False,
+        ncols=min(len(names), 6),
+        loc="outside upper center",
+    )
+
+
 def _roofline(rows: list[dict[str, Any]]) -> Figure:
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)))
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)), layout="constrained")
     names = [f"{row['method']}, {row['model']}" for row in reversed(rows)]
     values = [row["roofline_fraction"] for row in reversed(rows)]
     axis.barh(names, values, 0.6, color=OURS)
@@ -123,7 +131,7 @@ def _numerics(rows: list[dict[str, Any]]) -> Figure:
     last = max(row["steps"] for row in rows)
     # Nothing to see of an error of 0.
     rows = [r for r in reversed(rows) if r["steps"] == last and r["pysmooth_relative_error"] > 0]
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)))
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     names = [row["method"] for row in rows]
     theirs = [row["rival_relative_error"] for row in rows]
     axis.plot(theirs, names, "o", color="#4a6fa5", markersize=9, alpha=0.5, label="rival")
@@ -137,7 +145,9 @@ def _numerics(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _losses(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False, layout="constrained"
+    )
     for axis, row in zip(axes[0], rows, strict=True):
         axis.plot(_smooth(row["losses_torch"]), color="#4a6fa5", linewidth=4, alpha=0.5)
         axis.plot(_smooth(row["losses_pysmooth"]), color=OURS, linewidth=1.2)
@@ -159,7 +169,9 @@ def _scaling(series: dict[str, list[dict[str, Any]]]) -> Figure:
     chosen = [name for name in units if series.get(name)]
     everything = [p for name in chosen for p in series[name]]
     lines = dict(zip(dict.fromkeys(p["method"] for p in everything), cycle(LINES)))
-    figure, axes = plt.subplots(1, len(chosen), figsize=(4.2 * len(chosen), 3.8), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(chosen), figsize=(4.2 * len(chosen), 3.8), squeeze=False, layout="constrained"
+    )
     for axis, name in zip(axes[0], chosen, strict=True):
         label, scale, per_unit = units[name]
         points = series[name]
@@ -187,14 +199,7 @@ def _scaling(series: dict[str, list[dict[str, Any]]]) -> Figure:
         Line2D([], [], color="#888888", linestyle=line, label=method)
         for method, line in lines.items()
     ]
-    axes[0][0].legend(
-        handles=keys,
-        frameon=False,
-        fontsize=8,
-        ncols=6,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.08),
-    )
+    figure.legend(handles=keys, frameon=False, fontsize=8, ncols=6, loc="outside upper center")
     return figure
 
 
