@@ -29,12 +29,14 @@ class Package:
     """Where an optimizer is imported from, and where its parameters may be.
 
     `same_step` is false for one that does another step under the same name: it keeps its states in
-    8 bits, say. Its time is shown, beside how far its numbers are off.
+    8 bits, say. Its time is shown, beside how far its numbers are off. `compiles` says that it does
+    so at its first step, for minutes if there are thousands of tensors.
     """
 
     module: str
     devices: tuple[str, ...]
     same_step: bool = True
+    compiles: bool = False
 
     def installed(self) -> bool:
         """Whether the package is there, without importing it."""
@@ -45,7 +47,7 @@ PACKAGES = {
     DEEPSPEED: Package("deepspeed.ops", ("cpu",)),
     "bitsandbytes": Package("bitsandbytes.optim", ("cpu", "cuda")),
     "bitsandbytes 8-bit": Package("bitsandbytes.optim", ("cpu", "cuda"), same_step=False),
-    "heavyball": Package("heavyball", ("cpu", "cuda")),
+    "heavyball": Package("heavyball", ("cpu", "cuda"), compiles=True),
     "optimi": Package("optimi", ("cpu", "cuda")),
     "pytorch_optimizer": Package("pytorch_optimizer", ("cpu", "cuda")),
     "flashoptim": Package("flashoptim", ("cuda",), same_step=False),
@@ -60,6 +62,12 @@ def present(name: str, device: str) -> bool:
     if package is None:
         return True
     return device.split(":")[0] in package.devices and package.installed()
+
+
+def compiles(name: str) -> bool:
+    """Whether a rival is a package that compiles at its first step."""
+    package = PACKAGES.get(name)
+    return package is not None and package.compiles
 
 
 def left_out(device: str) -> list[str]:

@@ -177,6 +177,9 @@ def measure(
             left_out.append(f"{other} on {method.name}, {model}: {error}")
     for name, make in method.rivals.items():
         if name in options.rivals and packages.present(name, options.device):
+            if packages.compiles(name) and model not in options.compile_models:
+                left_out.append(f"{name} on {method.name}, {model}: it compiles, for minutes")
+                continue
             try:
                 contestants[name] = make(problem)
             except packages.MissingError as missing:
