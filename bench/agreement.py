@@ -66,6 +66,6 @@ def _first_undone(method: Method, problem: Problem) -> Step:
         starting = getattr(step, "starting", 0)
         for states in keeps[:starting]:
             torch._foreach_copy_(states, before)
-        for states in keeps[starting:]:
+        for states in filter(None, keeps[starting:]):
             torch._foreach_zero_(states)
     return step

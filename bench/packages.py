@@ -18,6 +18,8 @@ from typing import Any
 from .problem import Problem, Step, torch_step
 
 DEEPSPEED = "DeepSpeed CPU"
+FLASH = "flashoptim plain"  # its path without a GPU: no quantization, no masters, no kernels
+_PLAIN: dict[str, Any] = {"quantize": False, "master_weight_bits": None, "fused": False}
 
 
 class MissingError(Exception):
@@ -51,6 +53,7 @@ PACKAGES = {
     "optimi": Package("optimi", ("cpu", "cuda")),
     "pytorch_optimizer": Package("pytorch_optimizer", ("cpu", "cuda")),
     "flashoptim": Package("flashoptim", ("cuda",), same_step=False),
+    FLASH: Package("flashoptim", ("cpu",)),
     "apex fused": Package("apex.optimizers", ("cuda",)),
     "TransformerEngine fused": Package("transformer_engine.pytorch.optimizers", ("cuda",)),
 }
@@ -115,6 +118,7 @@ def sgd(momentum: float) -> dict[str, Callable[[Problem], Step]]:
     """SGD, by package; pytorch_optimizer's is torch's own, bitsandbytes' always has momentum."""
     return {
         **(_of("bitsandbytes", "SGD32bit", momentum=momentum) if momentum else {}),
+        **_of(FLASH, "FlashSGD", momentum=momentum, **_PLAIN),
         **_of("heavyball", "SGD", consume_grad=False, beta=momentum),
         **_of("optimi", "SGD", momentum=momentum),
     }
@@ -141,6 +145,7 @@ def lion() -> dict[str, Callable[[Problem], Step]]:
         **_of("bitsandbytes", "Lion32bit", **usual),
         **_of("bitsandbytes 8-bit", "Lion8bit", **usual),
         **_of("flashoptim", "FlashLion", **usual),
+        **_of(FLASH, "FlashLion", **_PLAIN, **usual),
         **_of("optimi", "Lion", **usual),
         **_of("pytorch_optimizer", "Lion", **usual),
     }
@@ -156,6 +161,7 @@ def adamw() -> dict[str, Callable[[Problem], Step]]:
         **_of("heavyball", "AdamW", consume_grad=False, **usual),
         **_of("optimi", "AdamW", **usual),
         **_of("flashoptim", "FlashAdamW", **usual),
+        **_of(FLASH, "FlashAdamW", **_PLAIN, **usual),
         **_of("apex fused", "FusedAdam", adam_w_mode=True, **usual),
         **_of("TransformerEngine fused", "FusedAdam", adam_w_mode=True, **usual),
     }

@@ -27,6 +27,7 @@ COLORS = {
     "DeepSpeed CPU": "#7d5ba6",
     "bitsandbytes": "#a06c9c",
     "bitsandbytes 8-bit": "#c9a3c6",
+    "flashoptim plain": "#6f9e57",
     "heavyball": "#b0576b",
     "optimi": "#cf8a97",
     "pytorch_optimizer": "#4f9aa3",
