@@ -197,7 +197,11 @@ def measure(
         elif not quick and method.name in LEFT_TO_MOMENTUM and not options.every_method:
             left_out.append(f"{label}: left to clip_sgd_momentum; --full runs it")
         else:
-            contestants[rivals.COMPILED], compile_s = method.compiled(problem)
+            try:
+                contestants[rivals.COMPILED], compile_s = method.compiled(problem)
+            except Exception as error:  # the compiler's own: the others are measured all the same
+                why = str(error).strip().splitlines()
+                left_out.append(f"{label}: {type(error).__name__}: {why[0] if why else ''}")
 
     # The floor is measured in float32 on as many bytes as the method's own streams have.
     floor = bandwidth.Floor(numel(shapes), options.device)
