@@ -237,8 +237,10 @@ def test_runs_are_merged_and_the_last_one_counts(tmp_path: Path) -> None:
     whole.write_text(json.dumps(found))
     again = merged([whole])
     assert (again["rows"], again["runs"]) == (found["rows"], found["runs"])
+    found["runs"][1] |= {"load": "3.15 1.00 0.50", "cores": "2"}
     text = write_page(found, tmp_path).read_text()
     assert "Measured in 0, 1 (" in text
+    assert "Not alone on the machine: 1." in text
     files[0].write_text("{}")
     with pytest.raises(typer.BadParameter, match=r"0\.json"):
         merged(files)

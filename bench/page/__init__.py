@@ -14,7 +14,7 @@ from ..report import ulp
 from ..scaling import flatness
 from ..suite import claims
 from .charts import charts
-from .merge import OF_A_RUN, own_run, runs_of
+from .merge import OF_A_RUN, busy, own_run, runs_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,17 +39,19 @@ def write_page(results: dict[str, Any], out_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    runs = results.get("runs") or [own_run(results, "this one")]
     data = base64.b64encode(json.dumps(results).encode()).decode()
     text = environment.get_template("page.html").render(
         r=results,
         best=best_rivals(results["rows"]),
+        disturbed=[run["name"] for run in runs if busy(run)],
         charts=charts(results),
         claims=claims,
         data=data,
         environment={k: v for k, v in results["environment"].items() if k not in OF_A_RUN},
         flatness=flatness,
         log=math.log,
-        runs=results.get("runs") or [own_run(results, "this one")],
+        runs=runs,
         runs_of=runs_of,
         script=(HERE / "page.js").read_text(encoding="utf-8"),
         style=(HERE / "page.css").read_text(encoding="utf-8"),

@@ -47,6 +47,7 @@ def own_run(results: dict[str, Any], name: str) -> dict[str, Any]:
     """What the page says of results that are of one run."""
     environment = results["environment"]
     own = {key: environment.get(key, "") for key in OF_A_RUN}
+    own["cores"] = environment.get("cores", "")
     return {"name": name, **own, "bandwidth": results.get("bandwidth", {})}
 
 
@@ -80,3 +81,9 @@ def _replaced(
 def runs_of(elements: list[dict[str, Any]]) -> list[str]:
     """The names of the runs that these are from, as far as it is known."""
     return list(dict.fromkeys(x["run"] for x in elements if "run" in x))
+
+
+def busy(run: dict[str, Any]) -> bool:
+    """Whether more was computing before this run than the machine has cores."""
+    load = str(run["load"]).split()
+    return bool(load and run.get("cores")) and float(load[0]) > float(run["cores"]) + 0.5
