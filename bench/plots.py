@@ -96,11 +96,11 @@ def _speedups(rows: list[dict[str, Any]]) -> Figure:
         axis.margins(y=0.5 / len(methods))
         _clean(axis)
     figure.supxlabel("rival's time / pysmooth's (green: pysmooth)", fontsize=9)
-    _legend(figure, {c["name"] for r in rows for c in r["contestants"]})
+    _legend(figure, {c["name"] for r in rows for c in r["contestants"]}, max(3, 2 * len(models)))
     return figure
 
 
-def _legend(figure: Figure, there: set[str]) -> None:
+def _legend(figure: Figure, there: set[str], columns: int) -> None:
     """The rivals' colours, in a line or two on top."""
     names = [n for n in COLORS if n in there]
     dots = [Line2D([], [], color=COLORS[n], marker="o", linestyle="") for n in names]
@@ -109,7 +109,7 @@ def _legend(figure: Figure, there: set[str]) -> None:
         names,
         fontsize=8,
         frameon=False,
-        ncols=min(len(names), 6),
+        ncols=min(len(names), columns),
         loc="outside upper center",
     )
 
