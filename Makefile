@@ -45,7 +45,7 @@ INTERPRETED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,triton triton_
 
 # The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
 EMULATED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip clip_grad agc bad_input_optim grad_scaler layouts \
-	low_precision param_storage state_dict torch_integration))
+	low_precision param_storage state_dict torch_integration typing))
 
 # One process a core; tests of one file share what they prepare. Idle threads of OpenMP must not spin then.
 WORKERS ?= 2

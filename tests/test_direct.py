@@ -31,12 +31,22 @@ def test_this_torch_has_it() -> None:
     assert _cpu.uses_direct()
 
 
-def test_it_can_be_switched_off() -> None:
-    code = "import torch; from pysmooth import _cpu; print(_cpu.uses_direct())"
-    env = {**os.environ, "PYSMOOTH_DIRECT": "0"}
+@pytest.mark.parametrize(
+    ("off", "left"), [("DIRECT", "False True"), ("DLPACK", "True False"), ("", "True True")]
+)
+def test_the_environment_switches_it_off(off: str, left: str) -> None:
+    """For good: what tests call does not bring it back."""
+    code = """
+import torch
+from pysmooth import _cpu
+_cpu.set_direct_enabled(True)
+_cpu.set_dlpack_enabled(True)
+print(_cpu.uses_direct(), _cpu.uses_dlpack())
+"""
+    env = {**os.environ, f"PYSMOOTH_{off}": "0"}
     command = [sys.executable, "-c", code]
     told = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "False"
+    assert told.stdout.strip() == left
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import pysmooth
-from pysmooth import _cpu
 
 PACKAGE = Path(pysmooth.__file__).parent
 DUNDERS = {"__init__", "__call__"}
@@ -24,16 +25,20 @@ def named(function: ast.FunctionDef) -> list[str]:
 
 
 def stubbed(stub: str) -> dict[str, list[str]]:
-    """Functions, classes and methods ("Class.name") of a stub, with the names of arguments."""
+    """Names of a stub and its classes ("Class.name"), with those of arguments."""
     found: dict[str, list[str]] = {}
     for node in ast.parse((PACKAGE / stub).read_text()).body:
         if isinstance(node, ast.FunctionDef):
             found[node.name] = named(node)
+        elif isinstance(node, ast.AnnAssign):
+            found[ast.unparse(node.target)] = []
         elif isinstance(node, ast.ClassDef) and "TypedDict" not in map(ast.unparse, node.bases):
             found[node.name] = []
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef):
                     found[f"{node.name}.{inner.name}"] = named(inner)
+                elif isinstance(inner, ast.Assign):  # of an enumeration
+                    found[f"{node.name}.{ast.unparse(inner.targets[0])}"] = []
     return found
 
 
@@ -44,7 +49,8 @@ def really(module: Any) -> dict[str, Any]:
             continue
         found[name] = value
         if inspect.isclass(value):
-            for inner, method in vars(value).items():
+            members = getattr(value, "__members__", None) or vars(value)
+            for inner, method in members.items():
                 if inner in DUNDERS or not inner.startswith("_"):
                     found[f"{name}.{inner}"] = method
     return found
@@ -57,24 +63,37 @@ def arguments(function: Any) -> list[str]:
     return re.findall(r"(?:^|, )(\w+):", inside)
 
 
-def test_the_stub_is_the_module() -> None:
-    stub, module = stubbed("_cpu.pyi"), really(_cpu)
+def native(name: str) -> Any:
+    """The CUDA module is there where nvcc is, or in the emulation."""
+    return pytest.importorskip(f"pysmooth.{name}", reason="the CUDA module was not built")
+
+
+every_module = pytest.mark.parametrize(
+    "name", ["_cpu", pytest.param("_cuda", marks=pytest.mark.emulated)]
+)
+
+
+@every_module
+def test_the_stub_is_the_module(name: str) -> None:
+    stub, module = stubbed(f"{name}.pyi"), really(native(name))
     assert stub.keys() == module.keys()
-    for name, names in stub.items():
-        real = module[name]
-        if inspect.isclass(real) or isinstance(real, property):
+    for member, names in stub.items():
+        real = module[member]
+        if inspect.isclass(real) or isinstance(real, property) or not callable(real):
             continue
         told = arguments(real)
-        if told and not any(re.fullmatch(r"arg\d+", n) for n in told):  # arguments without a name
-            assert [n for n in names if n != "self"] == [n for n in told if n != "self"], name
+        assert len(told) == len(names), member
+        if not any(re.fullmatch(r"arg\d+", n) for n in told):  # arguments without a name
+            assert names == told, member
 
 
-def test_functions_without_names_take_as_many_arguments() -> None:
-    for name, names in stubbed("_cpu.pyi").items():
-        real = really(_cpu)[name]
-        if not inspect.isclass(real) and not isinstance(real, property):
-            told = arguments(real)
-            assert not told or len(told) == len(names), name
+@every_module
+def test_the_stub_knows_what_is_told_of_rules(name: str) -> None:
+    body = ast.parse((PACKAGE / f"{name}.pyi").read_text()).body
+    info = next(n for n in body if isinstance(n, ast.ClassDef) and n.name == "RuleInfo")
+    keys = {ast.unparse(n.target) for n in info.body if isinstance(n, ast.AnnAssign)}
+    for rule in native(name).rules():
+        assert rule.keys() == keys
 
 
 USER = """

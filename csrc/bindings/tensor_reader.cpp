@@ -1,12 +1,17 @@
 #include "bindings/tensor_reader.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 
 namespace pysmooth {
 namespace {
 
-// The entry point of the exchange API, or null where torch has none that this code understands.
+// The entry point of the exchange API, or null where torch has none that this code understands, or
+// where the environment says so.
 int (*find_exchange())(void*, DLTensor*) {
+  const char* const wanted = std::getenv("PYSMOOTH_DLPACK");
+  if (wanted != nullptr && std::string(wanted) == "0") return nullptr;
   const py::object tensor = py::module_::import("torch").attr("Tensor");
   if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return nullptr;
   const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
