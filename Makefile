@@ -92,7 +92,7 @@ lint: $(VENV)/built ## ruff, mypy --strict, clang-format
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'docs/*.h' 'tests/*.cu' 'tests/*.h' 'tests/*.cpp')
 
 # What is compiled once; not the kernels, which are templates compiled once per instruction set.
-TIDIED := $(wildcard csrc/bindings/*.cpp) $(addprefix csrc/cpu/,$(addsuffix .cpp,dispatch messages rows run select staged))
+TIDIED := $(wildcard csrc/bindings/*.cpp) $(addprefix csrc/cpu/,$(addsuffix .cpp,clients dispatch messages rows run select staged))
 # Where the compiler keeps omp.h, which clang-tidy does not bring.
 OMP_INCLUDE = $(shell $(or $(CXX),g++) -print-file-name=include)
 

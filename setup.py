@@ -44,7 +44,7 @@ CXXFLAGS = [
 ]
 
 # Kernel sources are compiled once per level, to be chosen from at run time; the rest only once.
-KERNELS = {"reduce", "source", "apply", "staging", "draw", "probe", "codec"}
+KERNELS = {"reduce", "source", "apply", "staging", "draw", "probe", "codec", "aggregate"}
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from pysmooth import federated as fed
 from pysmooth.federated.clients import drawn, shuffled
 from pysmooth.federated.draws import permutation
 from pysmooth.federated.method import draw_cohort
-from pysmooth.federated.uploads import tree_sum
 from pysmooth.reference import random
 
 D, N = 7, 12  # dimensions; samples of a client
@@ -181,43 +179,7 @@ def test_cohorts_are_drawn_without_replacement_and_reach_everybody() -> None:
     assert seen == set(range(8))
 
 
-# ---- sums ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [5, 40_000])  # one stretch, and several
-def test_a_sum_has_the_same_bits_whoever_came_first(
-    dtype: torch.dtype, size: int, tmp_path: Any
-) -> None:
-    n = 11
-    vectors = torch.randn(n, size, dtype=dtype) * torch.logspace(-6, 6, n, dtype=dtype)[:, None]
-    factors = {i: 0.1 + i / 7 for i in range(n)}
-    results = []
-    for seed, folder, threads in itertools.product(range(3), (None, tmp_path), (1, 2)):
-        torch.set_num_threads(threads)
-        uploads = fed.Uploads(size, dtype, folder=folder)
-        for i in torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist():
-            uploads.add(i, (vectors[i],))
-        total, norm = uploads.combine(factors)
-        results.append((total, norm, uploads.dots(vectors[0])))
-    for total, norm, dots in results[1:]:
-        assert torch.equal(total, results[0][0])
-        assert norm == results[0][1]
-        assert torch.equal(dots, results[0][2])
-    exact = sum(vectors[i].double() * factors[i] for i in range(n))
-    torch.testing.assert_close(results[0][0], exact.to(dtype), rtol=1e-6, atol=0)
-    assert results[0][1] == pytest.approx(float(exact.norm()), rel=1e-6)
-    wide = vectors.double()
-    torch.testing.assert_close(results[0][2], (wide * wide[0]).sum(1))
-
-
-def test_tree_sum() -> None:
-    for n in range(1, 20):
-        x = torch.arange(3 * n, dtype=torch.float64).view(n, 3)
-        assert torch.equal(tree_sum(x), x.sum(0))
-    a, b, c = (torch.randn(1, 2, dtype=torch.float64) for _ in range(3))
-    assert torch.equal(tree_sum(torch.cat([a, b, c])), ((a + b) + c)[0])
-    assert torch.equal(tree_sum(torch.empty(0, 3)), torch.zeros(3))
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 // The extension module pysmooth._cpu.
 
+#include "bindings/clients.h"
 #include "bindings/plan.h"
 #include "bindings/state_snapshot.h"
 #include "bindings/watch.h"
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_functional(m);
   bind_watch(m);
   bind_codec(m);
+  bind_clients(m);
   py::class_<StateSnapshot>(m, "StateSnapshot")
       .def(py::init<const py::dict&>(), py::arg("state"))
       .def("same", &StateSnapshot::same, py::arg("state"));

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .._clip_grad import get_total_norm
+from .aggregate import add_dots, weighted_sum
 
-_ELEMENTS = 1 << 18  # of all clients together that are summed up at a time, in float64: 2 MB
+_BLOCK = 8192  # elements: stretches of what lies on disk are multiples of it
+_BYTES = 1 << 23  # read at a time, of all clients together; more only where a block of each is more
 
 
 class UploadError(ValueError):
@@ -32,7 +34,7 @@ class Uploads:
     Sums are taken over clients in the order of their numbers, in float64, once all have answered:
     whoever came first, the bits are the same. Until then vectors are held: in memory as they came,
     or, with `folder`, in a temporary file there, so that a server of 100 clients keeps one of their
-    vectors at a time.
+    vectors at a time, and of each a block of it while sums are taken.
 
     Args:
         size: elements of every vector.
@@ -54,7 +56,6 @@ class Uploads:
         self.norms: dict[int, tuple[float, ...]] = {}
         self._held: dict[int, tuple[Tensor, ...]] = {}
         self._slots: dict[int, int] = {}
-        self._whole: dict[int, Tensor] = {}
         self._file: int | None = None
         if folder is not None:
             self._file, path = tempfile.mkstemp(dir=folder)
@@ -73,8 +74,8 @@ class Uploads:
         """Takes what a client sent.
 
         Raises:
-            UploadError: the wrong number of vectors, a wrong shape or dtype, a number that is not
-                finite, samples less than 1, or a second answer. Nothing was taken.
+            UploadError: the wrong number of vectors, a wrong shape, layout or dtype, a number that
+                is not finite, samples less than 1, or a second answer. Nothing was taken.
         """
         if client in self.norms:
             raise UploadError("duplicate", f"client {client} has answered already")
@@ -86,18 +87,20 @@ class Uploads:
             if not isinstance(v, Tensor) or v.shape != (self.size,):
                 sent = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
                 raise UploadError("shape", f"client {client} sent {sent}, not ({self.size},)")
+            if v.layout != torch.strided or v.is_meta:
+                raise UploadError("layout", f"client {client} sent a tensor that is not dense")
             if v.dtype != self.dtype:
                 raise UploadError("dtype", f"client {client} sent {v.dtype}, not {self.dtype}")
         norms = tuple(float(get_total_norm([v])) for v in vectors)
         if not all(math.isfinite(norm) for norm in norms):
             raise UploadError("nonfinite", f"client {client} sent numbers that are not finite")
+        flat = tuple(v.detach().resolve_neg().contiguous() for v in vectors)
         if self._file is None:
-            self._held[client] = tuple(v.detach() for v in vectors)
+            self._held[client] = flat
         else:
             self._slots[client] = len(self._slots)
-            for part, v in enumerate(vectors):
-                _write(self._file, v.detach().cpu(), self._offset(client, part, 0))
-        self._whole.clear()
+            for part, v in enumerate(flat):
+                _write(self._file, v.cpu(), self._offset(client, part, 0))
         self.norms[client], self.samples[client] = norms, samples
 
     def combine(
@@ -118,73 +121,64 @@ class Uploads:
             out: where to write the sum; a new vector by default.
         """
         order = sorted(factors)
-        out = torch.empty(self.size, dtype=self.dtype) if out is None else out
-        # Products and sums are rounded each: one instruction for both would depend on the CPU.
-        weights = torch.tensor([factors[c] for c in order], dtype=torch.float64).unsqueeze(1)
-        for begin, rows in self._rows(order, part):
-            total = tree_sum(rows * weights.to(rows.device))
-            out[begin : begin + len(total)].copy_(total)
-        return out, float(get_total_norm([out]))
+        weights = [float(factors[c]) for c in order]
+        norms = []
+        if out is None:
+            device = self._held[order[0]][part].device if self._held and order else None
+            out = torch.empty(self.size, dtype=self.dtype, device=device)
+        for begin, vectors in self._stretches(order, part):
+            norms.append(weighted_sum(vectors, weights, out[begin : begin + len(vectors[0])]))
+        return out, norms[0] if len(norms) == 1 else float(get_total_norm([out]))
 
     def dots(self, vector: Tensor, part: int = 0) -> Tensor:
         """The inner products of `vector` with the clients' vectors, in the order of `clients`."""
         total = torch.zeros(len(self), dtype=torch.float64)
-        for begin, rows in self._rows(self.clients, part):
-            other = vector[begin : begin + rows.shape[1]].to(rows.device, torch.float64)
-            total += tree_sum((rows * other).T).cpu()
+        vector = vector.contiguous()
+        for begin, vectors in self._stretches(self.clients, part):
+            add_dots(vectors, vector[begin : begin + len(vectors[0])], total)
         return total
 
-    def _rows(self, order: list[int], part: int) -> Iterator[tuple[int, Tensor]]:
-        """Stretches of the vectors, in float64: where they begin, and a row for each client."""
+    def _stretches(self, order: list[int], part: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Where each stretch of the vectors begins, and it, of each client.
+
+        All of them where they are in memory; else as they are read, into the same memory.
+        """
         if not order:
             raise ValueError("no client is left to take a sum over")
-        length = max(1, min(self.size, _ELEMENTS // len(order)))
-        if length == self.size and order == self.clients:
-            if part not in self._whole:  # small: methods that weigh clients ask again and again
-                self._whole[part] = self._stack(order, part, 0, length)
-            yield 0, self._whole[part]
+        if self._file is None:
+            yield 0, [self._held[client][part] for client in order]
             return
+        blocks = max(1, _BYTES // (len(order) * self.dtype.itemsize * _BLOCK))
+        length = max(1, min(self.size, blocks * _BLOCK))
+        room = torch.empty(len(order), length, dtype=self.dtype)
         for begin in range(0, self.size, length):
-            yield begin, self._stack(order, part, begin, min(length, self.size - begin))
-
-    def _stack(self, order: list[int], part: int, begin: int, length: int) -> Tensor:
-        first = self._block(order[0], part, begin, length)
-        rows = torch.empty(len(order), length, dtype=torch.float64, device=first.device)
-        for row, client in zip(rows, order, strict=True):
-            row.copy_(self._block(client, part, begin, length))
-        return rows
+            rows = room[:, : self.size - begin].unbind()
+            for client, row in zip(order, rows, strict=True):
+                self._read(row, client, self._offset(client, part, begin))
+            yield begin, list(rows)
 
     def _offset(self, client: int, part: int, begin: int) -> int:
         vectors = self._slots[client] * self.parts + part
         return (vectors * self.size + begin) * self.dtype.itemsize
 
-    def _block(self, client: int, part: int, begin: int, length: int) -> Tensor:
-        if self._file is None:
-            return self._held[client][part][begin : begin + length]
-        data = bytearray(length * self.dtype.itemsize)
-        read = os.preadv(self._file, [data], self._offset(client, part, begin))
-        if read != len(data):
-            raise OSError(f"what client {client} sent cannot be read back from the spill file")
-        return torch.frombuffer(data, dtype=self.dtype)
-
-
-def tree_sum(x: Tensor) -> Tensor:
-    """The sum over the first dimension: one half is added to the other until one is left.
-
-    The order of additions is that of the definition on every machine, torch.sum's is not.
-    """
-    while (n := len(x)) > 1:
-        half = n // 2
-        folded = x[:half] + x[half : 2 * half]
-        x = folded if n % 2 == 0 else torch.cat([folded, x[-1:]])
-    return x[0] if len(x) else x.sum(0)
+    def _read(self, row: Tensor, client: int, at: int) -> None:
+        assert self._file is not None
+        data, done = _bytes(row), 0
+        while done < len(data):
+            read = os.preadv(self._file, [data[done:]], at + done)
+            if read == 0:
+                raise OSError(f"what client {client} sent cannot be read back from the spill file")
+            done += read
 
 
 def _write(file: int, x: Tensor, at: int) -> None:
     """All of a vector's bytes; a single call writes 2 GB at most."""
-    x = x.contiguous()
-    size = x.numel() * x.itemsize
-    data = memoryview((ctypes.c_char * size).from_address(x.data_ptr())) if size else b""
-    done = 0
-    while done < size:
+    data, done = _bytes(x), 0
+    while done < len(data):
         done += os.pwrite(file, data[done:], at + done)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, which must stay alive."""
+    size = x.numel() * x.itemsize
+    return memoryview((ctypes.c_char * size).from_address(x.data_ptr()) if size else b"")

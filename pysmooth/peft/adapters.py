@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..federated.uploads import tree_sum
+from ..reference.aggregate import tree_sum
 from .gradients import InitGrad, collect_gradients, first_step, truncated_svd
 from .latent import Adapted, Latent, LatentLinear
 
