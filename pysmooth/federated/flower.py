@@ -9,6 +9,7 @@ Needs `pip install 'pysmooth[federated]'`; Flower is imported when either is mad
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from .._extras import needs
 from .clients import Client, Task
 from .clip21 import ClippedMessages, Worker
-from .method import Method, Upload
+from .method import Method, Upload, check_count
 from .server import Server
 
 _ARRAYS, _CONFIG, _METRICS, _STATE = "arrays", "config", "metrics", "pysmooth"
@@ -48,18 +49,21 @@ def unpack(record: Any) -> tuple[Tensor, ...]:
     return tuple(named[str(i)] for i in range(len(named)))
 
 
-def strategy(server: Server, *, timeout: float = 60.0) -> Any:
+def strategy(server: Server, *, clients: int | None = None, timeout: float = 60.0) -> Any:
     """A Flower strategy that runs a server's method, round by round.
 
     Clients are numbered by Flower's `partition-id`, which each is asked for once: who is who does
-    not depend on the order in which they connect. A client that reports an error, does not answer
-    within the time that `start` is given, or sends what cannot be taken is left out as by
-    `Server.round`; too few raise `NotEnoughClientsError`.
+    not depend on the order in which they connect. The first round waits until `clients` have
+    connected, those that follow until `min_clients` are there, `timeout` seconds at most. A client
+    that reports an error, does not answer within the time that `start` is given, or sends what
+    cannot be taken is left out as by `Server.round`; too few raise `NotEnoughClientsError`.
 
     Args:
         server: its state is what clients get, whatever arrays `start` is given; its `timeout` does
             not count.
-        timeout: seconds for a client to tell its number.
+        clients: how many are expected; by default the server's `min_clients`. Methods that cut
+            clients into cohorts, or whose bits are to be those of another run, need all.
+        timeout: seconds to wait for them, and for a client to tell its number.
 
     Returns:
         A `flwr.serverapp.strategy.Strategy`. `start` returns the parameters as array "0", and in
@@ -67,8 +71,10 @@ def strategy(server: Server, *, timeout: float = 60.0) -> Any:
 
     Raises:
         ImportError: Flower is not installed.
+        ValueError: `clients` is not an integer of at least 1.
     """
     flwr = _flwr()
+    check_count("clients", clients)
     base: Any = needs("flwr.serverapp.strategy", extra="federated").Strategy
 
     class Strategy(base):  # type: ignore[misc]
@@ -78,23 +84,41 @@ def strategy(server: Server, *, timeout: float = 60.0) -> Any:
             self.server = server
             self._numbers: dict[int, int] = {}
             self._asked: list[int] = []
+            self._expected = clients or server.min_clients
 
         def summary(self) -> None:
             """Nothing to say."""
 
+        def _connected(self, grid: Any) -> set[int]:
+            """Who is there, once as many are as should be, or it is too late for them."""
+            deadline = time.monotonic() + timeout
+            while len(nodes := set(grid.get_node_ids())) < self._expected:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+            self._expected = server.min_clients
+            return nodes
+
         def _number(self, grid: Any) -> dict[int, int]:
             """The nodes by number."""
-            nodes = set(grid.get_node_ids())
+            nodes = self._connected(grid)
             empty = flwr.RecordDict()
             new = [
                 flwr.Message(content=empty, message_type="query", dst_node_id=node)
                 for node in sorted(nodes - self._numbers.keys())
             ]
             if new:
+                silent = {message.metadata.dst_node_id for message in new}
                 for answer in grid.send_and_receive(new, timeout=timeout):
-                    if not answer.has_error():
-                        number = int(answer.content[_METRICS]["number"])
-                        self._numbers[answer.metadata.src_node_id] = number
+                    node = answer.metadata.src_node_id
+                    silent.discard(node)
+                    try:
+                        self._numbers[node] = int(answer.content[_METRICS]["number"])
+                    except (KeyError, TypeError, ValueError) as error:
+                        why = answer.error.reason if answer.has_error() else repr(error)
+                        server.leave_out("failure", f"node {node} told no number: {why}")
+                for node in sorted(silent):
+                    server.leave_out("timeout", f"node {node} told no number in {timeout} s")
             return {self._numbers[node]: node for node in nodes if node in self._numbers}
 
         def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:

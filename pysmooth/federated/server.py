@@ -110,8 +110,12 @@ class Server:
                 )
             uploads.add(number, answer, samples)
         except UploadError as error:
-            self.excluded[error.reason] += 1
-            warnings.warn(f"{error}; it is left out of this round", RuntimeWarning, stacklevel=3)
+            self.leave_out(error.reason, str(error))
+
+    def leave_out(self, reason: str, why: str) -> None:
+        """Counts a client that is left out of a round, and warns."""
+        self.excluded[reason] += 1
+        warnings.warn(f"{why}; it is left out of this round", RuntimeWarning, stacklevel=4)
 
     def finish(self, uploads: Uploads, asked: int) -> Outcome:
         """Moves with what was taken in."""

@@ -6,6 +6,7 @@ Most tests hand messages over in this process; one goes through Flower's simulat
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,30 +157,88 @@ def test_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(second.x, whole.x)
 
 
-def test_in_the_simulation_engine() -> None:
-    """Flower's own: clients are processes of ray, and keep nothing but their contexts."""
+def simulate(
+    server: fed.Server, make: Any, rounds: int, *, count: int = N, timeout: float = 300.0
+) -> None:
+    """Flower's own engine: clients are processes of ray, and keep nothing but their contexts."""
     pytest.importorskip("ray")
     from flwr.simulation import run_simulation
 
+    app = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Any, context: Any) -> None:
+        flower.strategy(server, clients=count).start(
+            grid=grid,
+            initial_arrays=flower.pack((server.x,)),
+            num_rounds=rounds,
+            timeout=timeout,
+        )
+
+    run_simulation(
+        server_app=app,
+        client_app=flower.client_app(server.method, make),
+        num_supernodes=count,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+    )
+
+
+def test_in_the_simulation_engine(tmp_path: Path) -> None:
+    """The bits of a run without Flower, with a server that is resumed in between."""
     method = METHODS["clip21"]
     alone = fed.Server(method, torch.full((D,), 3.0))
     workers = {i: method.worker(make_client(i), i, alone.x) for i in range(N)}  # type: ignore[attr-defined]
     for _ in range(3):
         alone.round(workers)
     server = fed.Server(method, torch.full((D,), 3.0))
-    app = ServerApp()
-
-    @app.main()  # type: ignore[untyped-decorator]
-    def main(grid: Any, context: Any) -> None:
-        start(server, grid, 3)
-
-    run_simulation(
-        server_app=app,
-        client_app=flower.client_app(method, make_client),
-        num_supernodes=N,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-    )
+    simulate(server, make_client, 3)
     assert server.state.rounds == 3
+    assert torch.equal(server.x, alone.x)
+
+    method = METHODS["rr-cli"]
+    whole = fed.Server(method, torch.full((D,), 3.0))
+    for _ in range(3):
+        whole.round({i: make_client(i) for i in range(N)})
+    first, second = (fed.Server(method, torch.full((D,), x)) for x in (3.0, 0.0))
+    simulate(first, make_client, 1)
+    torch.save(first.state_dict(), tmp_path / "server")
+    second.load_state_dict(torch.load(tmp_path / "server", weights_only=True))
+    simulate(second, make_client, 2)
+    assert torch.equal(second.x, whole.x)
+
+
+def test_faults_in_the_simulation_engine(tmp_path: Path) -> None:
+    """In the first round one client raises, one is late, one sends NaN and one a wrong shape."""
+    seen = tmp_path / "asked"
+    seen.mkdir()
+
+    def faulty(number: int) -> fed.FunctionClient:
+        good = make_client(number)
+
+        def grad(x: Tensor, batch: Tensor | None) -> Tensor:
+            first = not (seen / str(number)).exists()
+            (seen / str(number)).touch()
+            if first and number == 1:
+                raise OSError("its disk is full")
+            if first and number == 2:
+                time.sleep(40)
+            if first and number == 3:
+                return x * float("nan")
+            if first and number == 4:
+                return torch.zeros(1)
+            return good.grad(x, batch)
+
+        return fed.FunctionClient(grad, good.samples)
+
+    method = fed.MeritFed(lr=1e-3, clients=6, target=lambda y, k: y)
+    alone = fed.Server(method, torch.full((D,), 3.0))
+    alone.round({i: make_client(i) for i in (0, 5)})
+    alone.round({i: make_client(i) for i in range(6)})
+    server = fed.Server(method, torch.full((D,), 3.0), min_clients=2)
+    with pytest.warns(RuntimeWarning, match="left out"):
+        simulate(server, faulty, 2, count=6, timeout=20.0)
+    assert server.excluded == {"failure": 1, "timeout": 1, "nonfinite": 1, "shape": 1}
+    assert server.taken == dict.fromkeys(range(6), 1)
     assert torch.equal(server.x, alone.x)
 
 
