@@ -40,17 +40,17 @@ def _speed(model: str, methods: tuple[str, ...], **more: Any) -> dict[str, Any]:
         "methods": list(methods),
         "compile_models": [model],
         "eager": True,
-        "race_seconds": 8.0,
+        "race_seconds": 15.0,
         **more,
     }
 
 
 _TINY = tuple(name for name in ALL if name not in COMPILED_TINY)
 _PIECES: dict[str, dict[str, Any]] = {
-    "training": {"parts": ("training",), "end_to_end_seconds": 40.0},
+    "training": {"parts": ("training",), "end_to_end_seconds": 60.0},
     "host": {"parts": ("host", "selection")},
-    "resnet20": _speed("resnet20", ALL, race_seconds=3.0),
-    "many-tiny": _speed("many-tiny", _TINY, race_seconds=3.0, compile_models=[]),
+    "resnet20": _speed("resnet20", ALL, race_seconds=6.0),
+    "many-tiny": _speed("many-tiny", _TINY, race_seconds=6.0, compile_models=[]),
     "many-tiny-compiled": _speed("many-tiny", COMPILED_TINY),
     "gpt2-sgd": _speed("gpt2-124m", SGD),
     "gpt2-adaptive": _speed("gpt2-124m", ADAPTIVE),
