@@ -214,7 +214,6 @@ REGISTRY: tuple[Entry, ...] = (
         },
         lambda kwargs: ("average",) if kwargs.get("average") else (),
         tensors={"scope": "group"},
-        joint=True,
         waits=True,
         ulp=4.0,
     ),

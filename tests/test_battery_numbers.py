@@ -47,10 +47,11 @@ def check_against_oracle(
             if state.numel() == 0:
                 continue
             # A state's error is relative to what went into it: itself, gradients, decayed weights
-            # (which, in 16 bits, carry the parameter's rounding).
+            # or a mean of parameters (which, in 16 bits, carry the parameter's rounding).
             inputs = max(exact.peaks[i][key], *(float(row[i].abs().max()) for row in rows))
-            decayed = kwargs.get("weight_decay", 0.0) * float(exact.sizes[i].max())
-            bound = torch.finfo(state.dtype).eps * inputs + torch.finfo(p.dtype).eps * decayed
+            share = 1.0 if key == "average" else kwargs.get("weight_decay", 0.0)
+            carried = share * float(exact.sizes[i].max())
+            bound = torch.finfo(state.dtype).eps * inputs + torch.finfo(p.dtype).eps * carried
             error = float((state.to(widest(state.dtype)) - exact.states[i][key]).abs().max())
             assert error <= entry.ulp * len(rows) * bound, f"{key} of parameter {i}: {error}"
 

@@ -196,7 +196,7 @@ class CudaEngine(DeviceEngine):
             name: memory.plan[at : at + count * NUMBERS[name].itemsize].view(NUMBERS[name])
             for name, (at, count) in plan.places.items()
         }
-        self._told = Told(*(self._numbers[name] for name in Told._fields))
+        self._told = Told(self._numbers["skipped"], self._numbers["spoiled"])
         self._copied = self.copies_gradients()
         self._built_for = _form(optimizer, recipes)
         self._states = native_module().StateSnapshot(optimizer.state)
