@@ -81,7 +81,7 @@ class Compressor:
 
     @property
     def dense(self) -> Dense | None:
-        """For the others: kind, level and seed, as csrc/core/compress.h has them."""
+        """Kind, level and seed of the others, as csrc/core/compress.h has them."""
         return None
 
     @property
