@@ -151,13 +151,13 @@ class TheoryClipSGD(HostStepOptimizer):
             own = norm_of(self.gradients(groups)) if g["double_sampling"] else h
             out["sum_squares"] = g["sum_squares"] + (alpha * own) ** 2
             out["step_size"] = g["R0"] / math.sqrt(out["sum_squares"]) * alpha
-        if g["average"] and h <= c:
-            out["averaged"] = g["averaged"] + 1
+        if g["average"]:
+            out["averaged"] = max(map(self._counted, groups)) + (1 if h <= c else 0)
         return out
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
-        counts = [group["averaged"] for group in self.param_groups]
+        counts = [self._counted(group) for group in self.param_groups]
         points = {
             p: self._point(p)
             for group in self.param_groups
@@ -174,6 +174,11 @@ class TheoryClipSGD(HostStepOptimizer):
                     mean = self.state[p].setdefault("average", points[p])
                     if group["averaged"] > count:
                         mean.lerp_(points[p], 1 / group["averaged"])
+
+    def _counted(self, group: dict[str, Any]) -> int:
+        """Of how many points the group's mean is: of none where the states were taken away."""
+        kept = any("average" in self.state.get(p, {}) for p in group["params"])
+        return int(group["averaged"]) if kept else 0
 
     def _point(self, p: Tensor) -> Tensor:
         """Where the parameter is, its companion counted in, in the dtype of states."""
