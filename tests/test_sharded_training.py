@@ -125,13 +125,13 @@ def test_checkpoints_move_from_four_processes_to_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "says"),
     [
-        ("fsdp2_clip", 2, "norm of the last gradient: sharded"),
-        ("fsdp2_compressed", 4, "signs: loss"),
-        ("titan_loop", 2, "sharded as whole, resumed to the bit"),
+        ("fsdp2_clip.py", 2, "norm of the last gradient: sharded"),
+        ("fsdp2_compressed.py", 4, "signs: loss"),
+        ("titan_loop.py", 2, "sharded as whole, resumed to the bit"),
     ],
 )
 def test_the_examples_run(name: str, ranks: int, says: str) -> None:
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    path = Path(__file__).parent.parent / "examples" / name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(ranks), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
