@@ -121,8 +121,10 @@ void dot_block(const Clients& c, int64_t begin, int64_t n, const void* other, do
     out[k] = dot(x[k] + begin, static_cast<const T*>(other) + begin, n);
 }
 
-ClientKernels client_kernels() {
-  return {{sum_block<float>, sum_block<double>}, {dot_block<float>, dot_block<double>}};
+KernelTable aggregate_table() {
+  KernelTable table{};
+  table.aggregate = {{sum_block<float>, sum_block<double>}, {dot_block<float>, dot_block<double>}};
+  return table;
 }
 
 PYSMOOTH_KERNELS_END

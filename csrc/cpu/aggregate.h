@@ -6,19 +6,11 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
 #include "cpu/kernels.h"
 
 namespace pysmooth {
 
 constexpr int64_t kMostClients = int64_t{1} << 22;
-
-struct Clients {
-  const void* const* data;  // contiguous vectors
-  const double* weights;    // as many
-  int64_t count;
-  bool wide;  // doubles, not floats
-};
 
 // out = the sum of weights[c] * data[c]. Returns the sum of squares of out, as stored, summed up as
 // reduce does it.
@@ -26,20 +18,5 @@ double sum_clients(const Clients& clients, int64_t n, void* out, int threads);
 
 // Adds the sum of data[c] * other, over elements, to out[c].
 void dot_clients(const Clients& clients, int64_t n, const void* other, double* out, int threads);
-
-// The kernels, of a block of at most 8192 elements; by dtype: floats, doubles.
-struct ClientKernels {
-  Partial (*sum[2])(const Clients&, int64_t begin, int64_t length, void* out);
-  void (*dot[2])(const Clients&, int64_t begin, int64_t length, const void* other, double* out);
-};
-namespace baseline {
-ClientKernels client_kernels();
-}
-namespace avx2 {
-ClientKernels client_kernels();
-}
-namespace avx512 {
-ClientKernels client_kernels();
-}
 
 }  // namespace pysmooth

@@ -1,7 +1,6 @@
 // Sums over clients' vectors: blocks for threads.
 
 #include <algorithm>
-#include <string>
 #include <vector>
 
 #include "core/chunks.h"
@@ -31,23 +30,13 @@ void each_block(int64_t n, int threads, Body body) {
       &context);
 }
 
-// Those of the instruction set that all kernels are of.
-ClientKernels of_level() {
-#if PYSMOOTH_ISA_LEVELS > 1
-  const std::string isa = kernels().isa;
-  if (isa == "avx512") return avx512::client_kernels();
-  if (isa == "avx2") return avx2::client_kernels();
-#endif
-  return baseline::client_kernels();
-}
-
 size_t blocks_of(int64_t n) { return static_cast<size_t>((n + kPiece - 1) / kPiece); }
 
 }  // namespace
 
 double sum_clients(const Clients& clients, int64_t n, void* out, int threads) {
   std::vector<double> squares(blocks_of(n));
-  const auto sum = of_level().sum[clients.wide ? 1 : 0];
+  const auto sum = kernels().aggregate.sum[clients.wide ? 1 : 0];
   each_block(n, threads, [&](size_t block, int64_t begin, int64_t length) {
     squares[block] = sum(clients, begin, length, out).value;
   });
@@ -65,7 +54,7 @@ double sum_clients(const Clients& clients, int64_t n, void* out, int threads) {
 void dot_clients(const Clients& clients, int64_t n, const void* other, double* out, int threads) {
   const auto count = static_cast<size_t>(clients.count);
   std::vector<double> parts(blocks_of(n) * count);
-  const auto dot = of_level().dot[clients.wide ? 1 : 0];
+  const auto dot = kernels().aggregate.dot[clients.wide ? 1 : 0];
   each_block(n, threads, [&](size_t block, int64_t begin, int64_t length) {
     dot(clients, begin, length, other, &parts[block * count]);
   });

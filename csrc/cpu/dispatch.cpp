@@ -25,20 +25,21 @@ bool supported(const std::string& isa) {
 }
 
 KernelTable assemble(const char* isa, KernelTable reduce, KernelTable apply, KernelTable source,
-                     KernelTable probe, KernelTable codec) {
+                     KernelTable probe, KernelTable codec, KernelTable aggregate) {
   apply.isa = isa;
   apply.reduce = reduce.reduce;
   apply.reduce_rows = reduce.reduce_rows;
   apply.sources = source.sources;
   apply.probe = probe.probe;
   apply.codec = codec.codec;
+  apply.aggregate = aggregate.aggregate;
   return apply;
 }
 
 KernelTable make(const std::string& isa) {
 #define PYSMOOTH_LEVEL(name)                                                       \
   assemble(#name, name::reduce_table(), name::apply_table(), name::source_table(), \
-           name::probe_table(), name::codec_table())
+           name::probe_table(), name::codec_table(), name::aggregate_table())
 #if PYSMOOTH_ISA_LEVELS > 1
   if (isa == "avx512") return PYSMOOTH_LEVEL(avx512);
   if (isa == "avx2") return PYSMOOTH_LEVEL(avx2);

@@ -223,6 +223,24 @@ struct CodecInfo {
   void (*sum_rounded)(const RoundedMessages&, int64_t begin, int64_t length, float* out);
 };
 
+// ---- aggregate: the vectors of many clients, as a federated server sums them up
+// ------------------
+
+struct Clients {
+  const void* const* data;  // contiguous vectors
+  const double* weights;    // as many
+  int64_t count;
+  bool wide;  // doubles, not floats
+};
+
+// Of a block of at most 8192 elements; [floats, doubles].
+struct AggregateInfo {
+  // Writes the weighted sum, and returns the sum of squares of what was written.
+  Partial (*sum[2])(const Clients&, int64_t begin, int64_t length, void* out);
+  // The inner products with another vector, one for each client.
+  void (*dot[2])(const Clients&, int64_t begin, int64_t length, const void* other, double* out);
+};
+
 struct KernelTable {
   const char* isa;
   const ReduceFn (*reduce)[kDTypes];  // [reduction][dtype]
@@ -232,6 +250,7 @@ struct KernelTable {
   int rule_count;
   const ProbeFn (*probe)[3];  // [streams read and written][streams read]
   CodecInfo codec;
+  AggregateInfo aggregate;
 };
 
 namespace baseline {
@@ -240,6 +259,7 @@ KernelTable apply_table();
 KernelTable source_table();
 KernelTable probe_table();
 KernelTable codec_table();
+KernelTable aggregate_table();
 }  // namespace baseline
 namespace avx2 {
 KernelTable reduce_table();
@@ -247,6 +267,7 @@ KernelTable apply_table();
 KernelTable source_table();
 KernelTable probe_table();
 KernelTable codec_table();
+KernelTable aggregate_table();
 }  // namespace avx2
 namespace avx512 {
 KernelTable reduce_table();
@@ -254,6 +275,7 @@ KernelTable apply_table();
 KernelTable source_table();
 KernelTable probe_table();
 KernelTable codec_table();
+KernelTable aggregate_table();
 }  // namespace avx512
 
 }  // namespace pysmooth

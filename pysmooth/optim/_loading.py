@@ -37,16 +37,16 @@ class Load:
             for recipe in [optimizer._recipe({**group, "params": params})]
             for p in params
         }
-        todo = [
+        wanted = [
             (p, key, value)
             for p, saved in _pairs(optimizer, incoming)
             for key, value in saved.items()
             if key in (*recipes[p].keys, *optimizer.own_states) and value is not None
         ]
         with torch.no_grad():
-            parts = {p: part_here(p) for p, _, _ in todo}
-            owned = new_states([(parts[p], key, recipes[p]) for p, key, _ in todo])
-            for (p, key, value), own in zip(todo, owned, strict=True):
+            parts = {p: part_here(p) for p, _, _ in wanted}
+            owned = new_states([(parts[p], key, recipes[p]) for p, key, _ in wanted])
+            for (p, key, value), own in zip(wanted, owned, strict=True):
                 # torch kept step counts as plain numbers once
                 new = value if isinstance(value, Tensor) else torch.tensor(float(value))
                 if parts[p] is not p and key not in SCALARS:
