@@ -9,14 +9,8 @@ import hypothesis
 import interpreter
 import pytest
 import torch
-from battery import (
-    CUDA_EMULATED,
-    CUDA_LACKS,
-    DEVICE_BACKENDS,
-    INTERPRETED,
-    TRITON_LACKS,
-    Entry,
-)
+from battery import CUDA_EMULATED, CUDA_LACKS, DEVICE_BACKENDS, INTERPRETED, TRITON_LACKS
+from registry import Entry
 
 from pysmooth import BackendError
 from pysmooth.engine.backends import triton_interpreted

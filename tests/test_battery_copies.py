@@ -9,8 +9,6 @@ import pickle
 import pytest
 import torch
 from battery import (
-    Entry,
-    Kwargs,
     advance,
     all_params,
     continues_alike,
@@ -20,6 +18,7 @@ from battery import (
     make_params,
     record_grads,
 )
+from registry import Entry, Kwargs
 
 
 @every_backend

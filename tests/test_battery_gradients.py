@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from battery import (
-    Entry,
     advance,
     assert_same_bits,
     assert_unchanged,
@@ -17,6 +16,7 @@ from battery import (
     set_grads,
     snapshot,
 )
+from registry import Entry
 
 # ---- gradients that come and go -----------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from battery import (
-    Entry,
     advance,
     assert_same_bits,
     every_backend,
@@ -14,6 +13,7 @@ from battery import (
     record_grads,
     same_bits,
 )
+from registry import Entry
 from torch import Tensor
 
 

@@ -9,7 +9,6 @@ import tracemalloc
 import pytest
 import torch
 from battery import (
-    Entry,
     advance,
     assert_same_bits,
     assert_same_snapshot,
@@ -21,6 +20,7 @@ from battery import (
     same_bits,
     snapshot,
 )
+from registry import Entry
 from torch import Tensor
 
 # ---- autograd and torch.compile -----------------------------------------------------------------

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from battery import (
-    Entry,
-    Kwargs,
     advance,
     assert_same_bits,
     assert_unchanged,
@@ -18,6 +16,7 @@ from battery import (
     set_grads,
     snapshot,
 )
+from registry import Entry, Kwargs
 
 import pysmooth
 

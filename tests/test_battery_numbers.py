@@ -7,8 +7,6 @@ import torch
 from battery import (
     EXAMPLES,
     STEPS,
-    Entry,
-    Kwargs,
     advance,
     assert_same_bits,
     every_backend,
@@ -23,6 +21,7 @@ from battery import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registry import Entry, Kwargs
 from torch import Tensor
 
 # ---- numbers ------------------------------------------------------------------------------------

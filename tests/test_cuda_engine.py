@@ -14,8 +14,6 @@ import pytest
 import torch
 from battery import (
     CUDA_EMULATED,
-    Entry,
-    Kwargs,
     assert_same_bits,
     assert_same_snapshot,
     every_unwaiting_entry,
@@ -25,6 +23,7 @@ from battery import (
     set_grads,
     snapshot,
 )
+from registry import Entry, Kwargs
 from simt import emulated
 from torch import Tensor
 from torch.nn import Parameter

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from battery import (
-    Entry,
     advance,
     assert_same_bits,
     continues_alike,
@@ -18,6 +17,7 @@ from battery import (
     make_params,
     record_grads,
 )
+from registry import Entry
 from torch import Tensor, nn
 
 import pysmooth

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from battery import (
-    REGISTRY,
-    Entry,
     Snapshot,
     advance,
     all_params,
@@ -30,6 +28,7 @@ from battery import (
     set_grads,
     snapshot,
 )
+from registry import REGISTRY, Entry
 from torch import Tensor
 
 import pysmooth

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from battery import (
-    Entry,
-    Kwargs,
     advance,
     assert_same_bits,
     every_entry,
@@ -26,6 +24,7 @@ from battery import (
     same_bits,
     set_grads,
 )
+from registry import Entry, Kwargs
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from backward import backward, full, held
 from battery import (
-    REGISTRY,
-    Entry,
     assert_same_bits,
     assert_same_snapshot,
     every_unwaiting_entry,
@@ -19,6 +17,7 @@ from battery import (
     record_grads,
     snapshot,
 )
+from registry import REGISTRY, Entry
 
 import pysmooth
 from pysmooth import ClipSGD

@@ -8,10 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from backward import Params, Row, backward, full, pair
-from battery import (
-    assert_same_bits,
-    record_grads,
-)
+from battery import assert_same_bits, record_grads
 
 import pysmooth
 from pysmooth import ClipSGD

@@ -9,15 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from battery import (
-    REGISTRY,
-    advance,
-    assert_same_snapshot,
-    make_params,
-    record_grads,
-    same_bits,
-    snapshot,
-)
+from battery import advance, assert_same_snapshot, make_params, record_grads, same_bits, snapshot
+from registry import REGISTRY
 from torch import Tensor
 
 import pysmooth

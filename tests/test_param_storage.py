@@ -10,7 +10,6 @@ import pytest
 import torch
 from battery import (
     SHAPES,
-    Entry,
     advance,
     assert_same_bits,
     assert_same_snapshot,
@@ -23,6 +22,7 @@ from battery import (
     set_grads,
     snapshot,
 )
+from registry import Entry
 from rounding import neighbours
 from torch import Tensor
 

@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from battery import (
-    Entry,
-    advance,
-    every_unwaiting_entry,
-    make_params,
-    record_grads,
-    set_grads,
-)
+from battery import advance, every_unwaiting_entry, make_params, record_grads, set_grads
+from registry import Entry
 from torch import Tensor
 
 import pysmooth

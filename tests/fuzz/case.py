@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from battery import REGISTRY, Snapshot, snapshot
+from battery import Snapshot, snapshot
+from registry import REGISTRY
 
 from pysmooth import BackendError
 

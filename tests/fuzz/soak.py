@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-from battery import REGISTRY, make_params
+from battery import make_params
+from registry import REGISTRY
 
 SHAPES = ((64, 32), (64,), (), (0, 3), (5000,))
 GROWTH = 4 << 20

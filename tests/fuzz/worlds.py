@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from battery import Entry, Snapshot, all_params, same_bits
+from battery import Snapshot, all_params, same_bits
+from registry import Entry
 from torch import Tensor
 
 from pysmooth.engine.recipe import SCALARS
