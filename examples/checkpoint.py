@@ -59,7 +59,7 @@ def save_tensors(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_tensors(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Into an optimizer of the same arguments; learning rates are those of the file."""
+    """Into an optimizer of the same arguments; what its groups hold is that of the file."""
     from safetensors.torch import load_file
 
     told = json.loads(path.with_suffix(".json").read_text())
@@ -69,7 +69,9 @@ def load_tensors(path: Path, optimizer: torch.optim.Optimizer) -> None:
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     for group, old in zip(saved["param_groups"], told["groups"], strict=True):
-        group["lr"] = old["lr"]
+        for key, value in old.items():
+            if key != "params" and not isinstance(group[key], torch.dtype):
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
 

@@ -271,7 +271,7 @@ def test_golden_section_leaves_the_point_when_the_loss_raises():
         (lambda x: PolyakSGD([x], growth=0.5), "growth"),
         (lambda x: PolyakSGD([x], first_step=0.0), "first_step"),
         (lambda x: STM([x], 1.0, 0.0, amp="fused"), "amp must be one of external"),
-        (lambda x: AdGD([x], 0.0), "lr"),
+        (lambda x: AdGD([x], -1.0), "lr"),
         (lambda x: AdGD([x], gamma=-1.0), "gamma"),
         (lambda x: AdSGD([x], damping=0.0), "damping"),
         (lambda x: STM([x], 0.0, 0.0), "L0 and L1"),

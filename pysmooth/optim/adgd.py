@@ -46,7 +46,7 @@ class AdGD(HostStepOptimizer):
     Args:
         params: parameters, named parameters, or groups of either; dtypes and layouts as in
             `pysmooth.ClipSGD`.
-        lr: the first step size, greater than 0 and small.
+        lr: the first step size, at least 0 and small.
         gamma: greater than 0; 1/2 in the original, 1/4 in a later analysis (recalled, not read).
         scope: "global": one step size; "group": each group its own.
         maximize: ascend instead of descend.
@@ -89,8 +89,8 @@ class AdGD(HostStepOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
         super().check_group(group)
-        for name in ("lr", "gamma"):
-            check_number(name, group[name], strict=True)
+        check_number("lr", group["lr"])
+        check_number("gamma", group["gamma"], strict=True)
 
     def choose(self, groups: list[dict[str, Any]], unit: int) -> dict[str, Any]:
         """What bounds the step size; how the gradient changed is found out in the step."""

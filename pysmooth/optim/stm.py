@@ -43,7 +43,7 @@ class STM(HostStepOptimizer):
             `pysmooth.ClipSGD`.
         L0: smoothness at stationary points, at least 0; L0 and L1 must not both be 0.
         L1: growth of the smoothness with the gradient's norm, at least 0.
-        eta: the group's `lr`, greater than 0; the theory takes at most nu / 2 = 0.2836.
+        eta: the group's `lr`, at least 0; the theory takes at most nu / 2 = 0.2836.
         variant: "max" or "plain".
         scope: "global": one G; "group": each group its own, for independent runs.
         maximize: ascend instead of descend.
@@ -86,7 +86,7 @@ class STM(HostStepOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
         super().check_group(group)
-        check_number("eta", group["lr"], strict=True)
+        check_number("eta", group["lr"])
         if check_number("L0", group["L0"]) == 0 and check_number("L1", group["L1"]) == 0:
             raise ValueError("L0 and L1 must not both be 0")
         check_number("L1", group["L1"])
@@ -106,12 +106,13 @@ class STM(HostStepOptimizer):
         """The triangles' weights, of this step and of the next."""
         eta, k, total = float(group["lr"]), group["k"], float(group["A"])
         alpha, ahead = eta * (k + 1) / 2, eta * (k + 2) / 2
+        near = total / (total + ahead) if total + ahead > 0 else 1.0
         hyper = (
             float(group["step_size"] or 0.0),
             max(0.0, 1 - alpha / total) if total > 0 else 0.0,
             min(1.0, alpha / total) if total > 0 else 1.0,
-            total / (total + ahead),
-            ahead / (total + ahead),
+            near,
+            ahead / (total + ahead) if total + ahead > 0 else 0.0,
         )
         clip = ClipSpec(maximize=group["maximize"])
         return Recipe("stm", hyper, ("solution", "dual"), clip)
