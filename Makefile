@@ -56,7 +56,7 @@ test: $(VENV)/checked lint tidy ## Lint, types, build with warnings as errors, a
 	$(PYTEST) tests bench --benchmark-disable --ignore $(KERNELS)
 	PYSMOOTH_EMULATED=1 $(PYTEST) $(EMULATED)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
-	$(BIN)/python -m pysmooth.triton_kernels.compile
+	printf '%s\n' cuda:80 cuda:90 hip:gfx942 | xargs -P $(WORKERS) -n 1 $(BIN)/python -m pysmooth.triton_kernels.compile --targets
 	.ci/wheel-smoke $(BIN)/python
 	$(MAKE) docs
 
