@@ -41,10 +41,11 @@ papers: $(VENV)/built ## Claims of papers, measured: figures and verdicts in doc
 
 # Tests of the Triton backend, in its interpreter: these of all that take a backend.
 BATTERY := $(wildcard tests/test_battery_*.py)
+FAULTS := $(wildcard tests/test_faults_*.py)
 INTERPRETED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,triton triton_launches triton_absorb triton_select triton_plus triton_graphs absorb_accumulation absorb_copies agc bad_input_optim grad_scaler))
 
 # The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
-EMULATED := $(BATTERY) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip clip_grad agc bad_input_optim grad_scaler layouts \
+EMULATED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip clip_grad agc bad_input_optim grad_scaler layouts \
 	low_precision param_storage state_dict torch_integration typing))
 
 # One process a core; tests of one file share what they prepare. Idle threads of OpenMP must not spin then.
@@ -119,7 +120,7 @@ FUZZ = $(BIN)/python -P -W ignore -m fuzz --cases $(CASES)
 .PHONY: sanitize
 sanitize: $(SANITIZED)/built ## Battery and fuzzing of the native core under ASan and UBSan (15 minutes)
 	$(UNDER) PYTHONPATH=$(SANITIZED) $(BIN)/python -P -m pytest $(BATTERY) tests/test_layouts.py \
-		tests/test_kernels.py tests/test_norm_edges.py tests/test_faults.py --capture=sys -q \
+		tests/test_kernels.py tests/test_norm_edges.py $(FAULTS) --capture=sys -q \
 		-p no:cacheprovider -k "not eager and not leak and not native_memory and not compiled"
 	$(UNDER) PYTHONPATH=$(SANITIZED):tests $(FUZZ)
 

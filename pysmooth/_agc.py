@@ -46,7 +46,7 @@ def agc_(parameters: Tensor | Iterable[Tensor], factor: float = 0.01, eps: float
 
     Source: arXiv:2102.06171.
     """
-    factor = check_number("factor", factor, strict=True)
+    factor = check_number("factor", factor, strict=True, infinite=True)
     eps = check_number("eps", eps)
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if "cpu" in available_backends():

@@ -101,8 +101,8 @@ class DeviceEngine(Engine):
         device = self._one_device(params)
         for p, label, recipe in zip(params, labels, mine, strict=True):
             self._check(optimizer, p, label, recipe)
-        self._allocate(optimizer, params, mine, scale)
         try:
+            self._allocate(optimizer, params, mine, scale)
             members, written = [], []
             for p, label, recipe, g in zip(params, labels, mine, groups, strict=True):
                 state = optimizer.state.get(p, {})

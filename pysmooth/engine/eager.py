@@ -53,7 +53,7 @@ class EagerEngine:
         if unscale != 1.0:
             one = torch.ones((), dtype=torch.float64)
             coefs = [(one if coef is None else coef) * unscale for coef in coefs]
-        fresh = [_allocate(optimizer, recipes[g].of(p), p, unscale) for g, p, _ in live]
+        fresh = _allocate(optimizer, [(recipes[g].of(p), p) for g, p, _ in live], unscale)
         norm_sq = _accumulate(optimizer, recipes, slots, live, coefs, fresh)
         staged: dict[Any, list[Member]] = {}
         for (g, p, _), coef, first in zip(live, coefs, fresh, strict=True):
@@ -86,7 +86,7 @@ class EagerEngine:
         self._check(optimizer, optimizer.recipes(), [(g, p, optimizer.param_labels()[number])])
         if optimizer.policy.asks_first and not _finite(_grad(p)):
             return False
-        first = _allocate(optimizer, recipe, p, 1.0)
+        (first,) = _allocate(optimizer, [(recipe, p)], 1.0)
         if p.numel() == 0:
             p.grad = None
             return True
@@ -216,14 +216,30 @@ def _rule(recipe: Recipe) -> reference.EagerRule:
     return reference.RULES.get(recipe.rule) or reference.EAGER_RULES[recipe.rule]
 
 
-def _allocate(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, unscale: float) -> bool:
-    """Gives the parameter the states it lacks; whether it lacked any of its rule."""
-    state = optimizer.state[p] if recipe.keys else {}
+def _allocate(
+    optimizer: FusedOptimizer, members: list[tuple[Recipe, Tensor]], unscale: float
+) -> list[bool]:
+    """Gives parameters the states they lack, all or none; whether they lacked any of their rule."""
+    made = [_lacking(optimizer, recipe, p, unscale) for recipe, p in members]
+    for (recipe, p), states in zip(members, made, strict=True):
+        if recipe.keys:
+            optimizer.state[p].update(states)
+    return [
+        any(key in states for key in recipe.rule_keys)
+        for (recipe, _), states in zip(members, made, strict=True)
+    ]
+
+
+def _lacking(
+    optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, unscale: float
+) -> dict[str, Tensor]:
+    """The states that the parameter lacks, filled."""
+    state = optimizer.state.get(p, {})
     missing = [key for key in recipe.keys if state.get(key) is None]
-    for key, new in zip(missing, new_states([(p, key, recipe) for key in missing]), strict=True):
+    made = dict(zip(missing, new_states([(p, key, recipe) for key in missing]), strict=True))
+    for key, new in made.items():
         fill_state(new, recipe.initial(key), p, -unscale if recipe.clip.maximize else unscale)
-        state[key] = new
-    return any(key in missing for key in recipe.rule_keys)
+    return made
 
 
 def _storage(optimizer: FusedOptimizer, recipe: Recipe, p: Tensor, number: int) -> Storage:

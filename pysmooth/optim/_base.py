@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _SCOPES = {"global": Scope.GLOBAL, "group": Scope.GROUP, "tensor": Scope.TENSOR}
 _NORMS = ("in_step", "in_backward")
 _AMP = ("fused", "external")
+# Stands for a learning rate that kernels read on their device: asking for its value would wait.
+_UNREAD = float("nan")
 _POLICIES = {
     "propagate": Policy.PROPAGATE,
     "skip": Policy.SKIP,
@@ -99,7 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         refuse_zero()
         self.scope = check_scope(scope)
         self.policy = _POLICIES[check_choice("nonfinite", nonfinite, self.policies)]
-        self.norm_type = check_number("norm_type", norm_type, strict=True)
+        self.norm_type = check_number("norm_type", norm_type, strict=True, infinite=True)
         self._step_supports_amp_scaling = check_choice("amp", amp, _AMP) == "fused"
         self._backend = backend
         self._engine: Engine | None = None
@@ -142,9 +144,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [self._recipe(self._readable(group)) for group in self.param_groups]
 
     def _readable(self, group: dict[str, Any]) -> dict[str, Any]:
-        # A learning rate that kernels read on their device: asking for its value would wait.
         if isinstance(self._engine, DeviceEngine) and self._engine.reads(self.late_lr(group)):
-            return {**group, "lr": math.nan}
+            return {**group, "lr": _UNREAD}
         return group
 
     def late_lr(self, group: dict[str, Any]) -> object:
@@ -153,10 +154,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
         recipe, storage = self.recipe(group), param_storage(group)
-        if not isinstance(self._engine, DeviceEngine) and math.isnan(
-            sum(recipe.hyper) + recipe.clip.max_norm
-        ):
-            self._check(group)  # a NaN would spoil states for good; this names the argument
+        clip = recipe.clip
+        rest = clip.eps + clip.l0 + clip.l1 + clip.value
+        if not math.isfinite(sum(recipe.hyper) + rest) or math.isnan(clip.max_norm):
+            # It would spoil states for good. This names the argument, if it is one.
+            self._check({**group, "lr": 1.0} if group.get("lr") is _UNREAD else group)
         return recipe if storage == ParamStorage.PLAIN else recipe._replace(param_storage=storage)
 
     def _check(self, group: dict[str, Any]) -> None:

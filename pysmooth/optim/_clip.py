@@ -32,11 +32,11 @@ def check_clip(group: dict[str, Any]) -> None:
     check_number("clip_eps", group["clip_eps"])
     check_flag("maximize", group["maximize"])
     clip = check_choice("clip", group["clip"], _MODES)
-    check_number("agc_factor", group["agc_factor"], strict=True)
+    check_number("agc_factor", group["agc_factor"], strict=True, infinite=True)
     check_number("agc_eps", group["agc_eps"])
     if group["max_norm"] is None:
         return
-    check_number("max_norm", group["max_norm"], strict=True)
+    check_number("max_norm", group["max_norm"], strict=True, infinite=True)
     if clip == "agc":
         raise ValueError("max_norm must be None for clip='agc', which takes agc_factor")
     if clip == "normalize" and group["max_norm"] == math.inf:

@@ -17,10 +17,12 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     return value
 
 
-def check_number(name: str, value: Any, *, low: float = 0.0, strict: bool = False) -> float:
+def check_number(
+    name: str, value: Any, *, low: float = 0.0, strict: bool = False, infinite: bool = False
+) -> float:
     """`value` as a float, if it is a number (or one-element tensor) of at least `low`.
 
-    NaN is refused. `strict` refuses `low` itself.
+    NaN is refused. `strict` refuses `low` itself, `infinite` takes infinity.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -31,6 +33,8 @@ def check_number(name: str, value: Any, *, low: float = 0.0, strict: bool = Fals
     if math.isnan(number) or number < low or (strict and number == low):
         bound = f"greater than {low:g}" if strict else f"at least {low:g}"
         raise ValueError(f"{name} must be {bound}; got {number}")
+    if not infinite and math.isinf(number):
+        raise ValueError(f"{name} must be finite; got {number}")
     return number
 
 

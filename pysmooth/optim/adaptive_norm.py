@@ -246,7 +246,7 @@ class ClipRAdaGradD(AdagradNorm):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
-        check_number("max_norm", group["max_norm"], strict=True)
+        check_number("max_norm", group["max_norm"], strict=True, infinite=True)
         super().check_group(group)
 
 

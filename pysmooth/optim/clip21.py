@@ -210,7 +210,7 @@ class Clip21(FusedOptimizer):
 def _check(group: dict[str, Any]) -> None:
     check_number("lr", group["lr"])
     check_number("weight_decay", group["weight_decay"])
-    check_number("tau", group["tau"], strict=True)
+    check_number("tau", group["tau"], strict=True, infinite=True)
     check_number("noise_std", group["noise_std"])
     check_seed("seed", group["seed"])
     check_flag("maximize", group["maximize"])

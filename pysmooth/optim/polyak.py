@@ -104,12 +104,11 @@ class PolyakSGD(HostStepOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
         super().check_group(group)
-        f_star = check_number("f_star", group["f_star"], low=-math.inf)
-        if math.isinf(f_star):
-            raise ValueError(f"f_star must be finite; got {f_star}")
-        for name in ("c", "max_step", "first_step"):
+        check_number("f_star", group["f_star"], low=-math.inf)
+        for name in ("c", "first_step"):
             check_number(name, group[name], strict=True)
-        check_number("growth", group["growth"], low=1.0)
+        check_number("max_step", group["max_step"], strict=True, infinite=True)
+        check_number("growth", group["growth"], low=1.0, infinite=True)
         check_number("eps", group["eps"])
 
     def step(

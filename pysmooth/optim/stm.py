@@ -86,7 +86,6 @@ class STM(HostStepOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
         super().check_group(group)
-        check_number("eta", group["lr"])
         if check_number("L0", group["L0"]) == 0 and check_number("L1", group["L1"]) == 0:
             raise ValueError("L0 and L1 must not both be 0")
         check_number("L1", group["L1"])

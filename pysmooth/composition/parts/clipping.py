@@ -36,11 +36,11 @@ class Clip(Part):
     norm_type: float = 2.0
 
     def __post_init__(self) -> None:
-        check_number("max_norm", self.max_norm, strict=True)
+        check_number("max_norm", self.max_norm, strict=True, infinite=True)
         check_choice("mode", self.mode, ("hard", "smooth", "normalize", "value"))
         check_scope(self.scope)
         check_number("eps", self.eps)
-        check_number("norm_type", self.norm_type, strict=True)
+        check_number("norm_type", self.norm_type, strict=True, infinite=True)
         if self.mode == "normalize" and self.max_norm == math.inf:
             raise ValueError("max_norm must be finite for mode='normalize'")
 
@@ -73,7 +73,7 @@ class AdaptiveClip(Part):
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_number("factor", self.factor, strict=True)
+        check_number("factor", self.factor, strict=True, infinite=True)
         check_number("eps", self.eps)
 
     def run(self, us: list[Tensor], run: Run) -> list[Tensor]:

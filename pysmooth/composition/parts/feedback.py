@@ -121,7 +121,7 @@ class ClipDifference(Part):
     scope: ScopeName = "global"
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau, strict=True)
+        check_number("tau", self.tau, strict=True, infinite=True)
         if check_number("beta_hat", self.beta_hat, strict=True) > 1:
             raise ValueError(f"beta_hat must be in (0, 1]; got {float(self.beta_hat)}")
         check_scope(self.scope)
