@@ -132,7 +132,16 @@ def sum_signs(
     /,
 ) -> None: ...
 def sum_top_k(
-    first: int, stride: int, ranks: int, n: int, k: int, out: int, threads: int, /
+    first: int,
+    stride: int,
+    ranks: int,
+    n: int,
+    k: int,
+    factor: float,
+    base: int,
+    out: int,
+    threads: int,
+    /,
 ) -> None: ...
 def code_natural(
     g: int,

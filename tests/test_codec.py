@@ -15,7 +15,7 @@ from pysmooth import compressors
 from pysmooth.compressors import Compressor
 from pysmooth.distributed import codec
 from pysmooth.distributed.schemes import index_bytes
-from pysmooth.distributed.wire import Draw, Source, format_of
+from pysmooth.distributed.wire import Draw, Source, Target, format_of
 from pysmooth.engine import backends
 from pysmooth.reference import codec as eager
 
@@ -140,7 +140,7 @@ def test_messages(
     rest, out = torch.empty(d), torch.empty(d)
     x = Source(g, e, 0.25)
     form.encode(x, draw, rest, message)
-    form.decode(message.unsqueeze(0), draw, out)
+    form.decode(message.unsqueeze(0), draw, Target(out))
     value = 1.0 * e + 0.25 * g
     sent = compressor(value, step=3, tensor_id=7)
     if isinstance(compressor, compressors.ScaledSign):  # its scale is a sum, rounded once
@@ -149,6 +149,13 @@ def test_messages(
     else:
         assert torch.equal(out, sent)
         assert torch.equal(rest, value - sent)
+    # The same message when what is left is not wanted; and a sum that is not all of the outcome.
+    again, base = torch.zeros_like(message), values(d, 3)
+    form.encode(x, draw, torch.empty(d), again, keep=False)
+    assert torch.equal(again, message)
+    onto = torch.empty(d)
+    form.decode(message.unsqueeze(0), draw, Target(onto, 0.3, base))
+    assert torch.equal(onto, base + 0.3 * out)
 
 
 @pytest.mark.parametrize("n", [1, 9, 65, 513, 32_768, 70_001])
@@ -173,7 +180,7 @@ def test_rounded_at_random(n: int, isa: str, monkeypatch: pytest.MonkeyPatch) ->
                 x = Source(values(n, rank), values(n, rank + 9), 0.3, -1.0)
                 form.encode(x, Draw(rank, 5, 1), rests[rank], messages[rank])
             total = torch.empty(n)
-            form.decode(messages, Draw(0, 5, 1), total)
+            form.decode(messages, Draw(0, 5, 1), Target(total))
             found.append((messages, *rests, total))
             monkeypatch.undo()
         for ours, theirs in zip(*found, strict=True):
@@ -193,7 +200,7 @@ def test_threads_do_not_matter(threads: int) -> None:
             message = torch.zeros(2, form.size(n), dtype=torch.uint8)
             for row in message:
                 form.encode(Source(values(n, 4)), Draw(0, 1, 2), rest, row)
-            form.decode(message, Draw(0, 1, 2), out)
+            form.decode(message, Draw(0, 1, 2), Target(out))
             found.append((used == 2, message, rest.clone(), out.clone()))
     torch.set_num_threads(before)
     one, other = ([f[1:] for f in found if f[0] is two] for two in (False, True))
@@ -210,7 +217,7 @@ def test_messages_of_ranks_are_added_in_their_order() -> None:
         x = values(1000, rank) * 10.0**rank
         form.encode(Source(x), Draw(rank, 0, 0), rest, messages[rank])
         total += pysmooth.TopK(ratio=0.5)(x)
-    form.decode(messages, Draw(0, 0, 0), out)
+    form.decode(messages, Draw(0, 0, 0), Target(out))
     assert torch.equal(out, total)
 
 
@@ -223,7 +230,7 @@ def test_sums_of_the_largest(n: int, ratio: float) -> None:
     for rank in range(3):
         form.encode(Source(values(n, rank)), Draw(rank, 0, 0), torch.empty(n), messages[rank])
     out = torch.empty(n)
-    form.decode(messages, Draw(0, 0, 0), out)
+    form.decode(messages, Draw(0, 0, 0), Target(out))
     assert torch.equal(out, eager.sum_top_k(messages, n, k))
 
 

@@ -81,6 +81,6 @@ def test_sums_of_sparse_messages(n: int, k: int) -> None:
         rows.append(torch.cat([places, some(k, rank).view(torch.uint8)]))
     messages = torch.stack(rows)
     out, ours = torch.empty(n), torch.full((n,), 7.0)
-    codec.sum_top_k(messages, k, out)
+    codec.sum_top_k(messages, k, codec.Target(out))
     kernels.sum_top_k(messages, k, ours)
     assert torch.equal(ours, out)

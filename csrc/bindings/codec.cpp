@@ -57,9 +57,10 @@ void bind_codec(py::module_& m) {
       release());
   m.def(
       "sum_top_k",
-      [](uintptr_t first, int64_t stride, int ranks, int64_t n, int64_t k, uintptr_t out,
-         int threads) {
-        sum_top_k(at<const uint8_t>(first), stride, ranks, n, k, at<float>(out), threads);
+      [](uintptr_t first, int64_t stride, int ranks, int64_t n, int64_t k, float factor,
+         uintptr_t base, uintptr_t out, int threads) {
+        sum_top_k(at<const uint8_t>(first), stride, ranks, n, k, factor, at<const float>(base),
+                  at<float>(out), threads);
       },
       release());
   m.def(

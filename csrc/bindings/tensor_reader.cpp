@@ -1,5 +1,7 @@
 #include "bindings/tensor_reader.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -154,13 +156,39 @@ void AttributeGetter::learn(PyTypeObject* type) {
   closure_ = found->d_getset->closure;
 }
 
+namespace {
+
+struct IncrementVersion {
+  PyObject* function;
+  bool takes_lists;  // from torch 2.6 on; before, one tensor
+
+  IncrementVersion()
+      : function(py::object(py::module_::import("torch.autograd.graph").attr("increment_version"))
+                     .release()
+                     .ptr()) {
+    try {
+      py::reinterpret_borrow<py::object>(function)(py::list());
+      takes_lists = true;
+    } catch (const py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
+      takes_lists = false;
+    }
+  }
+};
+
+}  // namespace
+
 void increment_version(const py::list& tensors) {
-  static PyObject* const function =
-      py::object(py::module_::import("torch.autograd.graph").attr("increment_version"))
-          .release()
-          .ptr();
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<IncrementVersion> once;
+  const IncrementVersion& increment =
+      once.call_once_and_store_result([] { return IncrementVersion(); }).get_stored();
   if (tensors.empty()) return;
-  py::reinterpret_borrow<py::object>(function)(tensors);
+  const auto function = py::reinterpret_borrow<py::object>(increment.function);
+  if (increment.takes_lists) {
+    function(tensors);
+  } else {
+    for (const py::handle tensor : tensors) function(tensor);
+  }
 }
 
 }  // namespace pysmooth

@@ -26,15 +26,15 @@ void subtract_signs(float* x, int64_t n, float scale, int threads);
 void sum_signs(const SignMessages& messages, int64_t n, float factor, float* out, uint8_t* signs,
                int threads);
 
-// The k largest of x by magnitude, of equals the first ones, in the order of the tensor; `out` is
-// x without them. Where fewer are not 0, the first zeros make up for them: a message has one size.
+// The k largest of x by magnitude, of equals the first ones, in the order of the tensor; `out`, if
+// given, is x without them. Where fewer are not 0, the first zeros make up for them: a message has one size.
 void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int64_t* index,
                 float* values, int threads);
 
-// Puts the sum over ranks of such messages into `out`: places (packed indices in their order, or a
-// bit per element), then values.
-void sum_top_k(const uint8_t* first, int64_t stride, int ranks, int64_t n, int64_t k, float* out,
-               int threads);
+// Puts factor * the sum over ranks of such messages, plus `base` if given, into `out`: places (packed
+// indices in their order, or a bit per element), then values.
+void sum_top_k(const uint8_t* first, int64_t stride, int ranks, int64_t n, int64_t k, float factor,
+               const float* base, float* out, int threads);
 
 // Each number as one of the two powers of two next to it, drawn: exponents, then signs.
 void code_natural(const CodedSource& source, int64_t n, const Drawn& drawn, float* out,

@@ -127,8 +127,8 @@ void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int
   }
   for (int64_t j = 0; j < k; ++j) {
     index[j] = chosen[static_cast<size_t>(j)];
-    values[j] = out[index[j]];
-    out[index[j]] = 0.0f;
+    values[j] = value_at(source, index[j]);
+    if (out != nullptr) out[index[j]] = 0.0f;
   }
 }
 
@@ -171,8 +171,8 @@ float float_at(const uint8_t* values, int64_t i) {
 
 }  // namespace
 
-void sum_top_k(const uint8_t* first, int64_t stride, int ranks, int64_t n, int64_t k, float* out,
-               int threads) {
+void sum_top_k(const uint8_t* first, int64_t stride, int ranks, int64_t n, int64_t k, float factor,
+               const float* base, float* out, int threads) {
   const int width = bits_of(static_cast<uint64_t>(n - 1));
   const bool bitmap = n < k * width;
   const int64_t bytes = (std::min(k * width, n) + 7) / 8;
@@ -206,6 +206,11 @@ void sum_top_k(const uint8_t* first, int64_t stride, int ranks, int64_t n, int64
         if (place >= begin + length) break;
         out[place] += float_at(values, i);
       }
+    }
+    // While the chunk is in the cache.
+    for (int64_t i = begin; i < begin + length; ++i) {
+      const float sum = factor * out[i];
+      out[i] = base == nullptr ? sum : sum + base[i];
     }
   });
 }

@@ -38,6 +38,23 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """What becomes of a sum over ranks: out = base + factor * sum. Flat, contiguous, float32."""
+
+    out: Tensor
+    factor: float = 1.0
+    base: Tensor | None = None
+
+    def finish(self, factor: float | None = None) -> None:
+        """Makes it of the sum that is in `out`; `factor`: what is left to multiply by."""
+        factor = self.factor if factor is None else factor
+        if factor != 1.0:
+            self.out.mul_(factor)
+        if self.base is not None:
+            self.out.add_(self.base)
+
+
+@dataclasses.dataclass(frozen=True)
 class Drawn:
     """Which random numbers: of a seed, a step and a tensor."""
 
@@ -88,9 +105,9 @@ def code_signs(
 
 
 def code_top_k(
-    g: Tensor, e: Tensor | None, a: float, b: float, k: int, out: Tensor
+    g: Tensor, e: Tensor | None, a: float, b: float, k: int, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Where the k largest of x = b * e + a * g are, and they; `out` is x without them."""
+    """Where the k largest of x = b * e + a * g are, and they; `out`, if given, is x without them."""
     if (native := _native(g)) is not None:
         index, values = torch.empty(k, dtype=torch.int64), torch.empty(k)
         native.code_top_k(
@@ -98,10 +115,11 @@ def code_top_k(
             *(_at(index), _at(values), torch.get_num_threads()),
         )
         return index, values
-    out.copy_(eager.combine(g, e, a, b))
-    index = eager.top_k(out, k)
-    values = out[index]
-    out[index] = 0.0
+    x = eager.combine(g, e, a, b)
+    index = eager.top_k(x, k)
+    values = x[index]
+    if out is not None:
+        out.copy_(x)[index] = 0.0
     return index, values
 
 
@@ -163,14 +181,18 @@ def unpack_bits(packed: Tensor, n: int, width: int) -> Tensor:
     return eager.unpack_bits(packed, n, width)
 
 
-def sum_top_k(messages: Tensor, k: int, out: Tensor) -> None:
-    """Puts the sum over ranks of messages about their k largest into `out`; a row is a rank's."""
+def sum_top_k(messages: Tensor, k: int, into: Target) -> None:
+    """Sums messages about their k largest over ranks; a row is a rank's."""
+    out = into.out
     if (native := _native(out)) is not None:
-        native.sum_top_k(*_rows(messages), len(out), k, _at(out), torch.get_num_threads())
-    elif (kernels := _triton(out)) is not None:
+        rows, threads = _rows(messages), torch.get_num_threads()
+        native.sum_top_k(*rows, len(out), k, into.factor, _at(into.base), _at(out), threads)
+        return
+    if (kernels := _triton(out)) is not None:
         kernels.sum_top_k(messages, k, out)
     else:
         out.copy_(eager.sum_top_k(messages, len(out), k))
+    into.finish()
 
 
 def code_natural(x: Source, drawn: Drawn, out: Tensor, message: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..compressors import Compressor
 from .method import Context, Method, Slot
-from .wire import Source, format_of
+from .wire import Source, Target, format_of
 
 
 def _check_weight(name: str, value: float | None) -> None:
@@ -53,12 +53,13 @@ class DCSGD(_Compressing):
     def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
         """C(g)."""
         rest = grad.new_empty(len(grad))
-        format_of(self.compressor).encode(Source(grad), context.draw(slot), rest, message)
+        form = format_of(self.compressor)
+        form.encode(Source(grad), context.draw(slot), rest, message, keep=False)
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """Their mean."""
-        format_of(self.compressor).decode(messages, context.draw(slot), out)
-        out.mul_(1.0 / context.ranks)
+        into = Target(out, 1.0 / context.ranks)
+        format_of(self.compressor).decode(messages, context.draw(slot), into)
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class EF14(_Compressing):
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """Their mean, over lr."""
-        format_of(self.compressor).decode(messages, context.draw(slot), out)
-        out.mul_(1.0 / (context.ranks * slot.lr))
+        into = Target(out, 1.0 / (context.ranks * slot.lr))
+        format_of(self.compressor).decode(messages, context.draw(slot), into)
 
 
 @dataclass(frozen=True)
@@ -175,15 +176,15 @@ class EF21(_Compressing):
         form, draw = format_of(self.compressor), context.draw(slot)
         x = Source(v, slot.state("estimate"), b=-1.0)
         rest = slot.stage("estimate")
-        form.encode(x, draw, rest, message)
+        form.encode(x, draw, rest, message, keep=False)
         # What was sent, exactly: coordinates that were not stay as they are to the bit.
-        form.decode(message.unsqueeze(0), draw, rest, first=context.rank)
-        rest.add_(slot.state("estimate"))
+        own = Target(rest, base=slot.state("estimate"))
+        form.decode(message.unsqueeze(0), draw, own, first=context.rank)
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """The mean of all estimates."""
-        format_of(self.compressor).decode(messages, context.draw(slot), out)
-        out.mul_(1.0 / context.ranks).add_(slot.state("mean_estimate"))
+        into = Target(out, 1.0 / context.ranks, slot.state("mean_estimate"))
+        format_of(self.compressor).decode(messages, context.draw(slot), into)
         slot.stage("mean_estimate").copy_(out)
 
     def regroup(self, slot: Slot) -> None:

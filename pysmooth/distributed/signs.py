@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import codec
 from .method import Context, Method, Slot
-from .wire import Signs, Source
+from .wire import Signs, Source, Target
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class TwoWaySign(Method):
             return
         residual = slot.state("server_residual", end - begin)
         mean = residual.new_empty(end - begin)
-        Signs().decode(messages, context.draw(slot), mean)
+        Signs().decode(messages, context.draw(slot), Target(mean))
         x = Source(mean, residual, 1.0 / context.ranks)
         left = slot.stage("server_residual")
         Signs().encode(x, context.draw(slot), left, reply[: Signs().size(end - begin)])
@@ -128,5 +128,5 @@ class TwoWaySign(Method):
         for server in range(context.ranks):
             begin, end = bounds(slot.numel, context.ranks, server)
             if begin < end:
-                Signs().decode(messages[server : server + 1], context.draw(slot), out[begin:end])
-        out.mul_(1.0 / slot.lr)
+                into = Target(out[begin:end], 1.0 / slot.lr)
+                Signs().decode(messages[server : server + 1], context.draw(slot), into)

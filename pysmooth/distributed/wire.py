@@ -25,10 +25,21 @@ from .. import compressors
 from ..compressors import Compressor
 from ..reference.codec import floats
 from . import codec
-from .codec import Drawn, Source
+from .codec import Drawn, Source, Target
 from .schemes import index_bytes
 
-__all__ = ["Draw", "Drawn", "Format", "Signs", "Source", "floats", "format_of", "raw", "seed_of"]
+__all__ = [
+    "Draw",
+    "Drawn",
+    "Format",
+    "Signs",
+    "Source",
+    "Target",
+    "floats",
+    "format_of",
+    "raw",
+    "seed_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +57,13 @@ class Format(Protocol):
     def size(self, d: int) -> int:
         """Bytes about d numbers."""
 
-    def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
-        """Writes C(x) into `message`, and x - C(x) into `out`."""
+    def encode(
+        self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
+    ) -> None:
+        """Writes C(x) into `message`, and x - C(x) into `out`; without `keep` that is not needed."""
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        """Takes the sum over ranks, in their order, into `out`.
-
-        A row is a rank's message, from rank `first` on.
-        """
+    def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
+        """Sums over ranks, in their order; a row is a rank's message, from rank `first` on."""
 
 
 def raw(x: Tensor) -> Tensor:
@@ -68,16 +78,20 @@ class Signs:
         """The scale, and d bits."""
         return 4 + -(-d // 8)
 
-    def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
+    def encode(
+        self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
+    ) -> None:
         """The scale is the mean of |x|."""
         total = codec.code_signs(x.g, x.e, x.a, x.b, out, message[4:])
         scale = (total / len(out)).float()
         message[:4] = raw(scale.reshape(1)).to(message.device)
         codec.subtract_signs(out, scale)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
+    def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         """The sum of scaled signs."""
-        codec.sum_signs(messages[:, 4:], floats(messages[:, :4]).reshape(-1), 1.0, out)
+        scales = floats(messages[:, :4]).reshape(-1)
+        codec.sum_signs(messages[:, 4:], scales, into.factor, into.out)
+        into.finish(1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +102,11 @@ class _TopK:
         k = self.compressor.chosen_of(d)
         return index_bytes(d, k) + 4 * k
 
-    def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
+    def encode(
+        self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
+    ) -> None:
         d, k = len(out), self.compressor.chosen_of(len(out))
-        index, values = codec.code_top_k(x.g, x.e, x.a, x.b, k, out)
+        index, values = codec.code_top_k(x.g, x.e, x.a, x.b, k, out if keep else None)
         packed = message[: index_bytes(d, k)]
         if _bitmap(d, k):
             marks = torch.zeros(d, dtype=torch.int64, device=out.device)
@@ -100,8 +116,8 @@ class _TopK:
             codec.pack_bits(index, _width(d), packed)
         message[len(packed) :] = raw(values)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        codec.sum_top_k(messages, self.compressor.chosen_of(len(out)), out)
+    def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
+        codec.sum_top_k(messages, self.compressor.chosen_of(len(into.out)), into)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +130,9 @@ class _RandK:
     def _places(self, draw: Draw, like: Tensor) -> Tensor:
         return codec.places(self.compressor.chosen_of(len(like)), like, _drawn(self, draw))
 
-    def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
+    def encode(
+        self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
+    ) -> None:
         out.copy_(x.value())
         index = self._places(draw, out)
         kept = out[index]
@@ -122,11 +140,12 @@ class _RandK:
         message.copy_(raw(sent))
         out[index] = kept - sent
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        out.zero_()
+    def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
+        out = into.out.zero_()
         for rank, message in enumerate(messages, first):
             theirs = dataclasses.replace(draw, rank=rank)
             out[self._places(theirs, out)] += floats(message)
+        into.finish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +155,14 @@ class _Natural:
     def size(self, d: int) -> int:
         return d + -(-d // 8)
 
-    def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
+    def encode(
+        self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
+    ) -> None:
         codec.code_natural(x, _drawn(self, draw), out, message)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        codec.sum_natural(messages, out)
+    def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
+        codec.sum_natural(messages, into.out)
+        into.finish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,26 +181,32 @@ class _QSGD:
     def size(self, d: int) -> int:
         return 4 * self._units(d) + -(-d * self._width() // 8)
 
-    def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
+    def encode(
+        self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
+    ) -> None:
         levels, block = self.compressor.levels, self._block(len(out))
         codec.code_levels(x, _drawn(self, draw), levels, block, out, message)
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        codec.sum_levels(messages, self.compressor.levels, self._block(len(out)), out)
+    def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
+        codec.sum_levels(messages, self.compressor.levels, self._block(len(into.out)), into.out)
+        into.finish()
 
 
 class _Raw:
     def size(self, d: int) -> int:
         return 4 * d
 
-    def encode(self, x: Source, draw: Draw, out: Tensor, message: Tensor) -> None:
+    def encode(
+        self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
+    ) -> None:
         message.copy_(raw(x.value()))
         out.zero_()
 
-    def decode(self, messages: Tensor, draw: Draw, out: Tensor, first: int = 0) -> None:
-        out.zero_()
+    def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
+        into.out.zero_()
         for message in messages:
-            out += floats(message)
+            into.out.add_(floats(message))
+        into.finish()
 
 
 def _width(d: int) -> int:
