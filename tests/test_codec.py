@@ -84,7 +84,8 @@ def test_top_k(n: int, ratio: float, kind: str, isa: str) -> None:
         g[: max(1, n // 300)] = 5.0
     k = max(1, int(ratio * n))
     out = torch.empty(n)
-    index, chosen = codec.code_top_k(g, e, 1.0, -1.0, k, out)
+    index, chosen, finite = codec.code_top_k(g, e, 1.0, -1.0, k, out)
+    assert finite
     x = eager.combine(g, e, 1.0, -1.0)
     expected = eager.top_k(x, k)
     assert torch.equal(index, expected)
@@ -116,6 +117,37 @@ SENT = [
     compressors.QSGD(levels=15, scope="block", block_size=64),
     compressors.Identity(),
 ]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("compressor", SENT, ids=repr)
+def test_what_is_not_finite_is_told(
+    compressor: Compressor, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any place; and what is large is no infinity, though sums of it are."""
+    if not native:
+        monkeypatch.setattr(codec, "_native", lambda x: None)
+    form, n = format_of(compressor), 40_001
+    message, out = torch.zeros(form.size(n), dtype=torch.uint8), torch.empty(n)
+
+    def told(g: Tensor, e: Tensor | None = None, *, keep: bool = True) -> bool:
+        return form.encode(Source(g, e, 0.5), Draw(0, 1, 2), out, message, keep=keep)
+
+    g, e = values(n, 1), values(n, 2)
+    assert told(g)
+    assert told(g, e)
+    assert told(g, e, keep=False)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, n // 2, n - 1):
+            spoiled = g.clone()
+            spoiled[place] = bad
+            assert not told(spoiled)
+            assert not told(spoiled, e, keep=False)
+            assert not told(g, spoiled)
+    huge = torch.full((n,), 3e38)
+    assert not told(huge, huge)  # 4.5e38
+    if isinstance(compressor, compressors.TopK | compressors.Identity):
+        assert told(huge)
 
 
 @pytest.mark.parametrize("compressor", SENT, ids=repr)

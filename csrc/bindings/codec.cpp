@@ -36,8 +36,8 @@ void bind_codec(py::module_& m) {
       "code_top_k",
       [](uintptr_t g, uintptr_t e, float a, float b, int64_t n, int64_t k, uintptr_t out,
          uintptr_t index, uintptr_t values, int threads) {
-        code_top_k({at<const float>(g), at<const float>(e), a, b}, n, k, at<float>(out),
-                   at<int64_t>(index), at<float>(values), threads);
+        return code_top_k({at<const float>(g), at<const float>(e), a, b}, n, k, at<float>(out),
+                          at<int64_t>(index), at<float>(values), threads);
       },
       release());
   m.def(

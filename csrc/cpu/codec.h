@@ -27,12 +27,13 @@ void sum_signs(const SignMessages& messages, int64_t n, float factor, float* out
                int threads);
 
 // The k largest of x by magnitude, of equals the first ones, in the order of the tensor; `out`, if
-// given, is x without them. Where fewer are not 0, the first zeros make up for them: a message has one size.
-void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int64_t* index,
-                float* values, int threads);
+// given, is x without them; returns the sum of |x|. Where fewer are not 0, the first zeros make up
+// for them: a message has one size.
+double code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int64_t* index,
+                  float* values, int threads);
 
-// Puts factor * the sum over ranks of such messages, plus `base` if given, into `out`: places (packed
-// indices in their order, or a bit per element), then values.
+// Puts factor * the sum over ranks of such messages, plus `base` if given, into `out`: places
+// (packed indices in their order, or a bit per element), then values.
 void sum_top_k(const uint8_t* first, int64_t stride, int ranks, int64_t n, int64_t k, float factor,
                const float* base, float* out, int threads);
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "core/compress.h"
@@ -64,9 +65,7 @@ double code(const CodedSource& source, int64_t n, float* out, uint8_t* bits, int
     sums[static_cast<size_t>(i)] =
         kernels().codec.code({source, begin, length, out, bits, 0.0, nullptr});
   });
-  double total = 0.0;
-  for (const double sum : sums) total += sum;
-  return total;
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 void subtract_signs(float* x, int64_t n, float scale, int threads) {
@@ -82,8 +81,9 @@ void sum_signs(const SignMessages& messages, int64_t n, float factor, float* out
   });
 }
 
-void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int64_t* index,
-                float* values, int threads) {
+double code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int64_t* index,
+                  float* values, int threads) {
+  std::vector<double> sums(static_cast<size_t>(chunks_of(n)));
   std::vector<std::vector<uint64_t>> found(static_cast<size_t>(chunks_of(n)));  // ranks
   int64_t count = 0;
   double filter = filter_of(source, n, k);
@@ -92,7 +92,8 @@ void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int
       const std::unique_ptr<float[]> values(new float[kCandidateRoom]);
       const std::unique_ptr<uint32_t[]> places(new uint32_t[kCandidateRoom]);
       Candidates picked{values.get(), places.get(), 0};
-      kernels().codec.code({source, begin, length, out, nullptr, filter, &picked});
+      sums[static_cast<size_t>(i)] =
+          kernels().codec.code({source, begin, length, out, nullptr, filter, &picked});
       std::vector<uint64_t>& ranks = found[static_cast<size_t>(i)];
       ranks.clear();
       for (int64_t j = 0; j < picked.count; ++j)
@@ -130,6 +131,7 @@ void code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, int
     values[j] = value_at(source, index[j]);
     if (out != nullptr) out[index[j]] = 0.0f;
   }
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 namespace {

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .codec import all_finite
 from .handshake import shake_hands
-from .kept import HEADER, Job, Kept, all_finite, header_of, parts_of, unscaled
+from .kept import HEADER, Job, Kept, header_of, parts_of, unscaled
 from .method import Context, Slot
 from .wire import floats, raw
 
@@ -77,14 +78,7 @@ class Averaging(Kept):
         message = torch.zeros(
             *rows, width + (0 if rows else extra), dtype=torch.uint8, device=device
         )
-        finite = all(all_finite(grad) for _, grad in own)
-        if finite:
-            for (slot, grad), part in zip(own, parts_of(message, sizes), strict=True):
-                if not self._moves((slot, grad)):
-                    continue
-                method.encode(context, slot, grad, part)
-                # e + lr * g overflows where g did not.
-                finite = finite and all(all_finite(slot.staged[key]) for key in slot.touched)
+        finite = self._encode(context, own, parts_of(message, sizes))
         header = header_of(job, finite)
         message[..., :HEADER] = header
         if method.two_phase:

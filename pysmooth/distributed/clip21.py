@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.random import normal
+from .codec import all_finite
 from .method import Context, Method, Slot
 from .wire import floats, raw, seed_of
 
@@ -74,9 +75,10 @@ class Clip21SGD2M(Method):
         for slot, _ in grads:
             slot.staged["grad_estimate"].mul_(coef)
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
         """The clipped change, with noise; without it, it enters the worker's estimate."""
         change = slot.staged["grad_estimate"]
+        finite = all_finite(change)
         sent = change
         if self.noise_std > 0:
             seed = seed_of(self.seed, context.rank)
@@ -84,6 +86,7 @@ class Clip21SGD2M(Method):
             sent = change + self.noise_std * drawn.to(change.device)
         message.copy_(raw(sent))
         change.mul_(self.beta_hat).add_(slot.state("grad_estimate"))
+        return finite
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """The server's estimate."""

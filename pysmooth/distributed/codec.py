@@ -8,6 +8,7 @@ bytes; sums of |x| are rounded differently.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 
 import torch
@@ -68,6 +69,11 @@ class Drawn:
         return self.seed, self.step, self.tensor
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether all are: their sum is, in one pass; where it overflows, each is looked at."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
 def _native(x: Tensor) -> types.ModuleType | None:
     mine = x.device.type == "cpu" and len(x) > 0 and "cpu" in available_backends()
     return native_module() if mine else None
@@ -106,21 +112,25 @@ def code_signs(
 
 def code_top_k(
     g: Tensor, e: Tensor | None, a: float, b: float, k: int, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Where the k largest of x = b * e + a * g are, and they; `out`, if given, is x without them."""
+) -> tuple[Tensor, Tensor, bool]:
+    """Where the k largest of x = b * e + a * g are, they, and whether all of x is finite.
+
+    `out`, if given, is x without them.
+    """
     if (native := _native(g)) is not None:
         index, values = torch.empty(k, dtype=torch.int64), torch.empty(k)
-        native.code_top_k(
+        total = native.code_top_k(
             *(_at(g), _at(e), a, b, len(g), k, _at(out)),
             *(_at(index), _at(values), torch.get_num_threads()),
         )
-        return index, values
+        finite = math.isfinite(total) or all_finite(eager.combine(g, e, a, b))
+        return index, values, finite
     x = eager.combine(g, e, a, b)
     index = eager.top_k(x, k)
     values = x[index]
     if out is not None:
         out.copy_(x)[index] = 0.0
-    return index, values
+    return index, values, all_finite(x)
 
 
 def subtract_signs(x: Tensor, scale: Tensor) -> None:

@@ -50,11 +50,11 @@ class DCSGD(_Compressing):
                 "converge; take EF14 or EF21"
             )
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
         """C(g)."""
         rest = grad.new_empty(len(grad))
         form = format_of(self.compressor)
-        form.encode(Source(grad), context.draw(slot), rest, message, keep=False)
+        return form.encode(Source(grad), context.draw(slot), rest, message, keep=False)
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """Their mean."""
@@ -90,14 +90,14 @@ class EF14(_Compressing):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1); got {self.momentum!r}")
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
         """C(e + lr * m)."""
         if self.momentum > 0:
             kept = slot.state("momentum_buffer")
             grad = slot.stage("momentum_buffer").copy_(kept).mul_(self.momentum).add_(grad)
         x = Source(grad, slot.state("residual"), slot.lr)
         draw = context.draw(slot)
-        format_of(self.compressor).encode(x, draw, slot.stage("residual"), message)
+        return format_of(self.compressor).encode(x, draw, slot.stage("residual"), message)
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """Their mean, over lr."""
@@ -170,16 +170,17 @@ class EF21(_Compressing):
                 grad = slot.stage(key).copy_(kept).mul_(1 - self.eta).add_(grad * self.eta)
         return grad
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
         """C(v - h)."""
         v = self._momentum(slot, grad)
         form, draw = format_of(self.compressor), context.draw(slot)
         x = Source(v, slot.state("estimate"), b=-1.0)
         rest = slot.stage("estimate")
-        form.encode(x, draw, rest, message, keep=False)
+        finite = form.encode(x, draw, rest, message, keep=False)
         # What was sent, exactly: coordinates that were not stay as they are to the bit.
         own = Target(rest, base=slot.state("estimate"))
         form.decode(message.unsqueeze(0), draw, own, first=context.rank)
+        return finite
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """The mean of all estimates."""

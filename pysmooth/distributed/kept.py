@@ -12,8 +12,9 @@ from torch import Tensor
 
 import pysmooth
 
+from .codec import all_finite
 from .handshake import MismatchError
-from .method import Method, Slot
+from .method import Context, Method, Slot
 from .signs import bounds
 
 # Before a message: whether a gradient is not finite, and a digest of what the message is about.
@@ -124,6 +125,19 @@ class Kept:
     def _moves(self, pair: tuple[Slot, Tensor]) -> bool:
         """A rate of 0 moves nothing: what is kept stays."""
         return not (self.method.uses_lr and pair[0].lr == 0.0)
+
+    def _encode(
+        self, context: Context, pairs: list[tuple[Slot, Tensor]], parts: list[Tensor]
+    ) -> bool:
+        """Writes the message of each gradient; whether all of them are finite."""
+        finite = True
+        for (slot, grad), part in zip(pairs, parts, strict=True):
+            if self._moves((slot, grad)):
+                good = self.method.encode(context, slot, grad, part)
+            else:
+                good = all_finite(grad)
+            finite = finite and good
+        return finite
 
     def _scale(self) -> float:
         """Of the loss."""
@@ -260,8 +274,3 @@ def parts_of(message: Tensor, sizes: list[int]) -> list[Tensor]:
     """A message's parts, without its header and what travels behind them."""
     whole = message[..., HEADER : HEADER + sum(sizes)]
     return list(torch.split(whole, sizes, dim=-1))
-
-
-def all_finite(x: Tensor) -> bool:
-    """Whether all are: their sum is, in one pass; where it overflows, each is looked at."""
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())

@@ -91,8 +91,11 @@ class Method:
     def begin(self, slot: Slot, grad: Tensor, mean: Tensor | None) -> None:
         """After a dense step; no mean where another rank has it, as that of FSDP2's shard."""
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
-        """What a worker does: writes its message (a row for each server where two-phase)."""
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
+        """What a worker does: writes its message (a row for each server where two-phase).
+
+        Returns whether the gradient was finite, and all that came of it.
+        """
         raise NotImplementedError
 
     def serve(self, context: Context, slot: Slot, messages: Tensor, reply: Tensor) -> None:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .codec import all_finite
 from .handshake import shake_hands
-from .kept import HEADER, Job, all_finite, header_of, new_slot, parts_of, unscaled
+from .kept import HEADER, Job, header_of, new_slot, parts_of, unscaled
 from .method import Context, Method, Slot
 from .units import Unit, UnitwiseKept, common_group, names_of, shard_numel, units_of
 from .wire import floats, raw
@@ -106,14 +107,11 @@ class ReduceScatterState(UnitwiseKept):
             tuple([(slot, unscaled(piece, scale)) for slot, piece in part] for part in parts)
             for parts in everybody
         ]
-        finite = all(all_finite(g) for parts in grads for part in parts for _, g in part)
-        messages = [self._encode(context, coded, dense, finite) for coded, dense in grads]
-        finite = finite and all(
-            all_finite(slot.staged[key])
-            for coded, _ in grads
-            for slot, _ in coded
-            for key in slot.touched
-        )
+        messages, finite = [], True
+        for coded, dense in grads:
+            message, good = self._message(context, coded, dense)
+            messages.append(message)
+            finite = finite and good
         header = header_of(job, finite)
         for message in messages:
             message[:HEADER] = header
@@ -141,18 +139,16 @@ class ReduceScatterState(UnitwiseKept):
         coded = [pair for pair in job.coded if id(pair[0]) in mine]
         return coded, [pair for pair in job.dense if id(pair[0]) in mine]
 
-    def _encode(self, context: Context, coded: Pairs, dense: Pairs, finite: bool) -> Tensor:
-        """A message to one rank, but for its header."""
+    def _message(self, context: Context, coded: Pairs, dense: Pairs) -> tuple[Tensor, bool]:
+        """A message to one rank, but for its header, and whether all in it is finite."""
         sizes = [self.method.size(slot.numel, context.ranks) for slot, _ in coded]
         tail = 4 * sum(slot.numel for slot, _ in dense)
         device = self._slots[0].device
         message = torch.zeros(HEADER + sum(sizes) + tail, dtype=torch.uint8, device=device)
-        for (slot, grad), part in zip(coded, parts_of(message, sizes), strict=True):
-            if finite and self._moves((slot, grad)):
-                self.method.encode(context, slot, grad, part)
+        finite = self._encode(context, coded, parts_of(message, sizes))
         if tail:
             message[-tail:] = torch.cat([raw(g) for _, g in dense])
-        return message
+        return message, finite and all(all_finite(g) for _, g in dense)
 
     def _exchange(self, messages: list[Tensor], rank: int) -> Tensor:
         """Everybody's message to this rank, a row for each."""

@@ -11,6 +11,12 @@ from .method import Context, Method, Slot
 from .wire import Signs, Source, Target
 
 
+def _signs_of(grad: Tensor, bits: Tensor) -> bool:
+    """Writes them; whether all are finite."""
+    total = codec.code_signs(grad, None, 1.0, 1.0, None, bits)
+    return bool(total.isfinite()) or codec.all_finite(grad)
+
+
 @dataclass(frozen=True)
 class DSignSGD(Method):
     """The mean over ranks of sign(g): values of -1, -1 + 2/N, ..., 1. A zero counts as a plus.
@@ -22,9 +28,9 @@ class DSignSGD(Method):
         """D bits."""
         return -(-d // 8)
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
         """Signs."""
-        codec.code_signs(grad, None, 1.0, 1.0, None, message)
+        return _signs_of(grad, message)
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
         """Their mean."""
@@ -63,11 +69,12 @@ class MajorityVote(Method):
         """The bits of a share."""
         return share_of(d, ranks) // 8
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
         """Signs."""
         packed = message.new_empty(-(-len(grad) // 8))
-        codec.code_signs(grad, None, 1.0, 1.0, None, packed)
+        finite = _signs_of(grad, packed)
         _deal(packed, message, len(grad))
+        return finite
 
     def serve(self, context: Context, slot: Slot, messages: Tensor, reply: Tensor) -> None:
         """Counts votes."""
@@ -103,13 +110,14 @@ class TwoWaySign(Method):
         """The bits of a share, and a scale."""
         return 4 + share_of(d, ranks) // 8
 
-    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> None:
+    def encode(self, context: Context, slot: Slot, grad: Tensor, message: Tensor) -> bool:
         """Scaled signs of the residual and the gradient."""
         whole = message.new_empty(Signs().size(len(grad)))
         x = Source(grad, slot.state("residual"), slot.lr)
-        Signs().encode(x, context.draw(slot), slot.stage("residual"), whole)
+        finite = Signs().encode(x, context.draw(slot), slot.stage("residual"), whole)
         message[:, :4] = whole[:4]
         _deal(whole[4:], message[:, 4:], len(grad))
+        return finite
 
     def serve(self, context: Context, slot: Slot, messages: Tensor, reply: Tensor) -> None:
         """The mean of a share and what was left of it, in scaled signs."""

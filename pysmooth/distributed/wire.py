@@ -59,8 +59,11 @@ class Format(Protocol):
 
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
-    ) -> None:
-        """Writes C(x) into `message`, and x - C(x) into `out`; without `keep` that is not needed."""
+    ) -> bool:
+        """Writes C(x) into `message`, and x - C(x) into `out`; without `keep` that is not needed.
+
+        Returns whether all of x is finite, and of what is left.
+        """
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         """Sums over ranks, in their order; a row is a rank's message, from rank `first` on."""
@@ -80,12 +83,14 @@ class Signs:
 
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
-    ) -> None:
+    ) -> bool:
         """The scale is the mean of |x|."""
-        total = codec.code_signs(x.g, x.e, x.a, x.b, out, message[4:])
+        total = codec.code_signs(x.g, x.e, x.a, x.b, out if keep else None, message[4:])
         scale = (total / len(out)).float()
         message[:4] = raw(scale.reshape(1)).to(message.device)
-        codec.subtract_signs(out, scale)
+        if keep:
+            codec.subtract_signs(out, scale)
+        return bool(scale.isfinite())
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         """The sum of scaled signs."""
@@ -104,9 +109,9 @@ class _TopK:
 
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
-    ) -> None:
+    ) -> bool:
         d, k = len(out), self.compressor.chosen_of(len(out))
-        index, values = codec.code_top_k(x.g, x.e, x.a, x.b, k, out if keep else None)
+        index, values, finite = codec.code_top_k(x.g, x.e, x.a, x.b, k, out if keep else None)
         packed = message[: index_bytes(d, k)]
         if _bitmap(d, k):
             marks = torch.zeros(d, dtype=torch.int64, device=out.device)
@@ -115,6 +120,7 @@ class _TopK:
         else:
             codec.pack_bits(index, _width(d), packed)
         message[len(packed) :] = raw(values)
+        return finite
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         codec.sum_top_k(messages, self.compressor.chosen_of(len(into.out)), into)
@@ -132,13 +138,14 @@ class _RandK:
 
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
-    ) -> None:
+    ) -> bool:
         out.copy_(x.value())
         index = self._places(draw, out)
         kept = out[index]
         sent = kept * (len(out) / len(index)) if self.compressor.scaled else kept
         message.copy_(raw(sent))
         out[index] = kept - sent
+        return codec.all_finite(out)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         out = into.out.zero_()
@@ -157,8 +164,9 @@ class _Natural:
 
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
-    ) -> None:
+    ) -> bool:
         codec.code_natural(x, _drawn(self, draw), out, message)
+        return codec.all_finite(out)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         codec.sum_natural(messages, into.out)
@@ -183,9 +191,10 @@ class _QSGD:
 
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
-    ) -> None:
+    ) -> bool:
         levels, block = self.compressor.levels, self._block(len(out))
         codec.code_levels(x, _drawn(self, draw), levels, block, out, message)
+        return codec.all_finite(out)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         codec.sum_levels(messages, self.compressor.levels, self._block(len(into.out)), into.out)
@@ -198,9 +207,11 @@ class _Raw:
 
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
-    ) -> None:
-        message.copy_(raw(x.value()))
+    ) -> bool:
+        value = x.value()
+        message.copy_(raw(value))
         out.zero_()
+        return codec.all_finite(value)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         into.out.zero_()
