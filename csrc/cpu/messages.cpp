@@ -104,16 +104,21 @@ double code_top_k(const CodedSource& source, int64_t n, int64_t k, float* out, i
     if (count >= k || filter <= kAnyMagnitude) break;
     filter = kAnyMagnitude;  // the sample misled
   }
+  // In the order of the tensor, as they were found.
   std::vector<uint64_t> ranks;
   ranks.reserve(static_cast<size_t>(count));
   for (const auto& some : found) ranks.insert(ranks.end(), some.begin(), some.end());
+  uint64_t last = ~uint64_t{0};
   if (count > k) {
-    std::nth_element(ranks.begin(), ranks.begin() + (k - 1), ranks.end());
-    ranks.resize(static_cast<size_t>(k));
+    std::vector<uint64_t> scratch = ranks;
+    const auto kth = scratch.begin() + (k - 1);
+    std::nth_element(scratch.begin(), kth, scratch.end());
+    last = *kth;
   }
   std::vector<uint32_t> chosen;
-  for (const uint64_t rank : ranks) chosen.push_back(static_cast<uint32_t>(rank));
-  std::sort(chosen.begin(), chosen.end());
+  chosen.reserve(static_cast<size_t>(k));
+  for (const uint64_t rank : ranks)
+    if (rank <= last) chosen.push_back(static_cast<uint32_t>(rank));
   if (count < k) {  // all that are not 0, and the first of the others
     std::vector<uint32_t> more;
     size_t at = 0;

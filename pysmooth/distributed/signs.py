@@ -125,10 +125,9 @@ class TwoWaySign(Method):
         if begin == end:
             return
         residual = slot.state("server_residual", end - begin)
-        mean = residual.new_empty(end - begin)
-        Signs().decode(messages, context.draw(slot), Target(mean))
-        x = Source(mean, residual, 1.0 / context.ranks)
         left = slot.stage("server_residual")
+        Signs().decode(messages, context.draw(slot), Target(left))
+        x = Source(left, residual, 1.0 / context.ranks)  # in place
         Signs().encode(x, context.draw(slot), left, reply[: Signs().size(end - begin)])
 
     def decode(self, context: Context, slot: Slot, messages: Tensor, out: Tensor) -> None:
