@@ -184,6 +184,12 @@ def test_budget(budget: float, rounds: int, tau: float) -> None:
     assert fed.privacy_spent(std, tau, 2 * rounds, delta) > spent
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # UserWarnings are errors
+def test_the_search_does_not_warn_of_noise_that_it_only_tries() -> None:
+    std = fed.noise_for_budget(27.0, 1e-3, 1.0, 1000)
+    assert 0.999 * 27 <= fed.privacy_spent(std, 1.0, 1000, 1e-3) <= 27
+
+
 def test_without_opacus_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opacus", None)
     monkeypatch.setitem(sys.modules, "opacus.accountants", None)

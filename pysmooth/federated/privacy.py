@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 
 from .._extras import needs
@@ -56,14 +57,17 @@ def noise_for_budget(
     if not 0 < epsilon < float("inf"):
         raise ValueError(f"epsilon must be greater than 0; got {epsilon!r}")
     low, high = 0.0, _SENSITIVITY * tau
-    while privacy_spent(high, tau, rounds, delta) > epsilon:
-        low, high = high, 2 * high
-    while privacy_spent(high, tau, rounds, delta) < epsilon * (1 - tolerance):
-        middle = (low + high) / 2
-        if privacy_spent(middle, tau, rounds, delta) > epsilon:
-            low = middle
-        else:
-            high = middle
+    with warnings.catch_warnings():
+        # Of noise that is too little: it is looked at on the way, and not returned.
+        warnings.filterwarnings("ignore", "Optimal order is the smallest alpha", UserWarning)
+        while privacy_spent(high, tau, rounds, delta) > epsilon:
+            low, high = high, 2 * high
+        while privacy_spent(high, tau, rounds, delta) < epsilon * (1 - tolerance):
+            middle = (low + high) / 2
+            if privacy_spent(middle, tau, rounds, delta) > epsilon:
+                low = middle
+            else:
+                high = middle
     return high
 
 
