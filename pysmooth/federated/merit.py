@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from .clients import Client, Task, drawn
 from .method import Method, Outcome, State, Upload, check_count, check_positive, move
 from .uploads import Uploads
 
+_STRETCH = 1 << 18  # elements
 Value = Callable[[Tensor, int], float]
 Gradient = Callable[[Tensor, int], Tensor]
 
@@ -128,9 +129,9 @@ class MeritFed(Method):
             g, _ = self._sum(uploads, w)
             y, along = self._candidate(state, g)
             h = self.target(y, k)
-            return -uploads.dots(h if along is None else h * along) * (
-                self.lr if along is None else 1.0
-            )
+            if along is None:
+                return -uploads.dots(h) * self.lr
+            return -uploads.dots(along.mul_(h))
         assert self.value is not None
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + state.rounds) * self.inner_steps + k
@@ -144,8 +145,11 @@ class MeritFed(Method):
         return e * (len(w) * (values[0] - values[1]) / (2 * self.smoothing))
 
     def _candidate(self, state: MeritState, g: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where a step along g would end; and -d(step)/dg by coordinate, if it is not lr."""
-        return state.x - self.lr * g, None
+        """Where a step along g would end; and -d(step)/dg by coordinate, if it is not lr.
+
+        g may be overwritten: as many vectors as can be are spared.
+        """
+        return g.mul_(-self.lr).add_(state.x), None
 
     def _move(self, state: MeritState, g: Tensor) -> None:
         move(state.x, g, self.lr)
@@ -185,25 +189,41 @@ class MeritOpt(MeritFed):
         zeros = torch.zeros_like(x)
         return MeritOptState(x.detach().clone(), 0, self._uniform(), zeros, zeros.clone())
 
-    def _averages(self, state: MeritState, g: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first average, unbiased, its root of the second, and the second."""
-        assert isinstance(state, MeritOptState)
+    def _averages(
+        self, first: Tensor, second: Tensor, g: Tensor, t: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The first average, the second, and the unbiased second's root."""
         b1, b2 = self.betas
-        m = state.exp_avg * b1 + g * (1 - b1)
-        v = state.exp_avg_sq * b2 + g * g * (1 - b2)
+        m = first * b1 + g * (1 - b1)
+        v = second * b2 + g * g * (1 - b2)
         return m, v, (v / (1 - b2**t) + self.eps).sqrt()
 
     def _candidate(self, state: MeritState, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(state, MeritOptState)
         b1, b2 = self.betas
         t = state.rounds + 1
-        m, _, root = self._averages(state, g, t)
-        m /= 1 - b1**t
-        slope = (1 - b1) / (1 - b1**t) / root - m * g * ((1 - b2) / (1 - b2**t)) / root**3
-        return state.x - self.lr * m / root, self.lr * slope
+        slope = torch.empty_like(g)
+        for x, first, second, part, out in _stretches(
+            state.x, state.exp_avg, state.exp_avg_sq, g, slope
+        ):
+            m, _, root = self._averages(first, second, part, t)
+            m /= 1 - b1**t
+            by_second = m * part * ((1 - b2) / (1 - b2**t)) / root**3
+            out.copy_(((1 - b1) / (1 - b1**t) / root - by_second) * self.lr)
+            part.copy_(x - self.lr * m / root)
+        return g, slope
 
     def _move(self, state: MeritState, g: Tensor) -> None:
         assert isinstance(state, MeritOptState)
-        m, v, root = self._averages(state, g, state.rounds)
-        state.exp_avg.copy_(m)
-        state.exp_avg_sq.copy_(v)
-        move(state.x, m / root, self.lr / (1 - self.betas[0] ** state.rounds))
+        step = self.lr / (1 - self.betas[0] ** state.rounds)
+        for x, first, second, part in _stretches(state.x, state.exp_avg, state.exp_avg_sq, g):
+            m, v, root = self._averages(first, second, part, state.rounds)
+            first.copy_(m)
+            second.copy_(v)
+            move(x, m / root, step)
+
+
+def _stretches(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some elements of each at a time: what is made of them stays in cache, and is no vector."""
+    for begin in range(0, len(vectors[0]), _STRETCH):
+        yield tuple(v[begin : begin + _STRETCH] for v in vectors)

@@ -168,7 +168,8 @@ def simulate(
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Any, context: Any) -> None:
-        flower.strategy(server, clients=count).start(
+        # Ray's processes take their time to begin on a machine that has other work.
+        flower.strategy(server, clients=count, timeout=300.0).start(
             grid=grid,
             initial_arrays=flower.pack((server.x,)),
             num_rounds=rounds,
