@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import rivals
+from .aggregation import aggregate
 from .comm.cli import comm
 from .compare.cli import compare
 from .methods import DTYPES, METHODS
@@ -19,6 +20,7 @@ from .papers.cli import papers
 from .suite import Options, run_suite, set_threads
 
 app = typer.Typer(add_completion=False)
+app.command()(aggregate)
 app.command()(comm)
 app.command()(compare)
 app.command()(papers)

@@ -12,8 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from . import backward, bandwidth, end_to_end, gpu, numerics, packages, rivals, selection
+from . import (
+    aggregation,
+    backward,
+    bandwidth,
+    end_to_end,
+    gpu,
+    numerics,
+    packages,
+    rivals,
+    selection,
+)
+from .cli import app
 from .methods import METHODS, make_problem
 from .models import MODELS, numel
 from .problem import Problem, Step
@@ -328,3 +340,33 @@ def test_cost_of_a_clip_in_backward() -> None:
     lines = backward.describe(found)
     assert len(lines) == 3
     assert all(name in line for name, line in zip(found, lines, strict=True))
+
+
+@pytest.mark.parametrize("clients", [1, 2, 7, 10])
+def test_sums_over_clients_do_the_same_work(clients: int) -> None:
+    sums = aggregation.Sums(clients, 70_001)
+    wide = torch.stack(sums.vectors).double()
+    exact = (wide * torch.tensor(sums.weights).double().unsqueeze(1)).sum(0)
+    runs = sums.runs()
+    assert runs.keys() <= aggregation.moved(clients, 1).keys()
+    for name, run in runs.items():
+        sums.out.fill_(float("nan"))
+        if name == aggregation.FLOOR:
+            sums.out.zero_()
+            assert run() == 0.0
+            continue
+        assert run() == pytest.approx(float(exact.norm()), rel=1e-6)
+        torch.testing.assert_close(sums.out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_over_clients_are_reported(tmp_path: Path) -> None:
+    file = tmp_path / "sums.json"
+    arguments = ["aggregate", "--sizes", "4x5000,3x100", "--rounds", "3", "--out", str(file)]
+    out = CliRunner().invoke(app, arguments)
+    assert out.exit_code == 0, out.output
+    first, second = json.loads(file.read_text())
+    assert (first["clients"], first["size"], second["clients"]) == (4, 5000, 3)
+    assert first["rows"]["pysmooth"]["ratio"] == 1.0
+    assert first["rows"]["pysmooth"]["bytes"] == 6 * 20_000
+    assert all(row["seconds"] > 0 for row in first["rows"].values())
+    assert CliRunner().invoke(app, ["aggregate", "--sizes", "4x"]).exit_code == 2
