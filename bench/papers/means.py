@@ -136,7 +136,8 @@ def _masses(server: Server, problem: Problem) -> Tensor:
     state = server.state
     if isinstance(state, MeritState):
         return problem.groups.masses(state.w)
-    return problem.groups.masses(torch.full((problem.groups.clients,), 1.0, dtype=F64))
+    n = problem.groups.clients
+    return problem.groups.masses(torch.full((n,), 1 / n, dtype=F64))
 
 
 def _attacked(
