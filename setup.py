@@ -16,6 +16,7 @@ Environment:
     PYSMOOTH_CUDA_ARCHS=90  architectures, separated by commas; else those of the GPUs that are
                             here, or 80,90,100. The last one's PTX goes along for what is newer
     CUDA_HOME=...           where the toolkit is, if nvcc is not on PATH
+    LIBOMP=...              macOS: where omp.h and libomp.dylib are, else Homebrew's libomp
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
+MAC = sys.platform == "darwin"
+
 # -ffp-contract=off: a*b+c stays two roundings, on every ISA level and every backend alike.
 CXXFLAGS = [
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *(("-Xpreprocessor",) if MAC else ()),  # Apple's clang knows OpenMP, but hides it
+    *("-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 ]
 
 # Kernel sources are compiled once per level, to be chosen from at run time; the rest only once.
@@ -118,6 +122,33 @@ def notices() -> str:
     return f"\n{'=' * 80}\n".join(parts)
 
 
+def libomp() -> Path:
+    """macOS: the OpenMP that is compiled against. The one that runs is torch's."""
+    place = os.environ.get("LIBOMP")
+    if place is None:
+        try:
+            brew = ["brew", "--prefix", "libomp"]
+            place = subprocess.run(brew, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            sys.exit("pysmooth: no OpenMP found; `brew install libomp`, or set LIBOMP")
+    return Path(place)
+
+
+def link_command() -> str:
+    """How ninja links the CPU module."""
+    if not MAC:
+        ldflags = escape(os.environ.get("PYSMOOTH_LDFLAGS", "-s"))
+        return f"$cxx -shared -fopenmp -Wl,--no-undefined-version {ldflags} $in -o $out"
+    # Two OpenMP runtimes in a process are a bug: it looks for the one that torch has loaded.
+    ldflags = escape(os.environ.get("PYSMOOTH_LDFLAGS", "-Wl,-x"))
+    library = escape(libomp() / "lib")
+    return (
+        f"$cxx -bundle -undefined dynamic_lookup -L{library} -lomp "
+        f"-Wl,-rpath,@loader_path/../torch/lib {ldflags} $in -o $out && "
+        f"install_name_tool -change {library}/libomp.dylib @rpath/libomp.dylib $out"
+    )
+
+
 def ninja() -> str:
     """The ninja program: the build requirement's own, else the one on PATH."""
     try:
@@ -156,6 +187,7 @@ class NinjaBuild(build_ext):
     def compile_rule(self, *defines: str) -> list[str]:
         """How ninja compiles C++."""
         includes = [pybind11.get_include(), sysconfig.get_path("include"), dlpack_include()]
+        includes += [libomp() / "include"] if MAC else []
         # Other people's headers are not ours to fix: -isystem keeps their warnings out of -Werror.
         flags = [*CXXFLAGS, f"-I{CSRC}", *(f"-isystem{path}" for path in includes)]
         flags += defines
@@ -163,7 +195,7 @@ class NinjaBuild(build_ext):
             flags.append("-Werror")
         flags += os.environ.get("PYSMOOTH_CXXFLAGS", "").split()
         return [
-            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"cxx = {os.environ.get('CXX', 'c++' if MAC else 'g++')}",
             f"flags = {' '.join(escape(f) for f in flags)}",
             "rule compile",
             "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
@@ -174,11 +206,10 @@ class NinjaBuild(build_ext):
 
     def cpu_lines(self, target: Path, work: Path) -> list[str]:
         """build.ninja for the CPU module."""
-        ldflags = escape(os.environ.get("PYSMOOTH_LDFLAGS", "-s"))
         lines = [
             *self.compile_rule(f"-DPYSMOOTH_ISA_LEVELS={len(ISA_FLAGS)}"),
             "rule link",
-            f"  command = $cxx -shared -fopenmp -Wl,--no-undefined-version {ldflags} $in -o $out",
+            f"  command = {link_command()}",
             "  description = link $out",
         ]
         objects = []

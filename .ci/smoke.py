@@ -5,6 +5,7 @@ smoke.py [FOLDER]: the folder is where torch lies, if it is not installed beside
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import subprocess
@@ -62,12 +63,19 @@ env = {**os.environ, "PYSMOOTH_DIRECT": "0"}
 said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 assert said.stdout.split()[:1] == ["False"], said
 
-if sys.platform == "linux":
-    # Two OpenMP runtimes would be two pools of threads: torch's is the only one.
-    maps = Path("/proc/self/maps").read_text().split()
-    runtimes = sorted(
-        {p for p in maps if Path(p).name.startswith(("libgomp", "libomp", "libiomp"))}
-    )
-    assert len(runtimes) == 1, runtimes
-    print("OpenMP:", *runtimes)
+
+def libraries() -> list[str]:
+    """What this process has loaded."""
+    if sys.platform == "linux":
+        return Path("/proc/self/maps").read_text().split()
+    dyld = ctypes.CDLL(None)
+    dyld._dyld_get_image_name.restype = ctypes.c_char_p
+    return [dyld._dyld_get_image_name(i).decode() for i in range(dyld._dyld_image_count())]
+
+
+# Two OpenMP runtimes would be two pools of threads: torch's is the only one.
+names = ("libgomp", "libomp", "libiomp")
+runtimes = sorted({p for p in libraries() if Path(p).name.startswith(names)})
+assert len(runtimes) == 1, runtimes
+print("OpenMP:", *runtimes)
 print(f"smoke test: ok, pysmooth {told}, torch {torch.__version__},", where)
