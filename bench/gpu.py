@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
 PYTHON = [sys.executable, "-m"]
 RIVALS = "torch foreach,torch fused,torch fused with masters,eager in place,torch.compile"
-RIVALS += ",apex fused,TransformerEngine fused"  # where they are installed
+RIVALS += ",Triton per parameter"
+RIVALS += ",flashoptim,apex fused,TransformerEngine fused"  # where they are installed
 USUAL = "clip_sgd_momentum,clip_adamw,signum,clip_grad_norm (clipped)"
 
 
@@ -49,6 +50,7 @@ PARTS: dict[str, tuple[list[str], float]] = {
         _bench("llama-3.2-1b", "clip_sgd_momentum,clip_adamw", "torch fused", "bf16"),
         120,
     ),
+    "llama-8b": (_bench("llama-3-8b", "clip_sgd_momentum", "torch fused", "bf16"), 150),
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from .problem import Problem, Step, torch_step
 
 DEEPSPEED = "DeepSpeed CPU"
+PER_PARAMETER = "Triton per parameter"  # bench/per_parameter.py
 FLASH = "flashoptim plain"  # its path without a GPU: no quantization, no masters, no kernels
 _PLAIN: dict[str, Any] = {"quantize": False, "master_weight_bits": None, "fused": False}
 
@@ -54,6 +55,7 @@ PACKAGES = {
     "pytorch_optimizer": Package("pytorch_optimizer", ("cpu", "cuda")),
     "flashoptim": Package("flashoptim", ("cuda",), same_step=False),
     FLASH: Package("flashoptim", ("cpu",)),
+    PER_PARAMETER: Package("triton", ("cuda",)),
     "apex fused": Package("apex.optimizers", ("cuda",)),
     "TransformerEngine fused": Package("transformer_engine.pytorch.optimizers", ("cuda",)),
 }
@@ -114,6 +116,18 @@ def _of(
     return {name: make}
 
 
+def _per_parameter(rule: str) -> dict[str, Callable[[Problem], Step]]:
+    """A launch for every parameter."""
+
+    def make(problem: Problem) -> Step:
+        # Where there is no triton, nothing of it is imported.
+        module = importlib.import_module("pysmooth.bench.per_parameter")
+        step: Step = module.STEPS[rule](problem)
+        return step
+
+    return {PER_PARAMETER: make}
+
+
 def sgd(momentum: float) -> dict[str, Callable[[Problem], Step]]:
     """SGD, by package; pytorch_optimizer's is torch's own, bitsandbytes' always has momentum."""
     return {
@@ -121,6 +135,7 @@ def sgd(momentum: float) -> dict[str, Callable[[Problem], Step]]:
         **_of(FLASH, "FlashSGD", momentum=momentum, **_PLAIN),
         **_of("heavyball", "SGD", consume_grad=False, beta=momentum),
         **_of("optimi", "SGD", momentum=momentum),
+        **(_per_parameter("sgd") if momentum else {}),
     }
 
 
@@ -164,4 +179,5 @@ def adamw() -> dict[str, Callable[[Problem], Step]]:
         **_of(FLASH, "FlashAdamW", **_PLAIN, **usual),
         **_of("apex fused", "FusedAdam", adam_w_mode=True, **usual),
         **_of("TransformerEngine fused", "FusedAdam", adam_w_mode=True, **usual),
+        **_per_parameter("adamw"),
     }

@@ -204,8 +204,9 @@ def measure(
                 left_out.append(f"{label}: {type(error).__name__}: {why[0] if why else ''}")
 
     # The floor is measured in float32 on as many bytes as the method's own streams have.
-    floor = bandwidth.Floor(numel(shapes), options.device)
-    probes = floor.contestants(method) if dtype == "fp32" else {}
+    probes: dict[str, Callable[[], object]] = {}
+    if dtype == "fp32":
+        probes = bandwidth.Floor(numel(shapes), options.device).contestants(method)
     timed = interleave(
         {**contestants, **probes},
         rounds=options.rounds * (8 if small else 1),
@@ -255,7 +256,7 @@ def _contestant(name: str, timed: dict[str, Timed], compile_s: float | None) -> 
 
 def measure_bandwidth(size: int, options: Options) -> dict[str, float]:
     """GB/s of reading, copying and updating in place, each by the best of several kernels."""
-    floor = bandwidth.Floor(max(size, 1 << 22), options.device)
+    floor = bandwidth.Floor(min(max(size, 1 << 22), 1 << 30), options.device)
     mixes = bandwidth.mix_names()
     probes = {n: run for mix in mixes.values() for n, run in floor.probes(mix).items()}
     probes |= bandwidth.copy_probes(floor)

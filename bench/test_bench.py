@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -370,3 +372,37 @@ def test_sums_over_clients_are_reported(tmp_path: Path) -> None:
     assert first["rows"]["pysmooth"]["bytes"] == 6 * 20_000
     assert all(row["seconds"] > 0 for row in first["rows"].values())
     assert CliRunner().invoke(app, ["aggregate", "--sizes", "4x"]).exit_code == 2
+
+
+PER_PARAMETER = """
+import torch
+from pysmooth.bench import per_parameter
+from pysmooth.bench.problem import Problem, torch_step
+
+for rule, make in (
+    ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    ("adamw", lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01)),
+):
+    runs = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n)) for n in (1, 1000, 3000)]
+        problem = Problem(params, 0.1, 0.9, 1.0)
+        step = per_parameter.STEPS[rule](problem) if ours else torch_step(problem, make(params))
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            step()
+        runs.append(params)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+print("same")
+"""
+
+
+def test_triton_with_a_launch_for_every_parameter_takes_torchs_steps() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", PER_PARAMETER], env=environment, capture_output=True, text=True
+    )
+    assert said.stdout == "same\n", said.stderr
