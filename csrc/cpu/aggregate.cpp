@@ -6,7 +6,7 @@
 
 PYSMOOTH_KERNELS_BEGIN
 
-constexpr int kTile = 1024;  // elements summed up at a time: what is under way stays in L1 and L2
+constexpr int kTile = 2048;  // elements summed up at a time: what is under way stays in L1 and L2
 constexpr int kAtOnce = 4;   // clients read together
 constexpr int kLevels = 21;  // of the tree above them: kMostClients
 constexpr int kDotLanes = 32;
@@ -38,13 +38,38 @@ PYSMOOTH_HD V group(const T* const* x, const double* w, int64_t i) {
   return sum;
 }
 
+// Where the next group is read, in elements from its vectors' beginning.
+template <class T>
+struct Next {
+  const T* const* x;
+  int64_t begin;
+};
+
+// A tile is a page or two of each vector: too little for the CPU to see a stream in it. So the next
+// group's lines are asked for while this one's are summed up.
+template <class T>
+PYSMOOTH_HD void fetch(const Next<T>& next, int64_t i) {
+#pragma GCC unroll 4
+  for (int c = 0; c < kAtOnce; ++c) {
+    // As an integer: the address may lie past the end, where a pointer must not point.
+    const auto at =
+        reinterpret_cast<uintptr_t>(next.x[c]) + static_cast<uintptr_t>(next.begin + i) * sizeof(T);
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+  }
+}
+
 template <int kCount, class T>
 PYSMOOTH_HD void add_group(const T* const* x, const double* w, int64_t begin, int64_t n,
-                           double* out) {
+                           const Next<T>& next, double* out) {
   constexpr int W = lanes_of<double>;
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   int64_t i = 0;
-  for (; i + W <= n; i += W)
-    vector_io<double>::store(out + i, group<kCount, vec<double>>(x, w, begin + i));
+  for (; i + kLine <= n; i += kLine) {
+    if (next.x != nullptr) fetch(next, i);
+#pragma GCC unroll 8
+    for (int j = 0; j < kLine; j += W)
+      vector_io<double>::store(out + i + j, group<kCount, vec<double>>(x, w, begin + i + j));
+  }
   for (; i < n; ++i) out[i] = group<kCount, double>(x, w, begin + i);
 }
 
@@ -62,7 +87,9 @@ void sum_tile(const Clients& c, int64_t begin, int64_t n, T* out) {
   for (unsigned g = 0; g < groups; ++g) {
     int level = 0;
     while (g >> level & 1u) ++level;
-    add_group<kAtOnce>(x + g * kAtOnce, c.weights + g * kAtOnce, begin, n, levels[level]);
+    const Next<T> next =
+        g + 1 < groups ? Next<T>{x + (g + 1) * kAtOnce, begin} : Next<T>{x, begin + n};
+    add_group<kAtOnce>(x + g * kAtOnce, c.weights + g * kAtOnce, begin, n, next, levels[level]);
     for (int l = 0; l < level; ++l) merge(levels[l], levels[level], n);
   }
   // What is left over goes to the smallest sums first.
@@ -72,13 +99,13 @@ void sum_tile(const Clients& c, int64_t begin, int64_t n, T* out) {
   int level = 0;
   switch (c.count % kAtOnce) {
     case 1:
-      add_group<1>(last, w, begin, n, sum);
+      add_group<1>(last, w, begin, n, Next<T>{}, sum);
       break;
     case 2:
-      add_group<2>(last, w, begin, n, sum);
+      add_group<2>(last, w, begin, n, Next<T>{}, sum);
       break;
     case 3:
-      add_group<3>(last, w, begin, n, sum);
+      add_group<3>(last, w, begin, n, Next<T>{}, sum);
       break;
     default:
       while (!(groups >> level & 1u)) ++level;
