@@ -170,7 +170,7 @@ struct IncrementVersion {
       py::reinterpret_borrow<py::object>(function)(py::list());
       takes_lists = true;
     } catch (const py::error_already_set& error) {
-      if (!error.matches(PyExc_TypeError)) throw;
+      if (!error.matches(PyExc_RuntimeError) && !error.matches(PyExc_TypeError)) throw;
       takes_lists = false;
     }
   }
