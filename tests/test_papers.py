@@ -58,6 +58,23 @@ def constant(value, *, why=""):
     return Experiment("toy", "A constant", ("2505.20817",), "A constant.", run)
 
 
+def test_side_by_side_as_one_by_one(tmp_path):
+    """Processes of their own, and the same numbers."""
+    found = {}
+    for jobs in ("1", "2"):
+        folder = tmp_path / jobs
+        arguments = ["papers", "e4", "e5", "--quick", "--jobs", jobs, "--out", str(folder)]
+        out = CliRunner().invoke(app, arguments)
+        assert out.exit_code == 0, out.output
+        assert "8 of 8 claims hold" in out.output
+        found[jobs] = {
+            name: json.loads((folder / name).read_text()) for name in ("e4.json", "e5.json")
+        }
+        for one in found[jobs].values():
+            del one["seconds"]
+    assert found["1"] == found["2"]
+
+
 @pytest.mark.parametrize(
     ("value", "verdict"),
     [(0.5, "holds"), (2.0, "does not hold"), (math.nan, "does not hold"), (1.0, "does not hold")],

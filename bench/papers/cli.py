@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,6 +21,9 @@ def papers(
     quick: Annotated[bool, typer.Option("--quick", help="Few steps, few runs.")] = False,
     data: Annotated[
         Path | None, typer.Option(help="Folder with a9a, mushrooms, phishing (libsvm).")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Experiments at a time; default: cores.", min=1)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where JSON and pictures go.")] = None,
     docs: Annotated[
@@ -49,12 +52,9 @@ def papers(
     need("matplotlib")
     folder = out or default_out() / "papers"
     folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are tiny
-    try:
-        results = _run([known[i] for i in ids or known], seeds, quick, data, folder, console)
-    finally:
-        torch.set_num_threads(threads)
+    chosen = [known[i] for i in ids or known]
+    jobs = min(jobs or os.cpu_count() or 1, len(chosen))
+    results = _run(chosen, Config(seeds, quick, data), folder, jobs, console)
     if docs is not None:
         _document(folder, docs)
     checks = [check for result in results for check in result["checks"]]
@@ -63,40 +63,31 @@ def papers(
 
 
 def _run(
-    chosen: list[Experiment],
-    seeds: int | None,
-    quick: bool,
-    data: Path | None,
-    folder: Path,
-    console: Console,
+    chosen: list[Experiment], config: Config, folder: Path, jobs: int, console: Console
 ) -> list[dict[str, Any]]:
-    from .plot import draw
-    from .report import as_json, write_json
+    from .runner import run_beside, run_one
 
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         whole = progress.add_task("experiments", total=len(chosen))
-        loop = progress.add_task("")
+        if jobs > 1:
+            ended = run_beside(chosen, config, folder, jobs)
+        else:
+            loop = progress.add_task("")
 
-        def tell(what: str, done: int, total: int) -> None:
-            progress.update(loop, description=what, completed=done, total=total)
+            def tell(what: str, done: int, total: int) -> None:
+                progress.update(loop, description=what, completed=done, total=total)
 
-        config = Config(seeds, quick, data, tell)
-        for experiment in chosen:
-            progress.update(whole, description=f"experiments: {experiment.id}")
-            begin = time.perf_counter()
-            outcome = experiment.run(config)
-            result = as_json(experiment, config, outcome, time.perf_counter() - begin)
-            write_json(result, folder)
-            draw(result, folder / f"{experiment.id}.png")
+            ended = (run_one(one, replace(config, tell=tell), folder) for one in chosen)
+        for result in ended:
             results.append(result)
             console.print(
-                f"\n[bold]{experiment.id}[/] {experiment.title} ({result['seconds']} s)",
+                f"\n[bold]{result['id']}[/] {result['title']} ({result['seconds']} s)",
                 highlight=False,
             )
-            for check in outcome.checks:
-                _print(check, console)
+            for check in result["checks"]:
+                _print(Check(**check), console)
             progress.advance(whole)
     return results
 
