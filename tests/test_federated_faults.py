@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,69 @@ def test_a_client_that_is_late_is_left_out() -> None:
     release.set()
     assert done.wait(60)
     assert torch.equal(server.x, after)
+
+
+def test_a_client_that_is_still_late_is_not_asked_again() -> None:
+    """Two rounds at once in one client would write over each other's parameters."""
+    release, calls = threading.Event(), 0
+
+    def late(x: Tensor, batch: Tensor | None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            release.wait(60)
+        return x - 1
+
+    clients = {0: toward(0.0), 1: fed.FunctionClient(late)}
+    server = fed.Server(fed.FedAvg(lr=0.5), torch.ones(3), timeout=0.3)
+    with pytest.warns(RuntimeWarning, match=r"client 1 .*0\.3 s"):
+        server.round(clients)
+    with pytest.warns(RuntimeWarning, match="client 1 .*not yet answered an earlier round"):
+        server.round(clients)
+    assert (calls, server.excluded, server.taken) == (1, {"timeout": 2}, {0: 1})
+    release.set()
+    deadline = time.monotonic() + 60
+    while server._busy and time.monotonic() < deadline:
+        time.sleep(0.01)
+    server.timeout = 60.0
+    server.round(clients)
+    assert (calls, server.taken) == (2, {0: 2, 1: 2})
+
+
+@pytest.mark.parametrize("method", ["MeritFed", "ClippedRRCLI"])
+def test_an_update_that_fails_changes_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = True
+
+    def target(y: Tensor, k: int) -> Tensor:
+        if broken:
+            raise OSError("no validation data")
+        return y
+
+    if method == "MeritFed":
+        made: fed.Method = fed.MeritFed(clients=2, target=target)
+    else:
+        made = fed.ClippedRRCLI(cohort=2, norm_source="exact")
+        real, reads = fed.Uploads._read, iter(range(100))
+
+        def read(self: fed.Uploads, *args: Any) -> None:
+            if broken and next(reads) >= len(clients):  # in the second sum
+                raise OSError("no validation data")
+            real(self, *args)
+
+        monkeypatch.setattr(fed.Uploads, "_read", read)
+    clients = {i: toward(float(i)) for i in range(2)}
+    server = fed.Server(made, torch.ones(3), folder=tmp_path)
+    twin = fed.Server(made, torch.ones(3))
+    with pytest.raises(OSError, match="no validation data"):
+        server.round(clients)
+    assert (server.state.rounds, server.taken) == (0, {})
+    broken = False
+    server.round(clients)
+    twin.round(clients)
+    assert torch.equal(server.x, twin.x)
+    assert server.taken == {0: 0, 1: 0}
 
 
 def test_too_few_answers_change_nothing() -> None:

@@ -56,7 +56,8 @@ def strategy(server: Server, *, clients: int | None = None, timeout: float = 60.
     not depend on the order in which they connect. The first round waits until `clients` have
     connected, those that follow until `min_clients` are there, `timeout` seconds at most. A client
     that reports an error, does not answer within the time that `start` is given, or sends what
-    cannot be taken is left out as by `Server.round`; too few raise `NotEnoughClientsError`.
+    cannot be taken is left out as by `Server.round`; so is the earlier of two nodes with the same
+    number; too few raise `NotEnoughClientsError`.
 
     Args:
         server: its state is what clients get, whatever arrays `start` is given; its `timeout` does
@@ -109,17 +110,27 @@ def strategy(server: Server, *, clients: int | None = None, timeout: float = 60.
             ]
             if new:
                 silent = {message.metadata.dst_node_id for message in new}
+                told: dict[int, int] = {}
                 for answer in grid.send_and_receive(new, timeout=timeout):
                     node = answer.metadata.src_node_id
                     silent.discard(node)
                     try:
-                        self._numbers[node] = int(answer.content[_METRICS]["number"])
+                        told[node] = int(answer.content[_METRICS]["number"])
                     except (KeyError, TypeError, ValueError) as error:
                         why = answer.error.reason if answer.has_error() else repr(error)
                         server.leave_out("failure", f"node {node} told no number: {why}")
+                self._numbers |= dict(sorted(told.items()))  # whoever answers first
                 for node in sorted(silent):
                     server.leave_out("timeout", f"node {node} told no number in {timeout} s")
-            return {self._numbers[node]: node for node in nodes if node in self._numbers}
+            out: dict[int, int] = {}
+            for node, number in self._numbers.items():
+                if node not in nodes:
+                    continue
+                if number in out:
+                    why = f"node {out[number]} is client {number}, as is node {node}, asked later"
+                    server.leave_out("duplicate", why)
+                out[number] = node
+            return out
 
         def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
             """A message to each participant."""

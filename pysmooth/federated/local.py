@@ -248,10 +248,10 @@ class ClippedRRCLI(CLERR):
     def update(self, state: State, uploads: Uploads) -> Outcome:
         """A plain step of the walk, and the clipped one of x at the end of a meta-epoch."""
         assert isinstance(state, MetaEpochState)
+        g, norm = uploads.combine(equally(uploads))  # before anything of the state has changed
         if self.norm_source == "exact":
             state.gradient += uploads.combine(dict.fromkeys(uploads.clients, 1.0), 1)[0]
             state.answered += len(uploads)
-        g, norm = uploads.combine(equally(uploads))
         state.total += g
         move(state.inner, g, self.server_lr)
         state.rounds += 1

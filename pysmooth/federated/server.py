@@ -34,7 +34,8 @@ class Server:
         x: the parameters to begin with, a vector in float32 or float64.
         min_clients: answers without which there is no round.
         timeout: seconds for all clients of a round. Each then has a thread of its own; one that is
-            late goes on, and its answer is dropped. None: clients are asked one after another.
+            late goes on, and its answer is dropped: until it is through with it, it is left out of
+            further rounds without being asked. None: clients are asked one after another.
         folder: where to hold what clients sent, instead of in memory.
 
     Raises:
@@ -60,6 +61,7 @@ class Server:
         self.min_clients, self.timeout, self.folder = min_clients, timeout, folder
         self.excluded: Counter[str] = Counter()
         self.taken: dict[int, int] = {}
+        self._busy: set[int] = set()  # clients that have not yet answered, of any round
         self.uploads()  # refuses what it cannot hold
 
     @property
@@ -88,7 +90,7 @@ class Server:
         ways = (
             _one_by_one(asked, ask)
             if self.timeout is None
-            else _all_at_once(asked, ask, self.timeout)
+            else _all_at_once(asked, ask, self.timeout, self._busy)
         )
         for number, answer in ways:
             self.take(uploads, number, answer, clients[number].samples)
@@ -125,8 +127,10 @@ class Server:
                 f"should, at least {self.min_clients} must (left out so far: "
                 f"{dict(self.excluded)})"
             )
-        self.taken |= dict.fromkeys(uploads.clients, self.state.rounds)
-        return self.method.update(self.state, uploads)
+        taken = dict.fromkeys(uploads.clients, self.state.rounds)
+        outcome = self.method.update(self.state, uploads)
+        self.taken |= taken  # not if the update fails: its round has then not been
+        return outcome
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a server must know to go on, to the bit."""
@@ -156,17 +160,28 @@ def _one_by_one(asked: list[int], ask: Callable[[int], Upload]) -> _Answers:
         yield number, _attempt(ask, number)
 
 
-def _all_at_once(asked: list[int], ask: Callable[[int], Upload], timeout: float) -> _Answers:
+def _all_at_once(
+    asked: list[int], ask: Callable[[int], Upload], timeout: float, busy: set[int]
+) -> _Answers:
     answers: queue.SimpleQueue[tuple[int, Upload | Exception]] = queue.SimpleQueue()
     deadline = time.monotonic() + timeout
 
     def run(number: int) -> None:
-        answers.put((number, _attempt(ask, number)))
+        try:
+            answer = _attempt(ask, number)
+        finally:
+            busy.discard(number)
+        answers.put((number, answer))
 
-    for number in asked:
+    # Two rounds at once would write over each other's parameters.
+    late = [number for number in asked if number in busy]
+    waiting = set(asked).difference(late)
+    for number in sorted(waiting):
+        busy.add(number)
         # A daemon: a client that never ends must not keep the process from ending.
         threading.Thread(target=run, args=(number,), daemon=True).start()
-    waiting = set(asked)
+    for number in late:
+        yield number, TimeoutError("it has not yet answered an earlier round")
     while waiting:
         try:
             number, answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))

@@ -143,6 +143,22 @@ def test_bad_clients_are_left_out(fault: str, reason: str) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+def test_of_two_nodes_with_one_number_the_later_counts() -> None:
+    method = METHODS["gdj"]
+    alone = fed.Server(method, torch.full((D,), 3.0))
+    alone.round({i: make_client(i) for i in (0, 1, 3)})
+    server = fed.Server(method, torch.full((D,), 3.0))
+    nodes = Nodes(flower.client_app(method, make_client))
+    for context in nodes.contexts.values():
+        if context.node_config["partition-id"] == 2:
+            context.node_config["partition-id"] = 1
+    with pytest.warns(RuntimeWarning, match=r"node \d+ is client 1, as is node \d+, .*left out"):
+        start(server, nodes, 1)
+    assert server.excluded == {"duplicate": 1}
+    assert torch.equal(server.x, alone.x)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     method = METHODS["rr-cli"]
     app = flower.client_app(method, make_client)
