@@ -45,8 +45,8 @@ FAULTS := $(wildcard tests/test_faults_*.py)
 INTERPRETED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,triton triton_launches triton_absorb triton_select triton_plus triton_graphs absorb_accumulation absorb_copies agc bad_input_optim grad_scaler))
 
 # The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
-EMULATED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip clip_grad agc bad_input_optim grad_scaler layouts \
-	low_precision param_storage state_dict torch_integration typing))
+EMULATED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip cuda_absorb absorb absorb_accumulation \
+	absorb_copies clip_grad agc bad_input_optim grad_scaler layouts low_precision param_storage state_dict torch_integration typing))
 
 # One process a core; tests of one file share what they prepare. Idle threads of OpenMP must not spin then.
 WORKERS ?= 2
@@ -54,7 +54,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --timeout 600 -n $(W
 
 .PHONY: test
 test: $(VENV)/checked lint tidy ## Lint, types, build with warnings as errors, all tests, wheel smoke test
-	$(PYTEST) tests bench --benchmark-disable --ignore $(KERNELS)
+	$(PYTEST) tests bench --benchmark-disable $(addprefix --ignore ,$(KERNELS))
 	PYSMOOTH_EMULATED=1 $(PYTEST) $(EMULATED)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 	printf '%s\n' cuda:80 cuda:90 hip:gfx942 | xargs -P $(WORKERS) -n 1 $(BIN)/python -m pysmooth.triton_kernels.compile --targets
@@ -66,7 +66,7 @@ docs: $(VENV)/built ## Build the documentation into docs/_build/html; warnings a
 	$(BIN)/python -m sphinx -q -n -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 
 # Every CUDA kernel with every dtype, size and layout, and looked at for races.
-KERNELS := tests/test_cuda_kernels.py
+KERNELS := $(wildcard tests/test_cuda_kernels_*.py)
 
 .PHONY: test-cuda
 test-cuda: $(VENV)/checked ## CUDA kernels against the CPU backend, emulated; nvcc for sm_80, sm_90, sm_100 (half an hour)

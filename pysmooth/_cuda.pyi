@@ -42,6 +42,7 @@ class Plan:
         norm_type: float,
         stage_scopes: list[int],
         select: tuple[int, int, float, int, int, bool, int] | None,
+        absorbed: list[int],  # gradients that each parameter's states hold; empty: none is absorbed
     ) -> None: ...
     @property
     def bytes(self) -> int: ...
@@ -61,6 +62,16 @@ class Plan:
         stream: int,
         /,
     ) -> bool: ...
+    def holds(self, place: int, /) -> bool: ...
+    def absorb(
+        self,
+        place: int,
+        hyper: tuple[float | Tensor, ...],
+        clip: tuple[int, float, float, float, float, float, bool],
+        once: int,
+        stream: int,
+        /,
+    ) -> None: ...
 
 class Part(Enum):
     WHOLE = 0

@@ -27,7 +27,7 @@ STEPS, EXAMPLES = (3, 3) if triton_interpreted() else (20, 20)
 INTERPRETED = ("clip_sgd", "adam", "m_adagrad_norm", "clip21_sgd2m", "ef_sgd", "ef21")
 
 # What the CUDA and the Triton backend have no kernel for yet, in the words of their BackendErrors.
-CUDA_LACKS = ("absorb=True", "scope='block' of QSGD")
+CUDA_LACKS: tuple[str, ...] = ()
 TRITON_LACKS: tuple[str, ...] = ()
 
 # Neither multiples of a vector width nor of each other; 5,003 elements span several chunks of work.

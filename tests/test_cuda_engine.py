@@ -6,10 +6,12 @@ all backends have in common, tests/test_battery.py and others check in the same 
 
 from __future__ import annotations
 
-import ctypes
+import gc
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from battery import (
@@ -23,26 +25,19 @@ from battery import (
     set_grads,
     snapshot,
 )
+from cuda_late import Capture, NoReads, on_a_late_device  # noqa: F401 - a fixture
 from registry import Entry, Kwargs
 from simt import emulated
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pysmooth
 from pysmooth import AdamW, BackendError, ClipSGD, NonFiniteGradientError, _cpu
-from pysmooth.engine import cuda
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not CUDA_EMULATED, reason="PYSMOOTH_EMULATED=1 is not set"),
 ]
-
-
-@pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the engine does not ask what became of a step unless somebody wants to know."""
-    monkeypatch.setattr(cuda, "_is_late", lambda _: True)
 
 
 @every_variant
@@ -113,18 +108,6 @@ LAUNCHES: list[tuple[Any, Kwargs, int]] = [
 ]
 
 
-class NoReads(TorchDispatchMode):
-    """Nothing may wait for the device: no number is read, nothing is copied between devices."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        assert "_local_scalar_dense" not in name
-        # From one dtype to another, where it is.
-        moves = name != "aten::_to_copy" or "device" in (kwargs or {})
-        assert "copy" not in name or not moves, name
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.usefixtures("late")
 @pytest.mark.parametrize(("make", "kwargs", "launches"), LAUNCHES)
 @pytest.mark.parametrize("count", [1, 40])
@@ -190,6 +173,37 @@ def test_a_plan_is_made_again_when_something_moved() -> None:
         optimizer.add_param_group({"params": [kept[-1]], "lr": 0.5})
     assert step() == 1
     assert_same_snapshot(snapshot(ours), snapshot(theirs))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(
+    ("make", "kwargs"),
+    [
+        (ClipSGD, {"max_norm": 1.0, "momentum": 0.9}),
+        (pysmooth.EF21, {"compressor": pysmooth.TopK(k=3), "init": "full"}),
+    ],
+)
+def test_no_gradient_outlives_zero_grad(make: Any, kwargs: Kwargs, direct: bool) -> None:
+    """Nor those that a plan was made for; without Python objects of their own, or with them."""
+    params = make_params([(1000,), (7, 5), (3,)])
+    optimizer = make(params, lr=0.1, backend="cuda", **kwargs)
+    emulated.module().set_direct_enabled(direct)
+    gc.disable()
+    try:
+        for _ in range(3):
+            memory = []
+            for p in params:
+                values = np.ones(p.shape, dtype=np.float32)
+                memory.append(weakref.ref(values))
+                p.grad = torch.from_numpy(values)
+                del values
+            optimizer.step()
+            assert all(seen() is not None for seen in memory)
+            optimizer.zero_grad(set_to_none=True)
+            assert not any(seen() is not None for seen in memory)
+    finally:
+        gc.enable()
+        emulated.module().set_direct_enabled(True)
 
 
 # ---- what the host learns late -------------------------------------------------------------------
@@ -266,34 +280,6 @@ def test_an_estimate_that_starts_as_the_gradient_takes_no_bad_one() -> None:
 
 
 # ---- graphs --------------------------------------------------------------------------------------
-
-
-class Capture:
-    """A CUDA graph's capture and replay, in the stub of the runtime."""
-
-    def __init__(self) -> None:
-        self._patch = pytest.MonkeyPatch()
-        self._runtime: ctypes.CDLL = emulated.kernels()
-        self.kept: list[Tensor] = []
-
-    def __enter__(self) -> Capture:
-        self._patch.setattr(cuda, "_stream", lambda _: (7, True))
-        empty_like = torch.empty_like
-
-        def kept(*args: Any, **kwargs: Any) -> Tensor:  # as a graph's pool keeps it
-            self.kept.append(empty_like(*args, **kwargs))
-            return self.kept[-1]
-
-        self._patch.setattr(torch, "empty_like", kept)
-        self._runtime.runtime_capture(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._runtime.runtime_capture(0)
-        self._patch.undo()
-
-    def replay(self) -> None:
-        self._runtime.runtime_replay()
 
 
 def test_replays_and_other_steps_do_not_disturb_each_other() -> None:
@@ -417,24 +403,12 @@ def for_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("for_cpu")
-def test_auto_goes_on_to_a_backend_that_has_the_kernels() -> None:
+def test_auto_takes_it_for_everything() -> None:
     assert ClipSGD(make_params(), 0.1).resolved_backend == "cuda"
     assert ClipSGD(make_params(), 0.1, clip="agc").resolved_backend == "cuda"
     top_k: Any = {"compressor": pysmooth.TopK(k=3), "backend": "auto"}
     assert pysmooth.EFSGD(make_params(), 0.1, **top_k).resolved_backend == "cuda"
-    assert pysmooth.EFSGD(make_params(), 0.1, absorb=True, **top_k).resolved_backend == "eager"
+    assert pysmooth.EFSGD(make_params(), 0.1, absorb=True, **top_k).resolved_backend == "cuda"
     assert pysmooth.EF21Plus(make_params(), 0.1, **top_k).resolved_backend == "cuda"
-
-
-@pytest.mark.parametrize(
-    ("make", "kwargs", "what"),
-    [
-        (pysmooth.EFSGD, {"compressor": pysmooth.TopK(k=3), "absorb": True}, "absorb=True"),
-        (pysmooth.EF21, {"compressor": pysmooth.QSGD(4, scope="block")}, "scope='block' of QSGD"),
-    ],
-)
-def test_what_has_no_kernel_is_refused_at_construction(
-    make: Any, kwargs: Kwargs, what: str
-) -> None:
-    with pytest.raises(RuntimeError, match=f"the cuda backend has no kernel for {what}"):
-        make(make_params(), 0.1, backend="cuda", **kwargs)
+    blocks: Any = {"compressor": pysmooth.QSGD(4, scope="block"), "backend": "auto"}
+    assert pysmooth.EF21(make_params(), 0.1, **blocks).resolved_backend == "cuda"

@@ -108,8 +108,16 @@ void TensorReader::read_slow(PyObject* tensor, DLTensor* out, const std::string&
   *out = DLTensor{};
   const py::object index = device.attr("index");
   out->device = {PYSMOOTH_DEVICE, index.is_none() ? 0 : py::cast<int32_t>(index)};
-  out->dtype = parse_dtype(text(t.attr("dtype")), what);
   out->data = reinterpret_cast<void*>(py::cast<uintptr_t>(t.attr("data_ptr")()));
+  fill_form(t, out, what);
+}
+
+bool TensorReader::is_meta(PyObject* tensor) {
+  return py::cast<bool>(py::getattr(tensor, "is_meta", py::bool_(false)));
+}
+
+void TensorReader::fill_form(py::handle t, DLTensor* out, const std::string& what) {
+  out->dtype = parse_dtype(text(t.attr("dtype")), what);
   const auto shape = py::cast<std::vector<int64_t>>(t.attr("shape"));
   const auto strides = py::cast<std::vector<int64_t>>(t.attr("stride")());
   out->ndim = static_cast<int32_t>(shape.size());

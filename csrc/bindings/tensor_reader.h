@@ -71,6 +71,14 @@ class TensorReader {
       check(tensor, *out, what());
   }
 
+  // Dtype, shape and strides alone: the tensor may be a meta tensor, which has no more.
+  template <class What>
+  void read_form(PyObject* tensor, DLTensor* out, const What& what) {
+    if (!is_meta(tensor)) return read(tensor, out, what);
+    *out = DLTensor{};
+    fill_form(tensor, out, what());
+  }
+
   // The same of a tensor on any device, without a check; false where it cannot be told so quickly.
   bool peek(PyObject* tensor, DLTensor* out) const {
     if (exchange_ == nullptr) return false;
@@ -86,6 +94,8 @@ class TensorReader {
 
  private:
   void read_slow(PyObject* tensor, DLTensor* out, const std::string& what);
+  static bool is_meta(PyObject* tensor);
+  void fill_form(py::handle tensor, DLTensor* out, const std::string& what);
   void check(PyObject* tensor, const DLTensor& t, const std::string& what) const;
 
   int (*exchange_)(void* tensor, DLTensor* out) = nullptr;

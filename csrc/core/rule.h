@@ -27,6 +27,9 @@
 //   kMarks        of how many passes, from the first on, the values are selected from, and those
 //                 that were chosen marked, for passes whose streams say so
 //   selects_nothing()   whether the hyper-parameters ask for no selection
+//   kScales       of how many passes, from the first on, the sum is a scale of a compressor, which
+//   may
+//                 be taken per block of elements: compressor<S>() is the one that pass S scales
 //   kApplies      false if nothing is left to do for apply
 //   kAbsorbs      true if all that pass 0 does with a gradient is to add it to states, so that
 //                 again() then gives the pass's value: gradients can be taken in one by one, before
@@ -115,6 +118,7 @@ struct RuleDefaults {
   static constexpr int kStages = 0;
   static constexpr bool kSelects = false;
   static constexpr int kMarks = 0;
+  static constexpr int kScales = 0;
   static constexpr bool kApplies = true;
   static constexpr bool kAbsorbs = false;
   static constexpr Streams kApply{};

@@ -72,11 +72,13 @@ struct Span {
   }
 
   // The team's part of item `part` of the tensor; `rows` rows of 64 elements each.
-  PYSMOOTH_DEVICE void take_part(int part, int rows) {
+  PYSMOOTH_DEVICE void take_part(int part, int rows) { take_run(part, rows, 0, rows * kRow); }
+  // Of that, `most` elements from `from` on: a multiple of 64.
+  PYSMOOTH_DEVICE void take_run(int part, int rows, int from, int most) {
     using Us = Team<A::kGroup>;
-    const int64_t most = int64_t{rows} * kRow;
-    const int64_t first = part * Us::kTeams * most;
-    begin = first + Us().team * most;
+    const int64_t each = int64_t{rows} * kRow;
+    const int64_t first = part * Us::kTeams * each + from;
+    begin = first + Us().team * each;
     length = clamped(entry.numel - begin, most);
     // All teams of a warp take as many turns as the first one, which has the most to do.
     const int64_t longest = clamped(entry.numel - first, most);

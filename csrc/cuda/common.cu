@@ -1,10 +1,12 @@
 // The kernels that know no rule, or all of them.
 
+#include "cuda/admit.cuh"
 #include "cuda/kernels.h"
 #include "cuda/prepare.cuh"
 #include "cuda/put.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/scales.cuh"
 #include "cuda/units.cuh"
 
 namespace pysmooth::cuda {
@@ -24,6 +26,8 @@ void fill_common(KernelTable* table) {
   table->row_sums = generic::row_sums;
   table->row_coefs = generic::row_coefs;
   table->prepare = generic::prepare;
+  table->admit = generic::admit;
+  table->scale_blocks = generic::scale_blocks;
   table->begin_select = generic::begin_select;
   table->set_filter = generic::set_filter;
   table->put_few = generic::put<kFewWords>;

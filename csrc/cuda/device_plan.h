@@ -36,6 +36,7 @@ struct Tensor {
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
   const RowShape* rows = nullptr;       // null: not clipped by rows
   bool first = false;                   // no step was applied yet
+  int64_t absorbed = 0;                 // gradients that its states took in since the last step
 };
 
 struct Settings {
@@ -46,6 +47,7 @@ struct Settings {
   SelectSpec select;
   bool always_norm = false;
   bool skip_unit_coef = false;  // coefficient 1 leaves the tensor as it is
+  bool absorbs = false;         // gradients are taken in one by one, before the step
   int multiprocessors = 132;
 };
 
@@ -77,6 +79,16 @@ class DevicePlan {
                                Part part = Part::whole) const;
   View view(void* device, const void* inputs, const GroupInput* groups) const;
 
+  // What takes a gradient of tensor t into its states: the first launch gets an Intake as well, and
+  // both absorbing_view().
+  struct Absorption {
+    AbsorbKernel admit;
+    Work admitted;
+    Launch pass;
+  };
+  Absorption absorption(size_t t) const;
+  View absorbing_view(void* device) const;
+
   // Where results of the last step lie in the device memory, from its beginning.
   size_t status_at() const { return at_.status; }
   size_t norms_at() const { return at_.norms; }  // double, per scope unit
@@ -85,6 +97,7 @@ class DevicePlan {
   // Tensors whose gradient ever was not finite: uint32, to be set to 0 by whoever was told.
   size_t spoiled_at() const { return nonfinite_at() + sizeof(uint32_t) * tensors_.size(); }
   size_t started_at() const { return at_.started; }  // int32, per tensor: to be carried over
+  size_t taken_at() const { return at_.taken; }      // int64, per tensor; only where it absorbs
   size_t units() const;
   size_t tensors() const { return tensors_.size(); }
 
@@ -106,6 +119,9 @@ class DevicePlan {
   void cut_units();
   void list_sample();
   size_t place(size_t bytes);
+  void cut_blocks();
+  bool scales_blocks() const { return settings_.stage_scope[0] == Scope::block; }
+  int64_t pass_run() const;  // elements of a partial sum of a pass
   bool reduces(const GroupInput* groups) const;
   Entry entry(size_t t) const;
 
@@ -119,7 +135,9 @@ class DevicePlan {
   std::vector<Layout> layouts_;
   std::vector<int32_t> layout_of_, grad_layout_of_;
   std::vector<int64_t> partial_first_;
-  Listed reduce_{}, rows_{};
+  Listed reduce_{}, rows_{}, blocks_{};
+  std::vector<int64_t> first_block_;  // per tensor
+  int64_t block_count_ = 0;
   std::vector<RowCut> row_cuts_;
   std::vector<int32_t> row_cut_of_;  // per tensor; -1: none
   int64_t row_sums_ = 0, row_chunks_ = 0, row_coef_bytes_ = 0;
@@ -143,11 +161,11 @@ class DevicePlan {
   size_t bytes_ = 0;
   struct {
     size_t entries, layouts, group_first, partial_first, items, started, status, arrived, nonfinite;
-    size_t cuts, units, unit_arrived;
+    size_t cuts, units, unit_arrived, taken;
     size_t image;  // the image ends here; what follows needs no first value
     size_t partial, value, norms, coefs, norm_sq, unit_sum, scalars, prepared, signs;
     size_t row_sums, row_coefs, row_total, row_clipped, row_least;
-    size_t samples, histogram, candidates, marks;
+    size_t samples, histogram, candidates, marks, incoming, block_scales;
   } at_{};
 };
 

@@ -27,10 +27,12 @@ PYSMOOTH_DEVICE bool overflowed(const View& plan) {
   return found != nullptr && *found != 0.0f;
 }
 
-// Combines the numbers of `runs` runs, a chunk's first, then those of the chunks, in order. One
-// warp; `room` holds 256 numbers. Every lane gets the result.
+// Combines the numbers of `runs` runs, a chunk's first (block by block, where a block has several),
+// then those of the chunks, in order. One warp; `room` holds 256 numbers. Every lane gets the
+// result.
 template <Reduction kind>
-__device__ double sum_in_order(const double* partial, int64_t runs, int per_chunk, double* room) {
+__device__ double sum_in_order(const double* partial, int64_t runs, int per_chunk, double* room,
+                               int per_block = 1) {
   constexpr int kChunks = 128;
   const int64_t chunks = (runs + per_chunk - 1) / per_chunk;
   double total = neutral<kind>();
@@ -39,8 +41,11 @@ __device__ double sum_in_order(const double* partial, int64_t runs, int per_chun
     for (int u = 0; u < kChunks; u += kWarp) {
       const int64_t begin = (first + u + lane_id()) * per_chunk;
       double value = neutral<kind>();
-      for (int64_t i = begin; i < begin + per_chunk && i < runs; ++i)
-        value = combined<kind>(value, partial[i]);
+      for (int64_t i = begin; i < begin + per_chunk && i < runs;) {
+        double block = partial[i++];
+        for (int j = 1; j < per_block && i < runs; ++j) block = combined<kind>(block, partial[i++]);
+        value = combined<kind>(value, block);
+      }
       room[u + lane_id()] = value;
     }
     __syncwarp();

@@ -28,6 +28,13 @@ struct KernelTable {
   Kernel prepare;
   Kernel source[kRules][kMaxStages][kAccesses];
   Kernel apply[kRules][kAccesses];
+  // Of rules that absorb: what takes a gradient in, and pass 0 where the states have it.
+  AbsorbKernel admit;
+  Kernel take_in[kRules][kAccesses], absorbed[kRules][kAccesses];
+  // Where every block is scaled by itself: what makes the scales, and all that needs them.
+  Kernel scale_blocks;
+  Kernel source_blocks[kRules][kMaxStages][kAccesses];
+  Kernel absorbed_blocks[kRules][kAccesses], apply_blocks[kRules][kAccesses];
   Kernel begin_select, set_filter;
   // Of the passes that are selected from.
   using Selecting = Kernel[kRules][kMaxSelections][kAccesses];
@@ -56,45 +63,5 @@ inline const KernelTable& kernels() {
   }();
   return table;
 }
-
-// What the host knows of a rule.
-struct RuleFacts {
-  const char* name = nullptr;
-  int states = 0, stages = 0;
-  unsigned low_states = 0;
-  bool reads_grad = true, counts_steps = false, accumulates = false, keeps_scale = false;
-  bool sends_signs = false, selects = false, marks = false, applies = true;
-  int selections = 0;  // passes that are selected from
-  int hypers = 0;
-  const char* const* hyper = nullptr;
-};
-
-template <class Rule>
-RuleFacts facts_of() {
-  RuleFacts out;
-  out.name = Rule::kName;
-  out.states = Rule::kStates;
-  out.stages = Rule::kStages;
-  out.low_states = Rule::kLowStates;
-  out.reads_grad = Rule::kReadsGrad;
-  out.counts_steps = Rule::kCountsSteps;
-  out.accumulates = Rule::kAccumulates;
-  out.keeps_scale = Rule::kKeepsScale;
-  out.sends_signs = Rule::kSendsSigns;
-  out.selects = Rule::kSelects;
-  out.marks = Rule::kMarks > 0;
-  out.selections = generic::selections_of<Rule>;
-  out.applies = Rule::kApplies;
-  out.hypers = static_cast<int>(sizeof(Rule::kHyper) / sizeof(Rule::kHyper[0]));
-  out.hyper = Rule::kHyper;
-  return out;
-}
-
-template <class... R>
-const RuleFacts* all_facts(generic::RuleList<R...>) {
-  static const RuleFacts facts[] = {facts_of<R>()...};
-  return facts;
-}
-inline const RuleFacts& facts(int rule) { return all_facts(generic::Rules{})[rule]; }
 
 }  // namespace pysmooth::cuda

@@ -29,6 +29,13 @@ cudaError_t put(PutKernel<kWords> kernel, char* at, const char* from, size_t byt
   return cudaSuccess;
 }
 
+cudaError_t launch(View* view, Launch* one, void* stream) {
+  void* arguments[] = {view, &one->work};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(one->kernel),
+                          dim3(static_cast<unsigned>(one->blocks)), dim3(kThreads), arguments, 0,
+                          stream_of(stream));
+}
+
 }  // namespace
 
 int upload(const DevicePlan& plan, void* device, void* stream) {
@@ -50,14 +57,22 @@ int step(const DevicePlan& plan, void* device, void* inputs, const void* const* 
     if (error != cudaSuccess) return error;
   }
   View view = plan.view(device, inputs, groups);
-  for (Launch& launch : plan.launches(device, groups, part)) {
-    void* arguments[] = {&view, &launch.work};
-    const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(launch.kernel),
-                                               dim3(static_cast<unsigned>(launch.blocks)),
-                                               dim3(kThreads), arguments, 0, stream_of(stream));
+  for (Launch& one : plan.launches(device, groups, part)) {
+    const cudaError_t error = launch(&view, &one, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+int absorb(const DevicePlan& plan, void* device, const Intake& gradient, void* stream) {
+  DevicePlan::Absorption work = plan.absorption(static_cast<size_t>(gradient.tensor));
+  View view = plan.absorbing_view(device);
+  Intake intake = gradient;
+  void* admitted[] = {&view, &work.admitted, &intake};
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(work.admit),
+                                             dim3(static_cast<unsigned>(work.admitted.blocks)),
+                                             dim3(kThreads), admitted, 0, stream_of(stream));
+  return error != cudaSuccess ? error : launch(&view, &work.pass, stream);
 }
 
 int multiprocessors(int device, int* count) {

@@ -27,6 +27,10 @@ int upload(const DevicePlan& plan, void* device, void* stream);
 int step(const DevicePlan& plan, void* device, void* inputs, const void* const* grads,
          const GroupInput* groups, const StepInput& numbers, void* stream, Part part = Part::whole);
 
+// Takes a gradient into its tensor's states, where the plan says that they absorb. Other tensors
+// may take one in at the same time, on other streams.
+int absorb(const DevicePlan& plan, void* device, const Intake& gradient, void* stream);
+
 int multiprocessors(int device, int* count);
 int device_count(int* count);
 const char* error_name(int error);

@@ -22,6 +22,10 @@ constexpr int kFoldElements = 8192;  // of a gradient
 constexpr int kPassElements = 2048;  // of what a pass before apply evaluates
 constexpr int kRow = 64;             // lanes of a fold
 
+// Where compressors scale every block of elements by itself: passes that have scales, bytes that a
+// block's take, blocks that a warp makes them of.
+constexpr int kMostScales = 2, kBlockBytes = kMostScales * 16, kBlocksOfWarp = 256;
+
 // A parameter with its states. Null addresses: there is none.
 struct Entry {
   // Parameter, gradient (unused: it comes with the step), states. A rule that reads no gradient
@@ -32,6 +36,7 @@ struct Entry {
   double* scale;    // stage[0] of the step before
   int64_t numel;
   int64_t select_first;  // where its elements begin in its selection's unit
+  int64_t first_block;   // of its blocks, where these have scales of their own
   int64_t first_mark;    // into View::marks, its words of each selection; -1: nothing is marked
   int32_t rule, group;
   int32_t layout, grad_layout;  // into View::layouts; -1: linear
@@ -69,6 +74,14 @@ struct StepInput {
   double unscale;           // what gradients are multiplied by before anything else
   const float* grad_scale;  // where not null: and divided by
   const float* found_inf;   // where not null, and not 0: nothing happens in this step
+};
+
+// A gradient that goes into its states before the step (absorb.cuh).
+struct Intake {
+  const void* grad;
+  int32_t tensor;
+  uint32_t once;  // hyper-parameters, as bits, that are 0 for all but the first one of a step
+  GroupInput group;
 };
 
 // What apply and the passes read of a tensor: the rule's constants, made once per tensor.
@@ -116,7 +129,7 @@ struct Unit {
 struct Status {
   int32_t skip;  // this step's: nothing was changed
   int32_t nonfinite;
-  int64_t steps, skipped;  // skipped: by the policy, not by GradScaler
+  unsigned long long steps, skipped;  // skipped: by the policy, not by GradScaler
 };
 
 // Piece `part` of a tensor, for one warp. Its length is the launch's business.
@@ -143,8 +156,12 @@ struct View {
   double* norm_sq;      // per tensor: before, then after this step
   double* unit_sum;     // per scope unit, twice over
   int32_t* started;     // per tensor: its states hold something
-  Scalars* scalars;     // per tensor
-  Prepared* prepared;   // per tensor
+  // Where gradients are absorbed, per tensor: how many its states took in since the last step, and
+  // the one that they are taking in.
+  int64_t* taken;
+  const void** incoming;
+  Scalars* scalars;    // per tensor
+  Prepared* prepared;  // per tensor
   uint32_t* signs;
   Unit* units;
   uint32_t* unit_arrived;
@@ -161,12 +178,15 @@ struct View {
   double* row_clipped;  // and after
   double* row_least;    // coefficient
   int64_t row_sum_count, row_chunks;
+  char* block_scales;              // per block: blocks.cuh
+  int32_t block_shift, block_run;  // logarithm of a block's elements; elements of a partial sum
   Status* status;
   double norm_type;
   int32_t tensors, groups;
   Scope scope, stage_scope[kMaxStages];
   NonFinite policy;
   bool reduces, accumulates, skip_unit_coef;
+  bool absorbs;  // gradients are in the states when the step comes: it has none
 };
 
 // What one launch is to do.
@@ -177,10 +197,12 @@ struct Work {
   int32_t rows;    // of 64 elements, per team of threads
   int32_t blocks;  // of all launches of this pass: the last to arrive finishes it
   int32_t stage;
-  int64_t piece;  // elements of an item, where a block works on one
+  int64_t piece;   // elements of an item, where a block works on one
+  int32_t tensor;  // of a launch for one tensor, which needs no items
 };
 
 using Kernel = void (*)(View, Work);
+using AbsorbKernel = void (*)(View, Work, Intake);
 
 // How operands lie in registers (access.cuh). A tensor takes the first one that fits.
 enum Access : int { kPlain = 0, kMixed = 1, kWide = 2 };

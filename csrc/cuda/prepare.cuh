@@ -9,10 +9,12 @@
 
 PYSMOOTH_KERNELS_BEGIN
 
-// By the policy for gradients that are not finite.
+// Whether the policy refuses gradients that are not finite.
+PYSMOOTH_DEVICE bool may_refuse(const View& plan) {
+  return plan.policy == NonFinite::skip || plan.policy == NonFinite::raise;
+}
 PYSMOOTH_DEVICE bool is_refused(const View& plan) {
-  return plan.reduces && plan.status->nonfinite != 0 &&
-         (plan.policy == NonFinite::skip || plan.policy == NonFinite::raise);
+  return plan.reduces && plan.status->nonfinite != 0 && may_refuse(plan);
 }
 
 // The first time in a step: everything that does not come from a pass.
@@ -57,6 +59,14 @@ PYSMOOTH_DEVICE void prepare_rule(Rule, const double* hyper, const Scalars& s, P
   keep<C>(out->take, GradientIn<C>(s));
 }
 
+// Where gradients are absorbed: whoever has taken one in takes part, and begins anew. Nobody reads
+// a gradient then, and a count is no address.
+PYSMOOTH_DEVICE void begin_absorbed(const View& plan, int t) {
+  const_cast<const void**>(plan.grads)[t] =
+      reinterpret_cast<const void*>(static_cast<uintptr_t>(plan.taken[t]));
+  plan.taken[t] = 0;
+}
+
 // stage: the pass that was just done; -1 at the beginning.
 PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
   const Entry& e = plan.entries[t];
@@ -93,6 +103,7 @@ PYSMOOTH_KERNEL prepare(View plan, Work work) {
     plan.status->steps += 1;
     plan.status->skipped += refused && !overflow ? 1 : 0;
   }
+  if (first && plan.absorbs && t < plan.tensors) begin_absorbed(plan, static_cast<int>(t));
   if (!refused && t < plan.tensors) prepare_tensor(plan, work.stage, static_cast<int>(t));
 }
 

@@ -159,6 +159,22 @@ PYSMOOTH_DEVICE double reduce_run(const Run<T>& run, double power, double* lanes
   }
 }
 
+// Run `number` of a tensor's gradient, of so many elements: a multiple of what 16 bytes hold.
+template <class T>
+PYSMOOTH_DEVICE Run<T> run_of(const View& plan, const Entry& e, const void* grad, int64_t number,
+                              int elements) {
+  constexpr int kGroup = 16 / static_cast<int>(sizeof(T));
+  const int64_t left = e.numel - number * elements;
+  Run<T> run;
+  run.data = static_cast<const T*>(grad);
+  run.layout = e.grad_layout < 0 ? nullptr : plan.layouts + e.grad_layout;
+  run.begin = number * elements;
+  run.length = left < 0 ? 0 : left < elements ? left : elements;
+  const auto misplaced = static_cast<int>(reinterpret_cast<uintptr_t>(grad) % 16 / sizeof(T));
+  run.head = run.layout != nullptr || misplaced == 0 ? 0 : kGroup - misplaced;
+  return run;
+}
+
 // One warp's share of a tensor.
 template <Reduction kind, class T>
 __device__ void reduce_item(const View& plan, const Item& item, const void* grad, double* lanes) {
@@ -167,15 +183,7 @@ __device__ void reduce_item(const View& plan, const Item& item, const void* grad
   const Us me;
   const Entry& e = plan.entries[item.tensor];
   const int64_t number = static_cast<int64_t>(item.part) * Us::kTeams + me.team;  // of the run
-  const auto* const data = static_cast<const T*>(grad);
-  const int64_t left = e.numel - number * kFoldElements;
-  Run<T> run;
-  run.data = data;
-  run.layout = e.grad_layout < 0 ? nullptr : plan.layouts + e.grad_layout;
-  run.begin = number * kFoldElements;
-  run.length = left < 0 ? 0 : left < kFoldElements ? left : kFoldElements;
-  const auto misplaced = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
-  run.head = run.layout != nullptr || misplaced == 0 ? 0 : kGroup - misplaced;
+  const Run<T> run = run_of<T>(plan, e, grad, number, kFoldElements);
   bool nonfinite = false;
   const double value = reduce_run<kind>(run, plan.norm_type, lanes + me.team * kRow, &nonfinite);
   if (me.member == 0 && run.length > 0) {

@@ -1,5 +1,6 @@
 // The kernels of the rules of one part. Compiled kParts times, with PYSMOOTH_PART from 0 on.
 
+#include "cuda/absorb.cuh"
 #include "cuda/apply.cuh"
 #include "cuda/kernels.h"
 #include "cuda/source.cuh"
@@ -10,6 +11,8 @@ namespace {  // functions of one name differ from part to part
 template <class Rule, int kStage, class A>
 void fill_stage(KernelTable* table, int rule, Access access) {
   table->source[rule][kStage][access] = generic::source<Rule, kStage, A>;
+  if constexpr (Rule::kScales > 0)
+    table->source_blocks[rule][kStage][access] = generic::source<Rule, kStage, A, false, true>;
   if constexpr (kStage < generic::selections_of<Rule>) {
     table->sample[rule][kStage][access] = generic::sample<Rule, kStage, A>;
     table->narrow[rule][kStage][access] = generic::narrow<Rule, kStage, A>;
@@ -27,6 +30,17 @@ void fill_stages([[maybe_unused]] KernelTable* table, [[maybe_unused]] int rule,
 template <class Rule, class A>
 void fill_access(KernelTable* table, int rule, Access access) {
   if constexpr (Rule::kApplies) table->apply[rule][access] = generic::apply<Rule, A>;
+  if constexpr (Rule::kAbsorbs) {
+    table->take_in[rule][access] = generic::take_in<Rule, A>;
+    table->absorbed[rule][access] = generic::source<Rule, 0, A, true>;
+    if constexpr (Rule::kScales > 0)
+      table->absorbed_blocks[rule][access] = generic::source<Rule, 0, A, true, true>;
+  }
+  // Others have compressed when they come to apply.
+  if constexpr (Rule::kScales > 0) {
+    constexpr bool kCompresses = Rule::kApply.draws;
+    table->apply_blocks[rule][access] = generic::apply<Rule, A, kCompresses>;
+  }
   fill_stages<Rule, A>(table, rule, access, std::make_integer_sequence<int, Rule::kStages>{});
 }
 

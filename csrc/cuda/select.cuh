@@ -84,9 +84,16 @@ PYSMOOTH_KERNEL sample(View plan, Work work) {
   const Unit& u = plan.units[e.unit];
   const int64_t at = int64_t{item.part} * kSampleLine + i % kSampleLine;
   uint64_t key = 0;
-  if (at < e.numel && is_selecting(plan, item.tensor))
-    key = key_of(Elements<Rule, kStage, A, UsePass<Rule, kStage>>(plan, item.tensor).before(at),
-                 u.wide != 0);
+  if (at < e.numel && is_selecting(plan, item.tensor)) {
+    using C = typename A::C;
+    const auto value = [&]() -> C {
+      if constexpr (Rule::kAbsorbs)
+        if (plan.absorbs)
+          return Elements<Rule, kStage, A, UseAgain<Rule>>(plan, item.tensor).again(at);
+      return Elements<Rule, kStage, A, UsePass<Rule, kStage>>(plan, item.tensor).before(at);
+    };
+    key = key_of(value(), u.wide != 0);
+  }
   plan.samples[work.first + i] = key;
 }
 
@@ -182,7 +189,7 @@ PYSMOOTH_KERNEL narrow(View plan, Work work) {
     const int d = digit.of(threshold, key, place_of(u, index));
     if (d >= 0) atomicAdd(&histogram[d], 1u);
   };
-  Elements<Rule, kStage, A, UsePass<Rule, kStage>> elements(plan, item.tensor);
+  Elements<Rule, kStage, A, UseAgain<Rule>> elements(plan, item.tensor);
   each_in_question(
       plan, work, item, [&](const Candidate& c, int) { see(c.key, c.index); },
       [&](int64_t i) { see(key_of(elements.again(i), wide), e.select_first + i); });

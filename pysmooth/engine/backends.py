@@ -259,6 +259,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         rules=_cuda_rules,
         lacks=_cuda_lacks,
         engine=_cuda_engine,
+        absorbs=True,
         capturable=True,
     ),
     BackendInfo(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from .._errors import BackendError
 from .amp import Amp
 from .backends import native_module
-from .device import DeviceEngine, Told, gradient_of, on_device
-from .recipe import GRADIENT, ClipMode, Recipe, needs_reduce
+from .device import Told, on_device
+from .device_absorb import AbsorbingEngine
+from .recipe import ABSORBED, GRADIENT, ClipMode, Recipe, needs_reduce
 from .state import version_roots
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ NUMBERS = {
     "skipped": torch.int64,
     "started": torch.int32,
     "spoiled": torch.int32,
+    "taken": torch.int64,
 }
 
 
@@ -62,20 +64,30 @@ class PlanMemory:
         keep() is called in the capture of a graph, which needs the memory from then on.
         """
         with _current(self._device):
-            stream, captures = _stream(self._device)
-            if captures:
-                self.captured = True
-                keep()
-                # Part of the graph's own memory, as everything that is allocated in a capture.
-                return run(torch.empty_like(self._inputs).data_ptr(), stream)
-            if stream != self._stream and self.plan.is_cuda:
-                for memory in (self.plan, self._inputs):
-                    memory.record_stream(torch.cuda.current_stream(self._device))
-            self._stream = stream
-            return run(self._inputs.data_ptr(), stream)
+            stream, captures = self._use(keep)
+            # Part of the graph's own memory, as everything that is allocated in a capture.
+            inputs = torch.empty_like(self._inputs) if captures else self._inputs
+            return run(inputs.data_ptr(), stream)
+
+    def enqueue(self, run: Callable[[int], None], keep: Callable[[], None]) -> None:
+        """run(stream), of what brings its numbers along; keep as above."""
+        with _current(self._device):
+            run(self._use(keep)[0])
+
+    def _use(self, keep: Callable[[], None]) -> tuple[int, bool]:
+        stream, captures = _stream(self._device)
+        if captures:
+            self.captured = True
+            keep()
+            return stream, True
+        if stream != self._stream and self.plan.is_cuda:
+            for memory in (self.plan, self._inputs):
+                memory.record_stream(torch.cuda.current_stream(self._device))
+        self._stream = stream
+        return stream, False
 
 
-class CudaEngine(DeviceEngine):
+class CudaEngine(AbsorbingEngine):
     """Steps through a plan of launches, made anew whenever anything but a gradient moved.
 
     The plan's memory, and what a step's numbers are written to, are torch tensors; launches go to
@@ -98,6 +110,7 @@ class CudaEngine(DeviceEngine):
         self._numbers: dict[str, Tensor] = {}
         self._reduces = False
         self._copied = False  # gradients, into new states, for the step to come
+        self._state_dicts: list[dict[str, Any]] = []  # that the plan knows, per parameter
 
     @torch.no_grad()
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
@@ -115,7 +128,9 @@ class CudaEngine(DeviceEngine):
             if not _stream(self._device)[1]:
                 self._settle_fresh(optimizer)
             raise
-        self._reduces = needs_reduce(optimizer.policy, recipes)
+        self._reduces = not optimizer.absorbs and needs_reduce(optimizer.policy, recipes)
+        if optimizer.absorbs:
+            torch.autograd.graph.increment_version(self.forget_absorbed(optimizer))
         # Gradients that were copied into new states are kept only if the step happened, so that a
         # first step may have to wait.
         if self._copied or not _is_late(self._device):
@@ -168,11 +183,13 @@ class CudaEngine(DeviceEngine):
         copies = any(recipe.initial(key) == GRADIENT for recipe in recipes for key in recipe.keys)
         scale = amp.read() if copies else 1.0
         members, device = self.gather(optimizer, recipes, 0.0 if scale is None else scale)
+        state_dicts = [optimizer.state.get(m.param, {}) for m in members]
+        absorbed = [state.get(ABSORBED, 0) for state in state_dicts]
         try:
             plan: Plan = self._native.Plan(
                 params=[m.param for m in members],
-                grads=[gradient_of(m.param) for m in members],
-                state_dicts=[optimizer.state.get(m.param, {}) for m in members],
+                grads=[self.form_of(optimizer, m.param) for m in members],
+                state_dicts=state_dicts,
                 state_keys=[m.recipe.keys for m in members],
                 rules=[m.recipe.rule for m in members],
                 groups=[m.group for m in members],
@@ -186,8 +203,11 @@ class CudaEngine(DeviceEngine):
                 norm_type=optimizer.norm_type,
                 stage_scopes=[int(scope) for scope in optimizer.stage_scopes],
                 select=optimizer.select_spec(),
+                absorbed=absorbed if optimizer.absorbs else [],
             )
             memory = PlanMemory(plan, device)
+            if optimizer.absorbs and device.type == "cuda":
+                torch.cuda.synchronize(device)  # backward may work on another stream than this
         except BaseException:
             self.forget(optimizer, list(self._fresh))
             raise
@@ -196,10 +216,48 @@ class CudaEngine(DeviceEngine):
             name: memory.plan[at : at + count * NUMBERS[name].itemsize].view(NUMBERS[name])
             for name, (at, count) in plan.places.items()
         }
-        self._told = Told(self._numbers["skipped"], self._numbers["spoiled"])
+        self._state_dicts = state_dicts
+        self._told = Told(
+            self._numbers["skipped"], self._numbers["spoiled"], self._numbers.get("taken")
+        )
         self._copied = self.copies_gradients()
         self._built_for = _form(optimizer, recipes)
         self._states = native_module().StateSnapshot(optimizer.state)
+
+    # ---- gradients that states take in before the step ------------------------------------------
+
+    def is_late(self, device: torch.device) -> bool:
+        """Whether a device does its work behind the host's back."""
+        return _is_late(device)
+
+    def build(self, optimizer: FusedOptimizer) -> None:
+        """Makes a plan for gradients to be taken in."""
+        self._build(optimizer, optimizer.recipes(), Amp(None, None))
+
+    def holds(self, optimizer: FusedOptimizer, place: int) -> bool:
+        """Whether the plan is right for this parameter, its states and the gradient it has."""
+        plan, member = self._plan, self._members[place]
+        if plan is None or not self._built_for or len(optimizer.state) != self._built_for[0]:
+            return False
+        if optimizer.state.get(member.param) is not self._state_dicts[place]:
+            return False
+        recipe = optimizer.absorbing(optimizer.param_groups[member.group], first=True)
+        known = _form_of(recipe.of(member.param)) == _form_of(member.recipe)
+        return known and bool(member.held) and plan.holds(place)
+
+    def take_in(self, optimizer: FusedOptimizer, place: int, recipe: Recipe, once: int) -> None:
+        """Enqueues what takes the parameter's gradient in."""
+        plan, memory = self._plan, self._memory
+        assert plan is not None
+        assert memory is not None
+        lr = optimizer.late_lr(optimizer.param_groups[self._members[place].group])
+        hyper = self._hyper(recipe, lr)
+        memory.enqueue(
+            lambda stream: plan.absorb(place, hyper, recipe.clip, once, stream),
+            lambda: optimizer.keep_for_graphs(memory),
+        )
+
+    # ---- what the host may ask for --------------------------------------------------------------
 
     def started(self) -> list[bool]:
         """Per parameter, whether a step of this plan has used its states. Waits for the device."""
@@ -228,11 +286,7 @@ class CudaEngine(DeviceEngine):
 
 def lacks(recipe: Recipe, rules: Container[str]) -> str | None:
     """What the recipe asks for and this backend has no kernel for, in words; None: nothing."""
-    if recipe.rule not in rules:
-        return repr(recipe.rule)
-    if recipe.scales_blocks:
-        return "scope='block' of QSGD"
-    return None
+    return None if recipe.rule in rules else repr(recipe.rule)
 
 
 def refuse_in_capture(device: torch.device) -> None:
@@ -265,6 +319,14 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
     """What a plan is built for, apart from tensors."""
-    forms = ((r.rule, r.low_states, r.param_storage, r.clip.mode == ClipMode.AGC) for r in recipes)
     settings = (optimizer.scope, optimizer.policy, optimizer.norm_type)
-    return (len(optimizer.state), settings, *forms)
+    return (len(optimizer.state), settings, *map(_form_of, recipes))
+
+
+def _form_of(recipe: Recipe) -> tuple[object, ...]:
+    return (
+        recipe.rule,
+        recipe.low_states,
+        recipe.param_storage,
+        recipe.clip.mode == ClipMode.AGC,
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .device import DeviceEngine
+from .device import DeviceEngine, gradient_of
 from .recipe import ABSORBED, Recipe
 
 if TYPE_CHECKING:
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 class AbsorbingEngine(DeviceEngine):
     """Takes gradients in one by one, as backward makes them. A subclass enqueues that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._expected: dict[Tensor, Tensor] = {}  # forms of gradients that were absorbed
+
+    def is_late(self, device: torch.device) -> bool:
+        """Whether a device does its work behind the host's back."""
+        return device.type != "cpu"
 
     @abstractmethod
     def holds(self, optimizer: FusedOptimizer, place: int) -> bool:
@@ -73,11 +81,19 @@ class AbsorbingEngine(DeviceEngine):
         """Whether a device that the host need not wait for has just kept a gradient out."""
         told = self._told
         assert told is not None
-        if told.skipped.device.type != "cpu" or not int(told.skipped):
+        if self.is_late(told.skipped.device) or not int(told.skipped):
             return False
         told.skipped.zero_()
         told.spoiled.zero_()
         return True
+
+    def form_of(self, optimizer: FusedOptimizer, p: Tensor) -> Tensor:
+        """The gradient, or what it will look like. Where it is absorbed, without its memory."""
+        if not optimizer.absorbs:
+            return gradient_of(p)
+        if p.grad is not None:
+            self._expected[p] = stand_in(gradient_of(p))
+        return self._expected.get(p, p)
 
     def forget_absorbed(self, optimizer: FusedOptimizer) -> list[Tensor]:
         """After a step: what was taken in counts no more. Returns whose that was."""
@@ -85,3 +101,11 @@ class AbsorbingEngine(DeviceEngine):
         for p in found:
             optimizer.state[p][ABSORBED] = 0
         return found
+
+
+def stand_in(grad: Tensor) -> Tensor:
+    """A tensor of the same form, without memory: a plan outlives the gradients it was made for."""
+    size = 1 + sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
+    unaligned = int(grad.data_ptr() % 16 != 0)
+    memory = torch.empty(max(size, 0) + 1, dtype=grad.dtype, device="meta")
+    return memory.as_strided(grad.shape, grad.stride(), unaligned)

@@ -18,7 +18,7 @@ from ..triton_kernels.table import GROUP_WORDS
 from .amp import Amp
 from .backends import native_module
 from .device import Member, Told, gradient_of, on_device
-from .device_absorb import AbsorbingEngine
+from .device_absorb import AbsorbingEngine, stand_in
 from .recipe import (
     ABSORBED,
     GRADIENT,
@@ -57,7 +57,6 @@ class TritonEngine(AbsorbingEngine):
         self._params: list[Tensor] = []
         self._watch: Watch | None = None  # where the native module can tell
         self._resolved: list[Tensor | None] = []
-        self._expected: dict[Tensor, Tensor] = {}  # forms of gradients that were absorbed
         self._absorbed_for: list[tuple[object, ...]] = []  # what their passes were made for
         self._selections = (0, 0)  # of plans that are gone
 
@@ -188,7 +187,7 @@ class TritonEngine(AbsorbingEngine):
         selections = self.selections()
         members, place = self.gather(optimizer, recipes, None)
         try:
-            grads = [self._form_of(optimizer, m.param) for m in members]
+            grads = [self.form_of(optimizer, m.param) for m in members]
             slots = [_slot(m, grad) for m, grad in zip(members, grads, strict=True)]
             for s, m in zip(slots, members, strict=True):
                 s.absorbed = optimizer.state.get(m.param, {}).get(ABSORBED, 0)
@@ -210,14 +209,6 @@ class TritonEngine(AbsorbingEngine):
         self._roots = version_roots([t for m in members for t in m.held.values()])
         self._built_for = _form(optimizer, recipes)
         return plan
-
-    def _form_of(self, optimizer: FusedOptimizer, p: Tensor) -> Tensor:
-        """The gradient, or what it will look like."""
-        if not optimizer.absorbs:
-            return gradient_of(p)
-        if p.grad is not None:
-            self._expected[p] = stand_in(gradient_of(p))
-        return self._expected.get(p, p)
 
     # ---- gradients that states take in before the step ------------------------------------------
 
@@ -336,14 +327,6 @@ def _real(t: Tensor) -> Tensor:
 
 def _form_of(grad: Tensor) -> Form:
     return (grad.dtype, grad.shape, grad.stride(), grad.data_ptr() % 16 == 0)
-
-
-def stand_in(grad: Tensor) -> Tensor:
-    """A tensor of the same form, without memory: a plan outlives the gradients it was made for."""
-    size = 1 + sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
-    unaligned = int(grad.data_ptr() % 16 != 0)
-    memory = torch.empty(max(size, 0) + 1, dtype=grad.dtype, device="meta")
-    return memory.as_strided(grad.shape, grad.stride(), unaligned)
 
 
 def _slot(member: Member, grad: Tensor) -> Slot:

@@ -97,7 +97,7 @@ class EFSGD(CompressedOptimizer):
             that takes norms). The first two read all gradients once more, as norms do.
         norm: "in_backward": norms, and whether gradients are finite, are seen in backward, as in
             `pysmooth.ClipSGD`, and the step need not read them for it.
-        backend: "auto", "cpu", "cuda" (not with `absorb`), "triton" or "eager".
+        backend: "auto", "cpu", "cuda", "triton" or "eager".
         precision: `master_weights`, `kahan` or `stochastic_rounding`, as in `pysmooth.ClipSGD`.
 
     Raises:

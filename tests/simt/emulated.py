@@ -62,6 +62,7 @@ class _Parameter(ctypes.Structure):
         ("steps", ctypes.c_void_p),
         ("norm_sq", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("absorbed", ctypes.c_int64),
     ]
 
 
@@ -78,6 +79,8 @@ class _Config(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("block", ctypes.c_int64),
         ("select_seed", ctypes.c_uint64),
+        ("absorbs", ctypes.c_int32),
+        ("once", ctypes.c_uint32),
     ]
 
 
@@ -117,7 +120,7 @@ def kernels() -> ctypes.CDLL:
         (str(HERE / "harness.cpp"), [*BINDING_FLAGS, "-fvisibility=default"]),
         (str(HERE / "runtime.cpp"), []),
     ]
-    plain += [(str(cuda / name), []) for name in ("device_plan.cpp", "launch.cu")]
+    plain += [(str(path), []) for path in (*sorted(cuda.glob("*.cpp")), cuda / "launch.cu")]
     bindings = ROOT / "csrc" / "bindings"
     bound = [*sorted(bindings.glob("cuda/*.cpp"))]
     bound += [bindings / f"{name}.cpp" for name in ("aliasing", "direct", "tensor_reader")]
@@ -174,6 +177,8 @@ class Facts(NamedTuple):
     keeps_scale: bool
     selects: bool
     marks: bool
+    absorbs: bool
+    scales: int
 
 
 @cache
@@ -183,10 +188,10 @@ def rules() -> dict[str, Facts]:
     out = {}
     for i in range(lib.rule_count()):
         hyper = tuple(lib.rule_hyper(i, k).decode() for k in range(lib.rule_hypers(i)))
-        numbers = (ctypes.c_int * 9)()
+        numbers = (ctypes.c_int * 11)()
         lib.rule_facts(i, numbers)
-        flags = (bool(x) for x in numbers[3:])
-        out[lib.rule_name(i).decode()] = Facts(hyper, *numbers[:3], *flags)
+        flags = (bool(x) for x in numbers[3:10])
+        out[lib.rule_name(i).decode()] = Facts(hyper, *numbers[:3], *flags, numbers[10])
     return out
 
 
@@ -206,6 +211,7 @@ class Slot:
     storage: int = 0  # of the parameter; a companion comes after the rule's states
     misplaced: Sequence[int] = (0,) * MAX_OPERANDS  # bytes from a 16-byte boundary, per operand
     by_rows: bool = False  # as its gradient is clipped
+    absorbed: int = 0  # gradients that the states hold
 
 
 @dataclass
@@ -234,6 +240,9 @@ class Run:
     skipped: bool = False
     nonfinite: bool = False
     nonfinite_tensors: list[bool] = field(default_factory=list)
+    absorbs: int = 0  # gradients are taken in one by one: 1, then the step; 2, without a step
+    once: int = 0  # hyper-parameters, as bits, that are 0 for all but the first of a step
+    kept_out: int = 0  # gradients, or steps, that the policy refused
 
 
 def _span(x: Tensor) -> tuple[int, int]:
@@ -273,7 +282,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         shaped = slot.param if slot.param is not None else slot.grad
         assert shaped is not None
         p.rule, p.group, p.first = numbers[slot.rule], slot.group, int(slot.first)
-        p.storage, p.by_rows = slot.storage, int(slot.by_rows)
+        p.storage, p.by_rows, p.absorbed = slot.storage, int(slot.by_rows), slot.absorbed
         p.ndim = shaped.ndim
         p.shape[: shaped.ndim] = shaped.shape
         for k, x in enumerate((slot.param, slot.grad, *slot.states)):
@@ -296,7 +305,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
     config = _Config(groups=len(run.hypers))
     for name in ("scope", "policy", "always_norm", "skip_unit_coef", "norm_type"):
         setattr(config, name, getattr(run, name))
-    for name in ("order", "seed", "resident", "races", "multiprocessors"):
+    for name in ("order", "seed", "resident", "races", "multiprocessors", "absorbs", "once"):
         setattr(config, name, getattr(run, name))
     config.stage_scope[: len(run.stage_scopes)] = tuple(run.stage_scopes)
     kind, scope, ratio, k, block, scaled, seed = run.select
@@ -305,7 +314,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
     numbers_in = _Step(run.unscale, _pointer(run.grad_scale), _pointer(run.found_inf))
     units = (ctypes.c_double * (len(slots) + len(run.hypers) + 1))()
     coefs = (ctypes.c_double * max(1, len(slots)))()
-    status = (ctypes.c_int * 2)()
+    status = (ctypes.c_int * 3)()
     bad = (ctypes.c_uint * max(1, len(slots)))()
     error = ctypes.create_string_buffer(256)
     lib.emulated_step(
@@ -313,10 +322,10 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         *(units, coefs, status, bad, error),
     )
     for p, slot in zip(parameters, slots, strict=False):
-        slot.first = bool(p.first)
+        slot.first, slot.absorbed = bool(p.first), p.absorbed
     count = {0: 1, 1: len(run.hypers), 2: len(slots)}[run.scope]
     run.norms, run.coefs = list(units)[:count], list(coefs)[: len(slots)]
-    run.skipped, run.nonfinite = bool(status[0]), bool(status[1])
+    run.skipped, run.nonfinite, run.kept_out = bool(status[0]), bool(status[1]), status[2]
     run.nonfinite_tensors = [bool(x) for x in bad[: len(slots)]]
     return error.value.decode()
 

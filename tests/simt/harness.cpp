@@ -1,4 +1,4 @@
-// Steps of the CUDA backend, emulated: what test_cuda_kernels.py calls.
+// Steps of the CUDA backend, emulated: what tests/cuda_kernels.py calls.
 //
 // Every operand is copied to memory of its own, at an address as awkward as asked for, with pages
 // around it that cannot be touched; after the step it is copied back.
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings/row_cut.h"
+#include "cuda/facts.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "simt.h"
@@ -42,7 +43,11 @@ struct Parameter {
   float* steps;
   double* norm_sq;
   double* scale;
+  int64_t absorbed;
 };
+
+// What becomes of gradients that states absorb: taken in one by one, and then the step.
+enum Absorbing : int32_t { kNone = 0, kAll = 1, kTaken = 2 };
 
 struct Config {
   int32_t groups, scope, stage_scope[kMaxStages], policy, always_norm, skip_unit_coef;
@@ -53,6 +58,8 @@ struct Config {
   double ratio;
   int64_t k, block;
   uint64_t select_seed;
+  int32_t absorbs;
+  uint32_t once;
 };
 
 // Device memory that mirrors memory of the host.
@@ -116,6 +123,7 @@ Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
   out.rule = p.rule;
   out.group = p.group;
   out.first = p.first != 0;
+  out.absorbed = p.absorbed;
   out.numel = 1;
   for (int d = 0; d < p.ndim; ++d) out.numel *= p.shape[d];
   const RuleFacts& rule = facts(p.rule);
@@ -163,18 +171,21 @@ int rule_count() { return kRules; }
 const char* rule_name(int rule) { return facts(rule).name; }
 int rule_hypers(int rule) { return facts(rule).hypers; }
 const char* rule_hyper(int rule, int i) { return facts(rule).hyper[i]; }
-// states, stages, low_states, reads_grad, counts_steps, accumulates, keeps_scale, selects
+// states, stages, low_states, reads_grad, counts_steps, accumulates, keeps_scale, selects, marks,
+// absorbs, scales
 void rule_facts(int rule, int* out) {
   const RuleFacts& f = facts(rule);
   const int all[] = {f.states,      f.stages,       static_cast<int>(f.low_states),
                      f.reads_grad,  f.counts_steps, f.accumulates,
-                     f.keeps_scale, f.selects,      f.marks};
+                     f.keeps_scale, f.selects,      f.marks,
+                     f.absorbs,     f.scales};
   std::copy(std::begin(all), std::end(all), out);
 }
 
 // One step. `norms` and `coefs` take as many numbers as there are scope units and parameters,
-// `status` two: skipped, nonfinite; `nonfinite` one per parameter. `first` of the parameters is
-// brought up to date. `error`: what was refused, or went wrong.
+// `status` three: whether it was skipped, whether a gradient was not finite, how many were kept
+// out; `nonfinite` one per parameter. `first` and `absorbed` of the parameters are brought up to
+// date. `error`: what was refused, or went wrong.
 void emulated_step(const Config* config, Parameter* parameters, int count, GroupInput* groups,
                    StepInput* step, double* norms, double* coefs, int* status, unsigned* nonfinite,
                    char* error) try {
@@ -215,15 +226,28 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
   settings.select.block = config->block;
   settings.select.scaled = config->scaled != 0;
   settings.select.seed = config->select_seed;
+  settings.absorbs = config->absorbs != kNone;
 
   const DevicePlan plan(tensors, config->groups, settings);
   void* const memory = simt::allocate(plan.bytes(), 0, 0xFF);
   const size_t input_bytes = plan.input_bytes();
   void* const inputs = simt::allocate((input_bytes + 7) / 8 * 8, 0, 0xFF);
   std::string wrong;
-  if (upload(plan, memory, nullptr) != 0 ||
-      cuda::step(plan, memory, inputs, grads.data(), groups, *step, nullptr) != 0)
-    wrong = error_name(0);
+  const auto take_in = [&](int t) {
+    const void*& grad = grads[static_cast<size_t>(t)];
+    if (grad == nullptr || tensors[static_cast<size_t>(t)].numel == 0) return true;
+    const Intake gradient{std::exchange(grad, nullptr), t, config->once,
+                          groups[parameters[t].group]};
+    return absorb(plan, memory, gradient, nullptr) == 0;
+  };
+  const auto run = [&] {
+    if (upload(plan, memory, nullptr) != 0) return false;
+    for (int t = 0; t < count && settings.absorbs; ++t)
+      if (!take_in(t)) return false;
+    return config->absorbs == kTaken ||
+           cuda::step(plan, memory, inputs, grads.data(), groups, *step, nullptr) == 0;
+  };
+  if (!run()) wrong = error_name(0);
   if (wrong.empty()) wrong = simt::check_surroundings(memory);
   if (wrong.empty()) wrong = simt::check_surroundings(inputs);
   const std::string back = device.copy_back();
@@ -237,12 +261,16 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
   read(plan.status_at(), &outcome, sizeof(outcome));
   status[0] = outcome.skip;
   status[1] = outcome.nonfinite;
+  status[2] = static_cast<int>(outcome.skipped);
   read(plan.norms_at(), norms, plan.units() * sizeof(double));
   read(plan.coefs_at(), coefs, n * sizeof(double));
   read(plan.nonfinite_at(), nonfinite, n * sizeof(unsigned));
   std::vector<int32_t> started(n);
   read(plan.started_at(), started.data(), n * sizeof(int32_t));
   for (size_t t = 0; t < n; ++t) parameters[t].first = started[t] == 0 ? 1 : 0;
+  std::vector<int64_t> taken(n);
+  if (settings.absorbs) read(plan.taken_at(), taken.data(), n * sizeof(int64_t));
+  for (size_t t = 0; t < n; ++t) parameters[t].absorbed = taken[t];
   simt::release(memory);
   simt::release(inputs);
   std::snprintf(error, 256, "%s", wrong.c_str());

@@ -34,6 +34,9 @@ std::function<void()> bound(const void* kernel, void** arguments) {
   const auto is = [kernel](auto known) { return kernel == reinterpret_cast<const void*>(known); };
   if (is(kernels().put_few)) return bound_put<kFewWords>(kernels().put_few, arguments);
   if (is(kernels().put_many)) return bound_put<kManyWords>(kernels().put_many, arguments);
+  if (is(kernels().admit))
+    return [view = argument<View>(arguments, 0), work = argument<Work>(arguments, 1),
+            intake = argument<Intake>(arguments, 2)] { kernels().admit(view, work, intake); };
   return [run = reinterpret_cast<Kernel>(const_cast<void*>(kernel)),
           view = argument<View>(arguments, 0),
           work = argument<Work>(arguments, 1)] { run(view, work); };

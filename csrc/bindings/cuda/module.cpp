@@ -2,6 +2,7 @@
 
 #include "bindings/cuda/clip.h"
 #include "bindings/cuda/plan.h"
+#include "cuda/facts.h"
 #include "cuda/kernels.h"
 
 namespace pysmooth::cuda {
@@ -55,14 +56,16 @@ PYBIND11_MODULE(_cuda, m) {
                     const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
                     const std::vector<bool>&, const py::list&, int, int, double,
-                    const std::vector<int>&, const py::object&>(),
+                    const std::vector<int>&, const py::object&, const std::vector<int64_t>&>(),
            py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
            py::arg("state_keys"), py::arg("rules"), py::arg("groups"), py::arg("names"),
            py::arg("first"), py::arg("param_storage"), py::arg("by_rows"), py::arg("state_roots"),
            py::arg("scope"), py::arg("policy"), py::arg("norm_type"), py::arg("stage_scopes"),
-           py::arg("select"))
+           py::arg("select"), py::arg("absorbed"))
       .def("upload", &StepPlan::upload)
       .def("step", &StepPlan::step)
+      .def("holds", &StepPlan::holds)
+      .def("absorb", &StepPlan::absorb)
       .def_property_readonly("bytes", [](const StepPlan& p) { return p.device_plan().bytes(); })
       .def_property_readonly("input_bytes",
                              [](const StepPlan& p) { return p.device_plan().input_bytes(); })
@@ -76,6 +79,7 @@ PYBIND11_MODULE(_cuda, m) {
         out["skipped"] = py::make_tuple(plan.status_at() + offsetof(Status, skipped), 1);
         out["started"] = py::make_tuple(plan.started_at(), n);
         out["spoiled"] = py::make_tuple(plan.spoiled_at(), n);
+        if (p.absorbs()) out["taken"] = py::make_tuple(plan.taken_at(), n);
         return out;
       });
   py::enum_<Part>(m, "Part")

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "bindings/select_spec.h"
+#include "cuda/facts.h"
 #include "cuda/kernels.h"
 
 namespace pysmooth::cuda {
@@ -21,6 +22,28 @@ const float* float_at(const py::object& tensor, const char* name) {
   if (d.dtype.code != kDLFloat || d.dtype.bits != 32)
     throw py::type_error(std::string(name) + " is not a float32 tensor");
   return static_cast<const float*>(d.data);
+}
+
+GroupInput group_of(const py::tuple& hyper, const py::tuple& clip) {
+  GroupInput group{};
+  for (size_t i = 0; i < hyper.size() && i < kMaxHyper; ++i) {
+    const py::handle value = PyTuple_GET_ITEM(hyper.ptr(), static_cast<Py_ssize_t>(i));
+    if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
+      group.hyper[i] = py::cast<double>(value);
+      continue;
+    }
+    DLTensor d;
+    shared_reader().read(value.ptr(), &d, [] { return std::string("a hyper-parameter"); });
+    if (d.dtype.code != kDLFloat || (d.dtype.bits != 32 && d.dtype.bits != 64))
+      throw py::type_error("a hyper-parameter on the device is neither float32 nor float64");
+    group.hyper_at[i] = d.data;
+    if (d.dtype.bits == 64) group.hyper_is_double |= 1u << i;
+  }
+  group.clip = {static_cast<ClipMode>(py::cast<int>(clip[0])), py::cast<double>(clip[1]),
+                py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
+  group.clip_value = py::cast<double>(clip[5]);
+  group.maximize = py::cast<bool>(clip[6]) ? 1 : 0;
+  return group;
 }
 
 }  // namespace
@@ -41,7 +64,7 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
                    const std::vector<bool>& first, const std::vector<int>& param_storage,
                    const std::vector<bool>& by_rows, const py::list& state_roots, int scope,
                    int policy, double norm_type, const std::vector<int>& stage_scopes,
-                   const py::object& select)
+                   const py::object& select, const std::vector<int64_t>& absorbed)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -51,10 +74,11 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
       grads_(params.size()),
       addresses_(params.size()),
       active_(params.size()) {
+  absorbs_ = !absorbed.empty();
   const size_t n = params.size();
   if (grads.size() != n || state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
       groups.size() != n || names_.size() != n || first.size() != n || param_storage.size() != n ||
-      by_rows.size() != n)
+      by_rows.size() != n || (absorbs_ && absorbed.size() != n))
     throw py::value_error("Plan: all lists must be as long as params");
   std::vector<Tensor> tensors(n);
   for (size_t t = 0; t < n; ++t) {
@@ -62,6 +86,7 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
     out.rule = find_rule(rules[t]);
     out.group = groups[t];
     out.first = first[t];
+    if (absorbs_) out.absorbed = absorbed[t];
     out.storage = static_cast<ParamStorage>(param_storage[t]);
     if (out.group < 0 || (t > 0 && out.group < groups[t - 1]))
       throw py::value_error("Plan: groups must come in order");
@@ -71,8 +96,9 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
     e.tracked = tracked_.size();
     track(t, item(params, t), label(t));
     DLTensor d;
-    shared_reader().read(item(grads, t), &d, [&] { return "gradient of " + label(t); });
+    shared_reader().read(item(params, t), &d, [&] { return label(t); });
     if (device_ < 0) device_ = d.device.device_id;
+    shared_reader().read_form(item(grads, t), &d, [&] { return "gradient of " + label(t); });
     e.grad.assign(d);
     read_states(t, &out);
     read_layouts(t, by_rows[t], &out);
@@ -81,6 +107,7 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
   settings.scope = static_cast<Scope>(scope);
   settings.policy = static_cast<NonFinite>(policy);
   settings.norm_type = norm_type;
+  settings.absorbs = absorbs_;
   for (size_t i = 0; i < stage_scopes.size() && i < kMaxStages; ++i)
     settings.stage_scope[i] = static_cast<Scope>(stage_scopes[i]);
   if (!select.is_none()) settings.select = read_select(select);
@@ -271,6 +298,7 @@ bool StepPlan::gather() {
     const size_t end = std::min(entries_.size(), begin + kBlock);
     for (size_t t = begin; t < end; ++t) {
       if (!find_gradient(t)) return false;
+      if (absorbs_) active_[t] = 0;  // who takes part is known on the device
       same = same && written_for_[t] == active_[t];
       if (active_[t] && entries_[t].held != entries_[t].expected) return false;
     }
@@ -291,28 +319,6 @@ void StepPlan::note_written() {
   written_for_ = active_;
 }
 
-void StepPlan::set_group(size_t g, const py::tuple& hyper, const py::tuple& clip) {
-  GroupInput& group = inputs_[g];
-  group = GroupInput{};
-  for (size_t i = 0; i < hyper.size() && i < kMaxHyper; ++i) {
-    const py::handle value = PyTuple_GET_ITEM(hyper.ptr(), static_cast<Py_ssize_t>(i));
-    if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
-      group.hyper[i] = py::cast<double>(value);
-      continue;
-    }
-    DLTensor d;
-    shared_reader().read(value.ptr(), &d, [] { return std::string("a hyper-parameter"); });
-    if (d.dtype.code != kDLFloat || (d.dtype.bits != 32 && d.dtype.bits != 64))
-      throw py::type_error("a hyper-parameter on the device is neither float32 nor float64");
-    group.hyper_at[i] = d.data;
-    if (d.dtype.bits == 64) group.hyper_is_double |= 1u << i;
-  }
-  group.clip = {static_cast<ClipMode>(py::cast<int>(clip[0])), py::cast<double>(clip[1]),
-                py::cast<double>(clip[2]), py::cast<double>(clip[3]), py::cast<double>(clip[4])};
-  group.clip_value = py::cast<double>(clip[5]);
-  group.maximize = py::cast<bool>(clip[6]) ? 1 : 0;
-}
-
 bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
                     const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
                     uintptr_t stream) {
@@ -324,8 +330,8 @@ bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const p
   const std::unique_ptr<void, decltype(release)> guard(this, release);
   if (!gather()) return false;
   for (size_t g = 0; g < inputs_.size(); ++g)
-    set_group(g, py::reinterpret_borrow<py::tuple>(hypers[g]),
-              py::reinterpret_borrow<py::tuple>(clips[g]));
+    inputs_[g] = group_of(py::reinterpret_borrow<py::tuple>(hypers[g]),
+                          py::reinterpret_borrow<py::tuple>(clips[g]));
   StepInput numbers{};
   numbers.unscale = 1.0;
   numbers.grad_scale = float_at(grad_scale, "grad_scale");
@@ -337,6 +343,29 @@ bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const p
   for (size_t t = 0; t < entries_.size(); ++t)
     if (active_[t] && known(t, 0).impl != nullptr) direct_->count_write(&known(t, 0).impl);
   return true;
+}
+
+bool StepPlan::find_one(size_t t) {
+  if (t >= entries_.size()) throw py::index_error("Plan: there is no such parameter");
+  return find_gradient(t) && active_[t] && entries_[t].held == entries_[t].expected &&
+         unmoved(t, t + 1) && read_gradient(t);
+}
+
+bool StepPlan::holds(size_t t) {
+  const bool found = find_one(t);
+  grads_[t] = py::object();
+  return found;
+}
+
+void StepPlan::absorb(size_t t, const py::tuple& hyper, const py::tuple& clip, uint32_t once,
+                      uintptr_t stream) {
+  if (memory_ == nullptr) throw std::logic_error("Plan.absorb: upload() comes first");
+  const auto release = [this, t](void*) { grads_[t] = py::object(); };
+  const std::unique_ptr<void, decltype(release)> guard(this, release);
+  if (!absorbs_ || !find_one(t))
+    throw std::logic_error("Plan.absorb: holds() comes first, and says so");
+  const Intake gradient{addresses_[t], static_cast<int32_t>(t), once, group_of(hyper, clip)};
+  check(cuda::absorb(*plan_, memory_, gradient, reinterpret_cast<void*>(stream)), "launch");
 }
 
 }  // namespace pysmooth::cuda

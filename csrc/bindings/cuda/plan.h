@@ -26,9 +26,11 @@ class StepPlan {
            const std::vector<int>& groups, std::vector<std::string> names,
            const std::vector<bool>& first, const std::vector<int>& param_storage,
            const std::vector<bool>& by_rows, const py::list& state_roots, int scope, int policy,
-           double norm_type, const std::vector<int>& stage_scopes, const py::object& select);
+           double norm_type, const std::vector<int>& stage_scopes, const py::object& select,
+           const std::vector<int64_t>& absorbed);
 
   const DevicePlan& device_plan() const { return *plan_; }
+  bool absorbs() const { return absorbs_; }
   void upload(uintptr_t memory, uintptr_t stream);
 
   // Enqueues a step; false: stale, and nothing happened. `hypers` holds numbers, and tensors on the
@@ -36,6 +38,13 @@ class StepPlan {
   bool step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
             const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
             uintptr_t stream);
+
+  // Where gradients are absorbed: whether all that belongs to parameter t is as the plan has it,
+  // its gradient included; then, enqueues what takes that in. `once`: hyper-parameters, as bits,
+  // that are 0 for all but the first one of a step.
+  bool holds(size_t t);
+  void absorb(size_t t, const py::tuple& hyper, const py::tuple& clip, uint32_t once,
+              uintptr_t stream);
 
  private:
   struct Tracked {
@@ -63,7 +72,7 @@ class StepPlan {
   bool unmoved(size_t begin, size_t end) const;
   bool read_gradient(size_t t);
   bool gather();
-  void set_group(size_t g, const py::tuple& hyper, const py::tuple& clip);
+  bool find_one(size_t t);
   void note_written();
 
   py::list params_, state_dicts_, state_keys_, state_roots_, written_;
@@ -77,6 +86,7 @@ class StepPlan {
   std::vector<size_t> group_sizes_;
   std::optional<DevicePlan> plan_;
   int device_ = -1, most_states_ = 0;
+  bool absorbs_ = false;
   char* memory_ = nullptr;
   // Of the step: kept alive until all is enqueued.
   std::vector<py::object> grads_;

@@ -22,6 +22,7 @@ template <int kMomenta, Ef21Form kForm>
 struct Ef21 : RuleDefaults {
   static constexpr bool kSelects = kForm != Ef21Form::dense;
   static constexpr bool kOnePass = kForm == Ef21Form::select;
+  static constexpr int kScales = kSelects ? 0 : 1;
   static constexpr const char* kNames[3][3] = {
       {"ef21_dense", "ef21_dense_m", "ef21_dense_2m"},
       {"ef21_select", "ef21_select_m", "ef21_select_2m"},
@@ -46,6 +47,10 @@ struct Ef21 : RuleDefaults {
     T keep, admit, shrink, lr, step;
     Compressor<T> compressor;
   };
+  template <int kPass, class T>
+  PYSMOOTH_HD static Compressor<T>& compressor(Hyper<T>& h) {
+    return h.compressor;
+  }
 
   PYSMOOTH_HD static Sum stage_sum(const double* h, int stage) {
     if (stage == 0) return kSelects ? Sum::none : compressor_sum(h[4]);

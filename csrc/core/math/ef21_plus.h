@@ -21,6 +21,7 @@ struct Ef21Plus : Ef21<kMomenta, Ef21Form::dense> {
   static constexpr int kStates = 1 + kMomenta;
   static constexpr int kStages = 5;
   static constexpr int kMarks = 2;
+  static constexpr int kScales = 2;
   static constexpr bool kOfGrad = kMomenta == 0;  // where w lies
   static constexpr unsigned kTarget = kOfGrad ? 0u : 2u;
   static constexpr Streams kPass[5] = {{false, false, true, ~0u, kTarget},
@@ -35,6 +36,11 @@ struct Ef21Plus : Ef21<kMomenta, Ef21Form::dense> {
     Compressor<T> direct;
     bool marked, takes_direct;
   };
+  template <int kPass, class T>
+  PYSMOOTH_HD static Compressor<T>& compressor(Hyper<T>& h) {
+    if constexpr (kPass == 0) return h.base.compressor;
+    return h.direct;
+  }
 
   PYSMOOTH_HD static bool selects_nothing(const double* h) {
     return compressor_kind(h[4]) != CompressorKind::marks;

@@ -26,6 +26,7 @@ struct EfSgd : RuleDefaults {
   static constexpr bool kCountsSteps = true;  // random compressors draw by step
   static constexpr int kStages = 1;
   static constexpr bool kSelects = kSelect;
+  static constexpr int kScales = kSelect ? 0 : 1;
   static constexpr bool kApplies = !kSelect;
   static constexpr bool kAbsorbs = kMomentum == 0;
   // The parameter is read for weight decay only: see reads_param().
@@ -40,6 +41,10 @@ struct EfSgd : RuleDefaults {
     bool decays, frozen;
     Compressor<T> compressor;
   };
+  template <int kPass, class T>
+  PYSMOOTH_HD static Compressor<T>& compressor(Hyper<T>& h) {
+    return h.compressor;
+  }
 
   PYSMOOTH_HD static Sum stage_sum(const double* h, int /*stage*/) {
     return kSelect || h[0] == 0.0 ? Sum::none : compressor_sum(h[3]);
