@@ -117,6 +117,28 @@ UNDER = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=
 CASES ?= 10000
 FUZZ = $(BIN)/python -P -W ignore -m fuzz --cases $(CASES)
 
+# With gcov's counters, and for one instruction set.
+COVERED := build/coverage/lib
+$(COVERED)/built: $(VENV)/built $(SOURCES) $(shell find pysmooth triton_kernels -name '*.py')
+	PYSMOOTH_BUILD=coverage PYSMOOTH_CUDA=0 PYSMOOTH_LEVELS=baseline PYSMOOTH_LDFLAGS=--coverage \
+	PYSMOOTH_CXXFLAGS="-O1 --coverage" $(BIN)/python setup.py -q build -b build/coverage --build-lib $(COVERED)
+	touch $@
+
+# What calls the native core; then tensors read by `data_ptr()` alone, and what Triton's backend has of it.
+COUNTED := $(addprefix tests/test_,$(addsuffix .py,battery_numbers battery_nonfinite battery_gradients layouts kernels norm_edges \
+	clip_grad low_precision low_residual param_storage selection codec aggregate federated federated_clip21 absorb \
+	absorb_accumulation absorb_copies agc norm_in_backward norm_in_backward_hooks norm_in_backward_stale direct compressors \
+	feedback random functional swap state_dict clip21 memory_layouts diagnostics bad_input_optim arithmetic numerics))
+COUNT = PYTHONPATH=$(COVERED) PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 $(PYTEST) -p no:cacheprovider
+
+.PHONY: coverage
+coverage: $(COVERED)/built ## Lines of the native core that tests run, by gcov: less than 95 % fail
+	find build/coverage -name '*.gcda' -delete
+	$(COUNT) $(COUNTED) -k "not eager and not leak and not compiled"
+	PYSMOOTH_DIRECT=0 PYSMOOTH_DLPACK=0 $(COUNT) tests/test_layouts.py tests/test_bad_input_optim.py -k "not eager"
+	TRITON_INTERPRET=1 $(COUNT) tests/test_triton_launches.py
+	.ci/cpp-coverage 95
+
 .PHONY: sanitize
 sanitize: $(SANITIZED)/built ## Battery and fuzzing of the native core under ASan and UBSan (15 minutes)
 	$(UNDER) PYTHONPATH=$(SANITIZED) $(BIN)/python -P -m pytest $(BATTERY) tests/test_layouts.py \
