@@ -115,7 +115,9 @@ $(SANITIZED)/built: $(VENV)/built $(SOURCES)
 UNDER = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONDONTWRITEBYTECODE=1
 CASES ?= 10000
-FUZZ = $(BIN)/python -P -W ignore -m fuzz --cases $(CASES)
+# From a folder beside which there is no pysmooth: what is imported is what PYTHONPATH says, or is installed.
+BESIDE = cd tests && env
+FUZZ = $(abspath $(BIN))/python -W ignore -m fuzz --cases $(CASES)
 
 # With gcov's counters, and for one instruction set.
 COVERED := build/coverage/lib
@@ -141,18 +143,18 @@ coverage: $(COVERED)/built ## Lines of the native core that tests run, by gcov: 
 
 .PHONY: sanitize
 sanitize: $(SANITIZED)/built ## Battery and fuzzing of the native core under ASan and UBSan (15 minutes)
-	$(UNDER) PYTHONPATH=$(SANITIZED) $(BIN)/python -P -m pytest $(BATTERY) tests/test_layouts.py \
-		tests/test_kernels.py tests/test_norm_edges.py $(FAULTS) --capture=sys -q \
+	$(BESIDE) $(UNDER) PYTHONPATH=$(abspath $(SANITIZED)) $(abspath $(BIN))/python -m pytest \
+		$(notdir $(BATTERY)) test_layouts.py test_kernels.py test_norm_edges.py $(notdir $(FAULTS)) --capture=sys -q \
 		-p no:cacheprovider -k "not eager and not leak and not native_memory and not compiled"
-	$(UNDER) PYTHONPATH=$(SANITIZED):tests $(FUZZ)
+	$(BESIDE) $(UNDER) PYTHONPATH=$(abspath $(SANITIZED)) $(FUZZ)
 
 .PHONY: fuzz
 fuzz: $(VENV)/built ## Random lives of optimizers, native against eager: CASES=100000 takes ten minutes
-	PYTHONPATH=tests $(FUZZ)
+	$(BESIDE) $(FUZZ)
 
 .PHONY: soak
 soak: $(VENV)/built ## 100,000 steps: memory must not grow
-	PYTHONPATH=tests $(BIN)/python -P -m fuzz.soak
+	$(BESIDE) $(abspath $(BIN))/python -m fuzz.soak
 
 .PHONY: wheels
 wheels: $(VENV)/built ## Build sdist and wheel into dist/, look into the wheel, use it in a clean environment
