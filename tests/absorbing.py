@@ -8,6 +8,7 @@ import pytest
 import torch
 from backward import backward
 from battery import all_params, assert_same_snapshot, make_params, record_grads, snapshot
+from torch import Tensor
 
 from pysmooth import EFSGD
 from pysmooth.compressors import (
@@ -33,6 +34,8 @@ COMPRESSORS = [
     QSGD(levels=4, seed=1),
     NaturalCompression(seed=1),
 ]
+# Of captured trainings: one parameter is empty.
+SHAPES = ((5003,), (7, 5), (), (0, 4))
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 
 
@@ -71,3 +74,33 @@ def compare(
             o.param_groups[0]["lr"] *= 0.5
     assert_same(optimizer, plain)
     assert not torch.equal(ours[4], make_params(dtype=dtype)[4])
+
+
+class Training:
+    """Parameters, their optimizer, and the memory that backward leaves gradients in."""
+
+    def __init__(self, compressor: Compressor, backend: str, **kwargs: Any) -> None:
+        self.params = make_params(SHAPES)
+        kwargs = {"weight_decay": 0.1, "absorb": True, "backend": backend, **kwargs}
+        self.optimizer = EFSGD(self.params, 0.1, compressor, **kwargs)
+        self._memory = [torch.zeros_like(p) for p in self.params]
+
+    def feed(self, row: list[Tensor]) -> None:
+        for held, value in zip(self._memory, row, strict=True):
+            held.copy_(value)
+
+    def backward(self) -> None:
+        """What the hooks do. The memory stays where it is, as in a graph."""
+        for p, held in zip(self.params, self._memory, strict=True):
+            p.grad = held
+            self.optimizer.absorb_gradient(p)
+
+    def train(self, *rows: list[Tensor]) -> None:
+        for row in rows:
+            self.feed(row)
+            self.backward()
+        self.optimizer.step()
+
+    def counts(self) -> list[int]:
+        saved = self.optimizer.state_dict()["state"]
+        return [saved[i].get("absorbed", 0) for i in range(len(self.params))]

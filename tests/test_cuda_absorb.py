@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from battery import CUDA_EMULATED, assert_same_bits, make_params, record_grads
+from absorbing import Training
+from battery import CUDA_EMULATED, assert_same_bits, record_grads
 from cuda_late import Capture, NoReads, on_a_late_device  # noqa: F401 - a fixture
 from simt import emulated
-from torch import Tensor
 from torch.nn import Parameter
 
 import pysmooth
@@ -21,39 +21,6 @@ pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not CUDA_EMULATED, reason="PYSMOOTH_EMULATED=1 is not set"),
 ]
-
-SHAPES = ((5003,), (7, 5), (), (0, 4))
-Row = list[Tensor]
-
-
-class Training:
-    """Parameters, their optimizer, and the memory that backward leaves gradients in."""
-
-    def __init__(self, compressor: Any, **kwargs: Any) -> None:
-        self.params = make_params(SHAPES)
-        kwargs = {"weight_decay": 0.1, "absorb": True, "backend": "cuda", **kwargs}
-        self.optimizer = pysmooth.EFSGD(self.params, 0.1, compressor, **kwargs)
-        self._memory = [torch.zeros_like(p) for p in self.params]
-
-    def feed(self, row: Row) -> None:
-        for held, value in zip(self._memory, row, strict=True):
-            held.copy_(value)
-
-    def backward(self) -> None:
-        """What the hooks do. The memory stays where it is, as in a graph."""
-        for p, held in zip(self.params, self._memory, strict=True):
-            p.grad = held
-            self.optimizer.absorb_gradient(p)
-
-    def train(self, *rows: Row) -> None:
-        for row in rows:
-            self.feed(row)
-            self.backward()
-        self.optimizer.step()
-
-    def counts(self) -> list[int]:
-        saved = self.optimizer.state_dict()["state"]
-        return [saved[i].get("absorbed", 0) for i in range(len(self.params))]
 
 
 COMPRESSORS = (
@@ -67,7 +34,7 @@ every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.usefixtures("late")
 @every_compressor
 def test_a_gradient_is_two_launches_and_nothing_waits(compressor: Any) -> None:
-    ours = Training(compressor)
+    ours = Training(compressor, "cuda")
     for i, row in enumerate(record_grads(ours.params, 3)):
         ours.feed(row)
         before = emulated.calls()
@@ -84,7 +51,7 @@ def test_a_gradient_is_two_launches_and_nothing_waits(compressor: Any) -> None:
 @every_compressor
 def test_replays_and_other_steps(compressor: Any) -> None:
     """Against the same training without a graph; one gradient of a replay is not finite."""
-    ours, theirs = Training(compressor), Training(compressor)
+    ours, theirs = Training(compressor, "cuda"), Training(compressor, "cuda")
     rows = record_grads(ours.params, 6)
     rows[4][0][7] = float("nan")
     ours.train(rows[0])
@@ -108,7 +75,7 @@ def test_replays_and_other_steps(compressor: Any) -> None:
 @pytest.mark.usefixtures("late")
 def test_a_captured_backward_alone() -> None:
     """The device counts what replays take in: weight decay comes once, and the host can ask."""
-    ours, theirs = (Training(pysmooth.TopK(k=9)) for _ in range(2))
+    ours, theirs = (Training(pysmooth.TopK(k=9), "cuda") for _ in range(2))
     rows = record_grads(ours.params, 4)
     for one in (ours, theirs):
         one.train(rows[0])
@@ -129,7 +96,7 @@ def test_a_captured_backward_alone() -> None:
 
 @pytest.mark.usefixtures("late")
 def test_the_first_gradient_is_not_captured() -> None:
-    ours = Training(pysmooth.ScaledSign())
+    ours = Training(pysmooth.ScaledSign(), "cuda")
     ours.feed(record_grads(ours.params, 1)[0])
     with Capture(), pytest.raises(pysmooth.BackendError, match="same step once before"):
         ours.backward()
@@ -138,7 +105,7 @@ def test_the_first_gradient_is_not_captured() -> None:
 
 @pytest.mark.usefixtures("late")
 def test_raise_comes_when_the_host_asks() -> None:
-    ours = Training(pysmooth.TopK(k=9), nonfinite="raise")
+    ours = Training(pysmooth.TopK(k=9), "cuda", nonfinite="raise")
     first, second = record_grads(ours.params, 2)
     ours.train(first)
     second[1][0, 0] = float("inf")
@@ -152,7 +119,7 @@ def test_raise_comes_when_the_host_asks() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_learning_rate_on_the_device(dtype: torch.dtype) -> None:
     """Nobody waits to know it, and a replay finds what is there by then."""
-    ours, theirs = (Training(pysmooth.ScaledSign()) for _ in range(2))
+    ours, theirs = (Training(pysmooth.ScaledSign(), "cuda") for _ in range(2))
     lr = torch.tensor(0.1, dtype=dtype)
     ours.optimizer.param_groups[0]["lr"] = lr
     graph = Capture()
@@ -192,7 +159,7 @@ def test_gradients_of_another_form_keep_their_plan() -> None:
 
 
 def test_no_gradient_outlives_its_hook() -> None:
-    ours = Training(pysmooth.ScaledSign())
+    ours = Training(pysmooth.ScaledSign(), "cuda")
     for _ in range(2):
         for p in ours.params:
             values = np.ones(p.shape, dtype=np.float32)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from battery import assert_same_bits, make_params, record_grads
-from torch import Tensor
+from absorbing import Training
+from battery import assert_same_bits, record_grads
 
 import pysmooth
 from pysmooth.engine.backends import triton_interpreted
@@ -17,41 +16,6 @@ if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from capturing import capture, late  # noqa: F401 - a fixture
-
-SHAPES = ((5003,), (7, 5), (), (0, 4))
-Row = list[Tensor]
-
-
-class Training:
-    """Parameters, their optimizer, and the memory that backward leaves gradients in."""
-
-    def __init__(self, compressor: Any) -> None:
-        self.params = make_params(SHAPES)
-        self.optimizer = pysmooth.EFSGD(
-            self.params, 0.1, compressor, weight_decay=0.1, absorb=True, backend="triton"
-        )
-        self._memory = [torch.zeros_like(p) for p in self.params]
-
-    def feed(self, row: Row) -> None:
-        for held, value in zip(self._memory, row, strict=True):
-            held.copy_(value)
-
-    def backward(self) -> None:
-        """What the hooks do. The memory stays where it is, as in a graph."""
-        for p, held in zip(self.params, self._memory, strict=True):
-            p.grad = held
-            self.optimizer.absorb_gradient(p)
-
-    def train(self, *rows: Row) -> None:
-        for row in rows:
-            self.feed(row)
-            self.backward()
-        self.optimizer.step()
-
-    def counts(self) -> list[int]:
-        saved = self.optimizer.state_dict()["state"]
-        return [saved[i].get("absorbed", 0) for i in range(len(self.params))]
-
 
 COMPRESSORS = (
     pysmooth.TopK(ratio=0.05),
@@ -64,7 +28,7 @@ COMPRESSORS = (
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 def test_replays_and_other_steps(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same training without a graph; one gradient of a replay is not finite."""
-    ours, theirs = Training(compressor), Training(compressor)
+    ours, theirs = Training(compressor, "triton"), Training(compressor, "triton")
     rows = record_grads(ours.params, 6)
     rows[4][0][7] = float("nan")
     ours.train(rows[0])
@@ -88,7 +52,7 @@ def test_replays_and_other_steps(compressor: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("_late")
 def test_a_captured_backward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device counts what replays take in: weight decay comes once, and the host can ask."""
-    ours, theirs = (Training(pysmooth.TopK(k=9)) for _ in range(2))
+    ours, theirs = (Training(pysmooth.TopK(k=9), "triton") for _ in range(2))
     rows = record_grads(ours.params, 4)
     for one in (ours, theirs):
         one.train(rows[0])
@@ -109,7 +73,7 @@ def test_a_captured_backward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_late")
 def test_the_first_gradient_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Training(pysmooth.ScaledSign())
+    ours = Training(pysmooth.ScaledSign(), "triton")
     ours.feed(record_grads(ours.params, 1)[0])
     with capture(monkeypatch), pytest.raises(pysmooth.BackendError, match="same step once before"):
         ours.backward()

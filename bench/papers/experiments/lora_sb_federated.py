@@ -8,27 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import pysmooth
 from pysmooth import peft
 from pysmooth.federated import FedAvg, ModelClient, Server
 
-from ..digits import DigitReader, batches, digits, loss
+from ..digits import DigitReader, batches, digits, loss, pretrained
 from ..lora import LoraLinear, lora
 from ..outcome import Check, Config, Curve, Experiment, Outcome, Panel
 
 RANK, CLIENTS, BATCH = 8, 5, 32
 OPTIONS: dict[str, Any] = {"targets": DigitReader.TARGETS, "train": ("head",)}
-
-
-def _pretrained(steps: int) -> DigitReader:
-    torch.manual_seed(0)
-    model = DigitReader()
-    optimizer = pysmooth.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
-    for batch in batches(digits().train, 64, steps, torch.Generator().manual_seed(1)):
-        optimizer.zero_grad()
-        loss(model, batch).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return model
 
 
 def _adapted(model: DigitReader, name: str) -> nn.Module:
@@ -96,7 +84,7 @@ def _race(config: Config, label: str, model: nn.Module, rounds: int, seed: int) 
 
 def run(config: Config) -> Outcome:
     """The same clients, LoRA-SB or LoRA on the same model."""
-    rounds, model = config.of(15, 2), _pretrained(config.of(300, 10))
+    rounds, model = config.of(15, 2), pretrained(config.of(300, 10))
     races = {
         name: [
             _race(config, name, _adapted(model, name), rounds, seed)

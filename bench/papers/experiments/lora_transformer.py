@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pysmooth
 from pysmooth import peft
 
-from ..digits import DigitReader, Digits, batches, digits, loss
+from ..digits import DigitReader, Digits, batches, digits, loss, pretrained
 from ..lora import lora
 from ..outcome import Basis, Check, Config, Curve, Experiment, Outcome, Panel
 
@@ -31,17 +31,6 @@ MORE = (
     "paper's models are large"
 )
 APART = 1000  # learning rates are chosen on a run that is not shown
-
-
-def _pretrained(steps: int) -> DigitReader:
-    torch.manual_seed(0)
-    model = DigitReader()
-    optimizer = pysmooth.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
-    for batch in batches(digits().train, 64, steps, torch.Generator().manual_seed(1)):
-        optimizer.zero_grad()
-        loss(model, batch).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return model
 
 
 class _Task(NamedTuple):
@@ -125,7 +114,7 @@ def _starts(task: _Task, seeds: range) -> list[Curve]:
 
 def run(config: Config) -> Outcome:
     """Rank 8 step by step; the end of ranks 4 and 16 as well."""
-    task = _Task(_pretrained(config.of(300, 10)), digits(turned=True), config.of(200, 10))
+    task = _Task(pretrained(config.of(300, 10)), digits(turned=True), config.of(200, 10))
     places = config.of([10, 20, 50, 100, 200], [5, 10])
     ranks, seeds = config.of((4, RANK, 16), (RANK,)), range(config.runs(3, 1))
     rates, runs = {}, {}
