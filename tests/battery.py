@@ -224,3 +224,9 @@ every_variant = pytest.mark.parametrize(
         for name, kwargs in entry.variants.items()
     ],
 )
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """torch.nn.utils.get_total_norm, which torch has from 2.6 on."""
+    norms = [torch.linalg.vector_norm(t, norm_type) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from battery import CUDA_EMULATED
+from battery import CUDA_EMULATED, total_norm
 from torch import Tensor
 from torch.nn import Parameter, utils
 
@@ -76,7 +76,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize("norm_type", ORDERS)
 def test_mixed_list_against_torch_in_float64(path: str, norm_type: float) -> None:
     ours, theirs = mixed(), [param(g.double()) for g in grads(mixed()) if g.numel()]
-    max_norm = 0.7 * float(utils.get_total_norm(grads(theirs), norm_type))
+    max_norm = 0.7 * float(total_norm(grads(theirs), norm_type))
     norm = pysmooth.clip_grad_norm_(ours, max_norm, norm_type)
     expected = utils.clip_grad_norm_(theirs, max_norm, norm_type)
     assert norm.dtype == torch.float64
@@ -93,7 +93,7 @@ def test_mixed_list_against_torch_in_float64(path: str, norm_type: float) -> Non
 def test_complex(path: str, dtype: torch.dtype, norm_type: float) -> None:
     ours = [param(torch.randn(s, dtype=dtype)) for s in [(9, 5), (3,), ()]]
     theirs = [param(g.to(torch.complex128, copy=True)) for g in grads(ours)]
-    max_norm = 0.5 * float(utils.get_total_norm(grads(theirs), norm_type))
+    max_norm = 0.5 * float(total_norm(grads(theirs), norm_type))
     norm = pysmooth.clip_grad_norm_(ours, max_norm, norm_type)
     expected = utils.clip_grad_norm_(theirs, max_norm, norm_type)
     assert norm.dtype == (torch.float32 if dtype == torch.complex64 else torch.float64)

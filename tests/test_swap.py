@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import pysmooth
+from pysmooth.optim._names import TAKES_NAMES
 
 SHAPES = ((7, 5), (33,), (), (2, 3), (0, 4))
 Make = Callable[[list[Any]], torch.optim.Optimizer]
@@ -53,12 +54,20 @@ if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:  
 every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 
 
+def named(pairs: Iterable[tuple[str, Parameter]]) -> dict[str, Any]:
+    """A group; before torch 2.6, with names as what else a group may hold."""
+    pairs = list(pairs)
+    if TAKES_NAMES:
+        return {"params": pairs}
+    return {"params": [p for _, p in pairs], "param_names": [name for name, _ in pairs]}
+
+
 def groups(params: list[Parameter]) -> list[dict[str, Any]]:
     """Two groups of different options, with names."""
     return [
-        {"params": [(f"a{i}", p) for i, p in enumerate(params[:2])]},
+        named((f"a{i}", p) for i, p in enumerate(params[:2])),
         {
-            "params": [(f"b{i}", p) for i, p in enumerate(params[2:])],
+            **named((f"b{i}", p) for i, p in enumerate(params[2:])),
             "lr": 0.05,
             "weight_decay": 0.3,
             "note": "kept",
@@ -283,7 +292,7 @@ def test_what_has_no_twin() -> None:
         pysmooth.unswap(pysmooth.SignSGD(params, 0.1))
     embedding = torch.nn.Embedding(4, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    optimizer = torch.optim.SGD(embedding.named_parameters())
+    optimizer = torch.optim.SGD([named(embedding.named_parameters())])
     with pytest.raises(ValueError, match="gradient of parameter 'weight' is sparse"):
         pysmooth.swap(optimizer)
 

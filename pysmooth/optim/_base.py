@@ -31,6 +31,7 @@ from ..engine.state import fill_state
 from ._hooks import GradientHooks
 from ._loading import Load
 from ._managed import refuse_managed, refuse_zero
+from ._names import TAKES_NAMES, set_names
 from ._precision import check_param_storage, param_storage
 from ._validate import check_choice, check_number
 
@@ -174,6 +175,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         if not isinstance(group.get("params"), Tensor | set):  # torch's own words for a set
             group["params"] = list(group["params"])
+            if not TAKES_NAMES:
+                set_names(group)
         self._check(group)
         count = len(self.param_groups)
         super().add_param_group(group)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..engine.recipe import ClipMode, Policy
 from ._base import FusedOptimizer
+from ._names import TAKES_NAMES
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .clip_sgd import ClipSGD
@@ -178,8 +179,7 @@ def _holders(optimizer: torch.optim.Optimizer) -> list[LRScheduler]:
 
 def _group(group: dict[str, Any], left_out: Collection[str]) -> dict[str, Any]:
     kept = {key: value for key, value in group.items() if key not in left_out}
-    names = kept.pop("param_names", None)
-    if names is not None:
+    if TAKES_NAMES and (names := kept.pop("param_names", None)) is not None:
         kept["params"] = list(zip(names, kept["params"], strict=True))
     return kept
 
