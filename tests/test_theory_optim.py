@@ -448,3 +448,46 @@ def quartic_with_gradient(x):
         loss = quartic(x)
         loss.backward()
     return loss.detach()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("mean", "error", "says"),
+    [
+        (None, TypeError, "state 'average' of parameter 'x' is not a tensor"),
+        (
+            torch.zeros(6, dtype=torch.float16),
+            ValueError,
+            "'average' of parameter 'x' is .*float16",
+        ),
+        (torch.zeros(5, dtype=torch.float64), ValueError, "'average' of parameter 'x' is .*shape"),
+        (torch.zeros(1, dtype=torch.float64).expand(6), ValueError, "'average' .* overlaps itself"),
+        ("parameter", ValueError, "'average' .* share memory"),
+    ],
+)
+def test_a_mean_that_cannot_be_written_is_refused(mean, error, says, backend):
+    x = start()
+    optimizer = TheoryClipSGD(
+        [("x", x)], **THEORY, double_sampling=False, average=True, backend=backend
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        parabola(x).backward()
+        optimizer.step()
+    before = x.detach().clone()
+    optimizer.state[x]["average"] = x.detach() if mean == "parameter" else mean
+    with pytest.raises(error, match=says):
+        optimizer.step()
+    assert torch.equal(x, before)
+
+
+def test_an_infinite_first_gradient_is_the_same_on_all_backends():
+    states = []
+    for backend in BACKENDS:
+        x = start()
+        optimizer = AdGD([x], backend=backend)
+        x.grad = torch.full_like(x, math.inf)
+        optimizer.step()
+        assert x.isnan().all()
+        states.append(optimizer.state[x]["scale"])
+    assert all(scale.isnan() for scale in states)

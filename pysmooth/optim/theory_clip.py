@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.checks import check_memory
 from ..engine.recipe import COMPENSATION, MASTER
 from ..engine.state import empty_states, state_dtype
 from ._clip import Backend, NonFinite
@@ -164,6 +165,7 @@ class TheoryClipSGD(HostStepOptimizer):
             for p in group["params"]
             if group["average"] and p.grad is not None
         }
+        self._check_means(points)
         skipped = self._skipped
         super()._run()
         if self._skipped != skipped:
@@ -174,6 +176,23 @@ class TheoryClipSGD(HostStepOptimizer):
                     mean = self.state[p].setdefault("average", points[p])
                     if group["averaged"] > count:
                         mean.lerp_(points[p], 1 / group["averaged"])
+
+    def _check_means(self, points: dict[Tensor, Tensor]) -> None:
+        """The means can be written, and hold nothing else: a step that fails changes nothing."""
+        labels = dict(zip(self._params(), self.param_labels(), strict=True))
+        written: list[tuple[str, Tensor]] = []
+        for p, point in points.items():
+            mean = self.state.get(p, {}).get("average", point)
+            name = f"state 'average' of parameter {labels[p]!r}"
+            if not isinstance(mean, Tensor):
+                raise TypeError(f"{name} is not a tensor but {type(mean)}")
+            if (mean.shape, mean.dtype, mean.device) != (point.shape, point.dtype, point.device):
+                raise ValueError(
+                    f"{name} is {mean.dtype} of shape {tuple(mean.shape)} on {mean.device}, "
+                    f"expected {point.dtype} of shape {tuple(point.shape)} on {point.device}"
+                )
+            written += [(name, mean), (f"parameter {labels[p]!r}", p.detach())]
+        check_memory(written)
 
     def _counted(self, group: dict[str, Any]) -> int:
         """Of how many points the group's mean is: of none where the states were taken away."""

@@ -14,7 +14,7 @@ HYPER = ("grown", "travel", "still")
 
 def step(members: Sequence[Member], passes: Passes) -> list[Tensor]:
     """Returns the new parameters; keeps the gradients, and how much they changed."""
-    changes = [torch.zeros_like(m.g) if m.first else m.g - m.states[0] for m in members]
+    changes = [(m.g - m.states[0]) * (0.0 if m.first else 1.0) for m in members]
     out = []
     for m, changed in zip(members, passes.norms(0, members, changes), strict=True):
         held = torch.where(changed == 0, m.hyper["still"], m.hyper["travel"] / changed)
