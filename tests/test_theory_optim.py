@@ -246,7 +246,7 @@ def test_order_oracle_needs_only_the_order():
         for _ in range(8):
             optimizer.step(lambda x=x, shape=shape: shape(((x - 0.25) ** 2).sum()))
         ends.append(x.detach())
-    assert torch.equal(*ends)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
     assert float((ends[0] - 0.25).abs().max()) < 1e-3
 
 
@@ -491,3 +491,23 @@ def test_an_infinite_first_gradient_is_the_same_on_all_backends():
         assert x.isnan().all()
         states.append(optimizer.state[x]["scale"])
     assert all(scale.isnan() for scale in states)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_of_empty_parameters_do_not_say_that_it_has_begun(backend):
+    """Whether an empty parameter has states depends on when its first gradient came."""
+    ends = []
+    for keeps in (True, False):
+        x, empty = start(), torch.nn.Parameter(torch.zeros(0, dtype=torch.float64))
+        optimizer = STM([empty, x], 4.0, 3.0, backend=backend)
+        empty.grad = torch.zeros_like(empty)
+        optimizer.step()
+        if not keeps:
+            optimizer.state.clear()
+        for _ in range(3):
+            optimizer.zero_grad()
+            quartic(x).backward()
+            optimizer.step()
+        ends.append((optimizer.param_groups[0]["k"], x.detach().clone()))
+    assert ends[0][0] == ends[1][0] == 3
+    assert torch.equal(ends[0][1], ends[1][1])

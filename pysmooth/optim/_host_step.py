@@ -85,8 +85,9 @@ class HostStepOptimizer(FusedOptimizer):
         return [] if norms is None else [float(norm) for norm in norms]
 
     def begins(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether none of the groups' parameters has a state."""
-        return not any(self.state.get(p) for group in groups for p in group["params"])
+        """Whether none of the groups' parameters has a state; empty ones need none."""
+        params = [p for group in groups for p in group["params"] if p.numel() > 0]
+        return not any(self.state.get(p) for p in params)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses values that make no sense, naming the argument."""
