@@ -160,6 +160,11 @@ def differences(
     return out
 
 
+def _expanded(t: Tensor) -> bool:
+    """A spoiled state that no step has looked at yet: its parameter had no gradient."""
+    return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
+
+
 def take_over(world: World, other: World) -> None:
     """Gives the one world the other's numbers, so that errors do not add up."""
     with torch.no_grad():
@@ -168,5 +173,5 @@ def take_over(world: World, other: World) -> None:
             p.detach().copy_(q.detach())
             for key, value in other.optimizer.state.get(q, {}).items():
                 mine = world.optimizer.state[p].get(key)
-                if isinstance(value, Tensor) and isinstance(mine, Tensor):
+                if isinstance(value, Tensor) and isinstance(mine, Tensor) and not _expanded(mine):
                     mine.copy_(value)
