@@ -511,3 +511,18 @@ def test_states_of_empty_parameters_do_not_say_that_it_has_begun(backend):
         ends.append((optimizer.param_groups[0]["k"], x.detach().clone()))
     assert ends[0][0] == ends[1][0] == 3
     assert torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_with_an_overflow_teaches_nothing(backend, first):
+    x = start()
+    optimizer = AdGD([x], backend=backend)
+    for overflow in (*(() if first else (0.0,)), 1.0):
+        before, point = dict(optimizer.param_groups[0]), x.detach().clone()
+        x.grad = 2 * x.detach()
+        optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(overflow)
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    assert torch.equal(x, point)
+    assert optimizer.param_groups[0] == before

@@ -115,7 +115,8 @@ class HostStepOptimizer(FusedOptimizer):
             self._update(self.choose, moving)
             super()._run()
             self._settle()
-            done = self._skipped == skipped
+            found = getattr(self, "found_inf", None)
+            done = self._skipped == skipped and (found is None or float(found) == 0)
             if done:
                 self._update(self.learn, moving)
         finally:
