@@ -1,0 +1,7 @@
+"""Mutants: small faults put into pysmooth, to see whether the tests notice.
+
+    python -m mutants native    # faults of the math headers, chosen by hand, all in one build
+    python -m mutants python    # faults of some modules, drawn
+
+Each mutant is a forked process that runs tests until one fails. `make mutants` runs both.
+"""
