@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Loaded once, before the forks; pysmooth itself must not be.
-import hypothesis
 import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parents[1]
 SECONDS = 600
-assert hypothesis is not None
 
 
 def passes(prepare: Callable[[], None], tests: Sequence[str]) -> bool:
