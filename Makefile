@@ -141,6 +141,10 @@ coverage: $(COVERED)/built ## Lines of the native core that tests run, by gcov: 
 	TRITON_INTERPRET=1 $(COUNT) tests/test_triton_launches.py
 	.ci/cpp-coverage 95
 
+.PHONY: mutants
+mutants: $(VENV)/built ## Faults put into formulas of the native core: which ones do tests see? (half an hour)
+	cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m mutants native
+
 .PHONY: sanitize
 sanitize: $(SANITIZED)/built ## Battery and fuzzing of the native core under ASan and UBSan (15 minutes)
 	$(BESIDE) $(UNDER) PYTHONPATH=$(abspath $(SANITIZED)) $(abspath $(BIN))/python -m pytest \

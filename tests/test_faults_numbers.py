@@ -130,3 +130,39 @@ def test_momentum_given_to_an_optimizer_that_absorbs(backend: str) -> None:
 def test_non_finite_error_is_no_other() -> None:
     """A RuntimeError, so that those who catch torch's go on catching."""
     assert issubclass(NonFiniteGradientError, RuntimeError)
+
+
+@every_backend
+def test_a_nan_stays_the_largest_second_moment(backend: str) -> None:
+    """As in torch: max() with a NaN is NaN, whichever side it is on."""
+    (p,), (q,) = make_params([(6,)]), make_params([(6,)])
+    ours = pysmooth.Adam([p], 0.1, amsgrad=True, backend=backend)
+    theirs = torch.optim.Adam([q], 0.1, amsgrad=True)
+    for value in (float("nan"), 1.0):
+        for x, optimizer in ((p, ours), (q, theirs)):
+            x.grad = torch.ones_like(x)
+            x.grad[2] = value
+            optimizer.step()
+    kept, expected = ours.state[p]["max_exp_avg_sq"], theirs.state[q]["max_exp_avg_sq"]
+    assert torch.equal(kept.isnan(), expected.isnan())
+    assert kept.isnan().sum() == 1
+    # Once the moment itself is finite again, what was the largest is not.
+    ours.state[p]["exp_avg_sq"].zero_()
+    theirs.state[q]["exp_avg_sq"].zero_()
+    for x, optimizer in ((p, ours), (q, theirs)):
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+    kept, expected = ours.state[p]["max_exp_avg_sq"], theirs.state[q]["max_exp_avg_sq"]
+    assert torch.equal(kept.isnan(), expected.isnan())
+    assert kept.isnan().sum() == 1
+
+
+@every_backend
+def test_a_zero_gradient_is_normalised_to_zero(backend: str) -> None:
+    params = make_params([(5,), (3, 2)])
+    optimizer = pysmooth.NormalizedSGD(params, 0.1, backend=backend)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))

@@ -3,5 +3,5 @@
     python -m mutants native    # faults of the math headers, chosen by hand, all in one build
     python -m mutants python    # faults of some modules, drawn
 
-Each mutant is a forked process that runs tests until one fails. `make mutants` runs both.
+Each mutant is a forked process that runs tests until one fails. `make mutants` runs the first.
 """

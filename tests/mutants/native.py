@@ -19,9 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 LIBRARY = WORK / "lib"
 TESTS = [
-    *(f"tests/test_{name}.py" for name in ("battery_numbers", "kernels", "numerics")),
+    *(f"tests/test_{name}.py" for name in ("battery_numbers", "layouts", "kernels", "numerics")),
     *(f"tests/test_{name}.py" for name in ("norm_edges", "agc", "low_precision", "compressors")),
-    *(f"tests/test_{name}.py" for name in ("battery_nonfinite", "theory_optim", "clip21")),
+    *(
+        f"tests/test_{name}.py"
+        for name in ("battery_nonfinite", "faults_numbers", "theory_optim", "clip21")
+    ),
 ]
 
 # In a header that those with mutants include.
