@@ -61,7 +61,7 @@ def test_every_rule_dtype_and_size(rule: str, dtypes: tuple[torch.dtype, torch.d
 @pytest.mark.parametrize("compressor", [0.0, 1.0, 2.0, 3.0, 4.0])
 def test_compressors(rule: str, compressor: float) -> None:
     if INFO[rule].selects and compressor:
-        pytest.skip("selects")
+        pytest.skip("a rule that selects takes no other compressor")
     hyper = {"compressor": compressor, "level": 8.0 if compressor == 3.0 else 0.05}
     for lr in (0.1, 0.0):
         slots = [make_slot(rule, (n,)) for n in (3, 2048, 9001)]
@@ -72,7 +72,7 @@ def test_compressors(rule: str, compressor: float) -> None:
 @pytest.mark.parametrize("kind", [1, 2], ids=["top_k", "rand_k"])
 def test_selections(kind: int, scope: int) -> None:
     if (kind, scope) in ((2, GLOBAL), (2, BLOCK)):
-        pytest.skip("rand-k is per tensor")
+        pytest.skip("rand-k has no other scope than a tensor")
     slots = [make_slot("ef_sgd_select", (n,), d) for n in (33, 5003, 12000) for d in DTYPES[::4]]
     slots[3].grad = None
     select = (kind, scope, 0.05, 0, 256, kind == 2, 7)

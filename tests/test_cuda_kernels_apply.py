@@ -36,7 +36,7 @@ def test_rules_are_the_cpu_backends() -> None:
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: str(d).replace("torch.", ""))
 def test_every_rule_dtype_and_size(rule: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     if not INFO[rule].reads_grad and dtypes[0] != dtypes[1]:
-        pytest.skip("one stream")
+        pytest.skip("reads no gradient, so there is no second dtype")
     slots = [make_slot(rule, (n,), dtypes) for n in SIZES]
     assert_same(slots, run_of(rule, order=2, resident=2))
 
@@ -80,7 +80,7 @@ def test_bfloat16_states_get_the_same_noise(
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_storage_of_16_bit_parameters(rule: str, storage: int, dtype: torch.dtype) -> None:
     if storage == 3 and dtype == F16:
-        pytest.skip("bfloat16 alone is rounded at random")
+        pytest.skip("stochastic rounding is for bfloat16 alone")
     sizes = (1, 33, 2049, 8195)
     low = bool(INFO[rule].low_states)
     slots = [make_slot(rule, (n,), (dtype, F32), storage=storage, low=low) for n in sizes]

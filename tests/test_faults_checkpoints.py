@@ -60,12 +60,12 @@ def test_broken_checkpoint_is_refused_whole(entry: Entry, backend: str, how: str
     rows = record_grads(params, 4)
     optimizer = entry.build(params, backend)
     if how.startswith("lr") and "lr" not in optimizer.param_groups[0]:
-        pytest.skip("no lr")
+        pytest.skip("this optimizer has no lr to spoil")
     advance(optimizer, params, rows[:2])
     other = copy.deepcopy(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     if how in ("state of nothing", "params of names") and not saved["state"]:
-        pytest.skip("no states")
+        pytest.skip("this optimizer has no states to spoil")
     BROKEN[how](saved)
     with pytest.raises((ValueError, TypeError)):
         optimizer.load_state_dict(saved)
@@ -81,7 +81,7 @@ def test_step_counts_that_count_nothing(entry: Entry, backend: str, count: Any) 
     advance(optimizer, params, record_grads(params, 1))
     saved = copy.deepcopy(optimizer.state_dict())
     if "step" not in saved["state"].get(0, {}):
-        pytest.skip("counts no steps")
+        pytest.skip("this optimizer counts no steps")
     saved["state"][0]["step"] = count
     with pytest.raises(ValueError, match=r"step.*not a count of steps"):
         optimizer.load_state_dict(saved)
