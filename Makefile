@@ -30,9 +30,10 @@ report: $(VENV)/rivals ## One page for sceptics: also memory, scaling, other pac
 bench-compare: $(VENV)/built ## Which steps got slower since BASE=revision: times by turns, and instructions (valgrind)
 	$(BIN)/python -m pysmooth.bench compare $(or $(BASE),$(error say BASE=revision))
 
-# Optimizers of other packages.
+# Optimizers of other packages. DeepSpeed is built here, beside the torch that it asks for, and compiles its kernels
+# when they are first used.
 $(VENV)/rivals: $(VENV)/built
-	$(PIP) install --group rivals
+	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --group rivals
 	touch $@
 
 .PHONY: papers
