@@ -18,15 +18,15 @@ struct MultiplyLanes {
  private:
   // Of the lower halves: written out, because compilers would multiply 64 bits by 64.
   PYSMOOTH_HD static vec<uint64_t> product(vec<uint64_t> a, uint32_t b) {
-    using Wide = vec<uint64_t>;
 #if defined(__AVX512F__)
     // The masked form with every lane on: gcc 12 warns about the plain one's own header (PR
     // 105593).
-    return bits_as<Wide>(_mm512_maskz_mul_epu32(0xff, bits_as<__m512i>(a), _mm512_set1_epi64(b)));
+    return bits_as<vec<uint64_t>>(
+        _mm512_maskz_mul_epu32(0xff, bits_as<__m512i>(a), _mm512_set1_epi64(b)));
 #elif defined(__AVX2__)
-    return bits_as<Wide>(_mm256_mul_epu32(bits_as<__m256i>(a), _mm256_set1_epi64x(b)));
+    return bits_as<vec<uint64_t>>(_mm256_mul_epu32(bits_as<__m256i>(a), _mm256_set1_epi64x(b)));
 #elif defined(__SSE2__)
-    return bits_as<Wide>(_mm_mul_epu32(bits_as<__m128i>(a), _mm_set1_epi64x(b)));
+    return bits_as<vec<uint64_t>>(_mm_mul_epu32(bits_as<__m128i>(a), _mm_set1_epi64x(b)));
 #else
     return (a & uint64_t{0xffffffffu}) * uint64_t{b};
 #endif

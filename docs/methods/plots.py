@@ -77,29 +77,45 @@ FAMILIES: dict[str, dict[str, Make]] = {
         "TopK 5 %": lambda p: pysmooth.EFSGD(p, 0.3, TopK(ratio=0.05)),
         "RandK 5 %": lambda p: pysmooth.EFSGD(p, 0.3, RandK(ratio=0.05, scaled=False)),
     },
+    "low-precision": {
+        "float32": lambda p: pysmooth.ClipSGD(p, 0.02, max_norm=1.0),
+        "master_weights": lambda p: pysmooth.ClipSGD(p, 0.02, max_norm=1.0, master_weights=True),
+        "kahan": lambda p: pysmooth.ClipSGD(p, 0.02, max_norm=1.0, kahan=True),
+        "stochastic_rounding": lambda p: pysmooth.ClipSGD(
+            p, 0.02, max_norm=1.0, stochastic_rounding=True
+        ),
+        "rounded to nearest": lambda p: pysmooth.ClipSGD(p, 0.02, max_norm=1.0),
+    },
 }
 # Heavy tails make a compressor's picture unreadable: there the noise is that of the batches.
 HEAVY = {"clip-sgd", "sign", "adaptive", "adaptive-norm"}
 
 
-def run(make: Make, seed: int, *, heavy: bool) -> list[float]:
+def start(name: str, label: str) -> Tensor:
+    """The parameters' first values: where 16 bits are few, steps are small beside them."""
+    if name != "low-precision":
+        return torch.zeros(DIM)
+    return torch.ones(DIM, dtype=torch.float32 if label == "float32" else torch.bfloat16)
+
+
+def run(make: Make, seed: int, first: Tensor, *, heavy: bool) -> list[float]:
     """The loss over all rows, step by step."""
     generator = torch.Generator().manual_seed(seed)
     scales = torch.logspace(0, -1, DIM)
     x = torch.randn(ROWS, DIM, generator=generator) * scales
     truth = torch.randn(DIM, generator=generator)
     y = torch.sign(x @ truth + 0.3 * torch.randn(ROWS, generator=generator))
-    weight = torch.nn.Parameter(torch.zeros(DIM))
+    weight = torch.nn.Parameter(first.clone())
     optimizer = make([weight])
     noise = torch.distributions.StudentT(1.5)
     torch.manual_seed(seed)
     losses = []
     for _ in range(STEPS):
         with torch.no_grad():
-            losses.append(float(torch.nn.functional.softplus(-y * (x @ weight)).mean()))
+            losses.append(float(torch.nn.functional.softplus(-y * (x @ weight.float())).mean()))
         at = torch.randint(ROWS, (50,), generator=generator)
         optimizer.zero_grad()
-        torch.nn.functional.softplus(-y[at] * (x[at] @ weight)).mean().backward()
+        torch.nn.functional.softplus(-y[at] * (x[at] @ weight.float())).mean().backward()
         assert weight.grad is not None
         if heavy:
             weight.grad += 0.05 * noise.sample((DIM,))
@@ -144,7 +160,8 @@ def main(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         curves = {}
         for label, make in FAMILIES[name].items():
-            runs = torch.tensor([run(make, seed, heavy=name in HEAVY) for seed in range(SEEDS)])
+            at, heavy = start(name, label), name in HEAVY
+            runs = torch.tensor([run(make, seed, at, heavy=heavy) for seed in range(SEEDS)])
             unit = bits_of_a_step(make) if name == "compressors" else 1
             first = 1 if name == "compressors" else 0  # bits are on a logarithmic axis
             steps = range(first, STEPS)
