@@ -21,13 +21,18 @@ SHAPES = [(96, 64), (257,), (16, 8, 3, 3)]
 STEPS = 10
 
 
-def measure(names: Sequence[str], device: str, compiled: bool) -> list[dict[str, Any]]:
-    """One dict per method and contestant; methods that draw random numbers are left out."""
+def measure(
+    names: Sequence[str], device: str, compiled: bool, left_out: list[str]
+) -> list[dict[str, Any]]:
+    """One dict per method and contestant; methods that draw random numbers are left out.
+
+    A step that does not compile gets a line in `left_out`.
+    """
     chosen = [METHODS[n] for n in names if not METHODS[n].draws and "clip_grad_norm" not in n]
-    return [row for method in chosen for row in _of(method, device, compiled)]
+    return [row for method in chosen for row in _of(method, device, compiled, left_out)]
 
 
-def _of(method: Method, device: str, compiled: bool) -> list[dict[str, Any]]:
+def _of(method: Method, device: str, compiled: bool, left_out: list[str]) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     dtype, grad_dtype = DTYPES[method.dtype or "fp32"]
     start = [torch.randn(s, generator=generator).to(device, dtype) for s in SHAPES]
@@ -49,6 +54,11 @@ def _of(method: Method, device: str, compiled: bool) -> list[dict[str, Any]]:
             for now in grads:
                 side.advance(now)
         except packages.MissingError:
+            continue
+        except Exception as error:
+            if name != rivals.COMPILED:
+                raise
+            left_out.append(rivals.not_compiled(f"{method.name}, agreement", error))
             continue
         distance = relative_error(side.values(), truth.values())
         rows.append({"method": method.name, "contestant": name, "distance": distance})

@@ -16,6 +16,12 @@ from . import packages
 from .problem import Problem, Step, keeping, torch_step
 
 
+def not_compiled(what: str, error: Exception) -> str:
+    """A line about a step that the compiler gave up on: others are measured all the same."""
+    why = str(error).strip().splitlines()
+    return f"{COMPILED} on {what}: {type(error).__name__}: {why[0] if why else ''}"
+
+
 def _torch_sgd(problem: Problem, **kind: bool) -> Step:
     optimizer = torch.optim.SGD(problem.params, lr=problem.lr, momentum=problem.momentum, **kind)
     return torch_step(problem, optimizer)

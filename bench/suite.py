@@ -111,7 +111,9 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
     if "agreement" in parts:
         progress("agreement of the contestants")
         compiled = rivals.COMPILED in options.rivals
-        results["agreement"] = agreement.measure(options.methods, options.device, compiled)
+        results["agreement"] = agreement.measure(
+            options.methods, options.device, compiled, results["left_out"]
+        )
     for name in options.methods if "memory" in parts else ():
         progress(f"memory: {name}")
         results["memory"] += memory.measure(
@@ -199,9 +201,8 @@ def measure(
         else:
             try:
                 contestants[rivals.COMPILED], compile_s = method.compiled(problem)
-            except Exception as error:  # the compiler's own: the others are measured all the same
-                why = str(error).strip().splitlines()
-                left_out.append(f"{label}: {type(error).__name__}: {why[0] if why else ''}")
+            except Exception as error:  # the compiler's own, of any kind
+                left_out.append(rivals.not_compiled(f"{method.name}, {model}", error))
 
     # The floor is measured in float32 on as many bytes as the method's own streams have.
     probes: dict[str, Callable[[], object]] = {}

@@ -31,7 +31,7 @@ def test_contestants_agree_and_who_differs_is_seen(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(packages, "present", lambda name, device: name not in packages.PACKAGES)
     monkeypatch.setitem(METHODS["clip_sgd_momentum"].rivals, "another lr", other)
-    rows = agreement.measure(["clip_sgd_momentum", "clip_grad_norm (clipped)"], "cpu", False)
+    rows = agreement.measure(["clip_sgd_momentum", "clip_grad_norm (clipped)"], "cpu", False, [])
     distances = {row["contestant"]: row["distance"] for row in rows}
     assert set(distances) == {"pysmooth", *rivals.RIVALS, "another lr"}
     assert distances.pop("another lr") > 1e-4
@@ -43,8 +43,19 @@ def test_the_compiled_step_starts_where_the_others_do(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    rows = agreement.measure([name], "cpu", True)
+    rows = agreement.measure([name], "cpu", True, [])
     assert next(r["distance"] for r in rows if r["contestant"] == rivals.COMPILED) < 1e-6
+
+
+def test_a_step_that_does_not_compile_is_left_out_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise KeyError("buf7")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    left_out: list[str] = []
+    rows = agreement.measure(["clip_sgd_momentum"], "cpu", True, left_out)
+    assert "pysmooth" in {row["contestant"] for row in rows}
+    assert left_out == ["torch.compile on clip_sgd_momentum, agreement: KeyError: 'buf7'"]
 
 
 def test_memory_is_counted_and_seen_from_outside() -> None:

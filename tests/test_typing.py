@@ -107,6 +107,9 @@ clipped = pysmooth.ClipSGD(model.parameters(), lr=0.1, max_norm=1.0, master_weig
 norm: torch.Tensor = pysmooth.clip_grad_norm_(model.parameters(), 1.0)
 last: torch.Tensor | None = clipped.last_norm()
 loss: float = clipped.step(lambda: 1.0)
+there = torch.cuda.is_available()
+on_gpu = pysmooth.AdamW(model.parameters(), backend="cuda" if there else "eager")
+portable = pysmooth.EFSGD(model.parameters(), 0.1, pysmooth.TopK(k=3), backend="triton")
 """
 
 

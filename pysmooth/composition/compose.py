@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.backends import Backend
 from ..engine.recipe import ClipSpec, Recipe
 from ..optim._base import FusedOptimizer
-from ..optim._clip import Backend, Norm
+from ..optim._clip import Norm
 from ..optim._precision import Precision
 from ..optim._validate import check_choice, check_flag, check_number
 from .base import Chain

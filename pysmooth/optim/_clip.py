@@ -15,7 +15,6 @@ ScopeName = Literal["global", "group", "tensor"]
 NonFinite = Literal["propagate", "skip", "raise"]
 # Where gradients are read for their norms.
 Norm = Literal["in_step", "in_backward"]
-Backend = Literal["auto", "cpu", "eager"]
 
 _MODES = {
     "hard": ClipMode.HARD,

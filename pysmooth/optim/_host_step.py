@@ -79,6 +79,9 @@ class HostStepOptimizer(FusedOptimizer):
         """Those of the groups' parameters that have one."""
         return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
+    def _has_gradients(self, groups: list[dict[str, Any]]) -> bool:
+        return any(p.grad is not None for group in groups for p in group["params"])
+
     def norms_taken(self) -> list[float]:
         """The gradients' norms in the step that was done, per unit."""
         norms = self._engine.norms() if self._engine is not None else None
@@ -102,17 +105,21 @@ class HostStepOptimizer(FusedOptimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self) -> None:
-        for p, label in zip(self._params(), self.param_labels(), strict=True):
-            check_gradient(p, label)
         for group in self.param_groups:
             self._check(group)
         names = ("step_size", *self.memory)
         before = [{name: group[name] for name in names} for group in self.param_groups]
         skipped = self._skipped
         done = False
-        moving = [(n, u) for n, u in enumerate(self.units()) if self.gradients(u)]
+        moving = [(n, u) for n, u in enumerate(self.units()) if self._has_gradients(u)]
         try:
-            self._update(self.choose, moving)
+            try:
+                self._update(self.choose, moving)
+            except Exception:
+                # What takes sums over gradients does not know whose they are.
+                for p, label in zip(self._params(), self.param_labels(), strict=True):
+                    check_gradient(p, label)
+                raise
             super()._run()
             self._settle()
             found = getattr(self, "found_inf", None)

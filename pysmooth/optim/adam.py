@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from ..engine.backends import is_capturable
+from ..engine.backends import Backend, is_capturable
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
-from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
+from ._clip import Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision, check_state_dtype, low_states
 from ._validate import check_flag, check_number
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.backends import Backend
 from ..engine.recipe import SCALE, ClipMode, ClipSpec, Recipe
 from ._base import check_scope
-from ._clip import Backend, NonFinite
+from ._clip import NonFinite
 from ._host_step import HostStepOptimizer, norm_of
 from ._precision import Precision
 from ._validate import check_number

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.backends import Backend
 from ..engine.recipe import ClipSpec, Recipe, Scope
 from ._base import FusedOptimizer, check_scope
-from ._clip import Backend, Norm, ScopeName
+from ._clip import Norm, ScopeName
 from ._precision import Precision
 from ._residual import ResidualPolicy, floats, halves
 from ._validate import check_flag, check_number, check_seed

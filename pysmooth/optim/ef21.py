@@ -9,9 +9,10 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..compressors import Compressor
+from ..engine.backends import Backend
 from ..engine.recipe import GRADIENT, ClipSpec, Recipe
 from ._base import check_scope
-from ._clip import Backend, Norm, ScopeName
+from ._clip import Norm, ScopeName
 from ._precision import Precision
 from ._residual import CompressedOptimizer, ResidualPolicy, floats
 from ._validate import check_choice, check_flag, check_number

@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 
 from .._errors import NonFiniteGradientError
 from ..compressors import Compressor, ScaledSign
+from ..engine.backends import Backend
 from ..engine.checks import check_gradient
 from ..engine.recipe import ABSORBED, ClipMode, ClipSpec, Policy, Recipe
 from ..engine.state import state_dtype
 from ..reference.compress import scaled_sign
-from ._clip import Backend, Clip, Norm, ScopeName, check_clip, clip_spec
+from ._clip import Clip, Norm, ScopeName, check_clip, clip_spec
 from ._hooks import GradientHooks
 from ._managed import refuse_managed
 from ._precision import Precision, check_residual

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from ._clip import Backend, NonFinite
+from ..engine.backends import Backend
+from ._clip import NonFinite
 from ._host_step import HostStepOptimizer, norm_of
 from ._precision import Precision
 from ._validate import check_number
@@ -141,7 +142,8 @@ class PolyakSGD(HostStepOptimizer):
         self._run()
 
     def _as_list(self, loss: Any) -> list[float]:
-        several = isinstance(loss, Sequence) or (isinstance(loss, Tensor) and loss.dim() == 1)
+        # In this order: to Python a tensor is a sequence only after a long search.
+        several = loss.dim() == 1 if isinstance(loss, Tensor) else isinstance(loss, Sequence)
         out = [float(x) for x in loss] if several else [float(loss)]
         count = len(self.units())
         if len(out) != count:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.backends import Backend
 from ..engine.recipe import ClipSpec, Recipe
-from ._clip import Backend, NonFinite
+from ._clip import NonFinite
 from ._host_step import HostStepOptimizer, norm_of
 from ._precision import Precision
 from ._validate import check_choice, check_number

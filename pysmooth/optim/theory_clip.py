@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.backends import Backend
 from ..engine.checks import check_memory
 from ..engine.recipe import COMPENSATION, MASTER
 from ..engine.state import empty_states, state_dtype
-from ._clip import Backend, NonFinite
+from ._clip import NonFinite
 from ._host_step import HostStepOptimizer, norm_of
 from ._precision import Precision
 from ._validate import check_choice, check_flag, check_number
