@@ -39,7 +39,7 @@ def test_adam_is_exact_and_in_whole_vectors(target: str) -> None:
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_codec(target: str) -> None:
-    for name, spec in aot.codec.SPECS.items():
+    for name, spec in aot.messages.SPECS.items():
         report = aot.compile_spec(name, spec, target)
         assert report.spills == 0, name
         assert aot.faults(report, spec) == [], name

@@ -1,4 +1,4 @@
-"""codec: bytes that leave the process. Twin of csrc/cpu/codec.cpp for signs and sparse messages.
+"""codec: bytes that leave the process: signs, and packed numbers. Twin of csrc/cpu/codec.cpp.
 
 Bits are packed from the lowest on. Every number of a message is written by one thread, and sums are
 taken in the order of ranks: a result has the same bits on every rank.
@@ -6,19 +6,16 @@ taken in the order of ranks: a result has the same bits on every rank.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codec_bytes import BLOCK, WARPS, run
 from .launch import Spec
 
 # Bytes of a message that a program makes or reads: eight elements each. Reasoned, not measured.
 BYTES = 256
-BLOCK = 1024
-WARPS = 4
 
 
 @triton.jit
@@ -109,34 +106,6 @@ def unpack_bits_kernel(packed, numbers, n, width, BLOCK: tl.constexpr):
     tl.store(numbers + at, (word >> (at * width % 8)) & ((one << width) - 1), at < n)
 
 
-@triton.jit
-def scatter_kernel(index, values, out, k, BLOCK: tl.constexpr):
-    """out[index] += values; no index comes twice."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    where = tl.load(index + at, at < k, 0)
-    total = tl.load(out + where, at < k, 0.0) + tl.load(values + at, at < k, 0.0)
-    tl.store(out + where, total, at < k)
-
-
-@triton.jit
-def spread_kernel(marks, ends, values, out, n, BLOCK: tl.constexpr):
-    """out += the values in order, where there is a mark; `ends` counts marks up to each."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    marked = (tl.load(marks + at, at < n, 0) != 0) & (at < n)
-    value = tl.load(values + tl.load(ends + at, at < n, 1) - 1, marked, 0.0)
-    tl.store(out + at, tl.load(out + at, marked, 0.0) + value, marked)
-
-
-# What the arguments of these kernels are, for who compiles them ahead of time.
-TYPES = {
-    **dict.fromkeys(("g", "e", "out", "x", "scale", "scales", "values"), "*fp32"),
-    **dict.fromkeys(("bits", "messages", "signs", "packed"), "*u8"),
-    **dict.fromkeys(("numbers", "index", "marks", "ends"), "*i64"),
-    **dict.fromkeys(("n", "k", "stride"), "i64"),
-    **dict.fromkeys(("ranks", "width"), "i32"),
-    **dict.fromkeys(("a", "b", "factor"), "fp32"),
-    "partials": "*fp64",
-}
 SPECS = {
     "code signs": Spec(
         code_signs_kernel, (("ADDS", True), ("KEEPS", True), ("BYTES", BYTES)), WARPS
@@ -147,14 +116,7 @@ SPECS = {
     ),
     "pack bits": Spec(pack_bits_kernel, (("BYTES", BYTES),), WARPS),
     "unpack bits": Spec(unpack_bits_kernel, (("BLOCK", BLOCK),), WARPS),
-    "scatter": Spec(scatter_kernel, (("BLOCK", BLOCK),), WARPS),
-    "spread": Spec(spread_kernel, (("BLOCK", BLOCK),), WARPS),
 }
-
-
-def _run(name: str, programs: int, *arguments: Any, **constants: Any) -> None:
-    spec = SPECS[name].having(**constants)
-    spec.kernel[(programs,)](*arguments, **dict(spec.constants), **spec.options)
 
 
 def _of(n: int, each: int) -> int:
@@ -170,14 +132,14 @@ def code_signs(
     partials = torch.empty(programs, dtype=torch.float64, device=g.device)
     other, kept = (g if e is None else e), (g if out is None else out)
     flags = {"ADDS": e is not None, "KEEPS": out is not None}
-    _run("code signs", programs, g, other, kept, bits, partials, n, a, b, **flags)
+    run(SPECS["code signs"], programs, g, other, kept, bits, partials, n, a, b, **flags)
     return partials.sum()
 
 
 def subtract_signs(x: Tensor, scale: Tensor) -> None:
     """X -= scale * sign(x), in place."""
     one = scale.to(x.device, torch.float32).reshape(1)
-    _run("subtract signs", _of(len(x), BLOCK), x, one, len(x))
+    run(SPECS["subtract signs"], _of(len(x), BLOCK), x, one, len(x))
 
 
 def sum_signs(messages: Tensor, scales: Tensor | None, factor: float, out: Tensor) -> None:
@@ -185,43 +147,32 @@ def sum_signs(messages: Tensor, scales: Tensor | None, factor: float, out: Tenso
     n, rows = len(out), len(messages)
     numbers = out if scales is None else scales
     arguments = (messages, numbers, out, messages, n, messages.stride(0), rows, factor)
-    _run("sum signs", _of(n, 8 * BYTES), *arguments, SCALED=scales is not None)
+    run(SPECS["sum signs"], _of(n, 8 * BYTES), *arguments, SCALED=scales is not None)
 
 
 def vote(messages: Tensor, n: int, signs: Tensor) -> None:
     """The signs of the sum of n signs over ranks; a tie is a plus."""
     unused = torch.empty(1, device=signs.device)
     arguments = (messages, unused, unused, signs, n, messages.stride(0), len(messages), 1.0)
-    _run("sum signs", _of(n, 8 * BYTES), *arguments, SCALED=False, VOTES=True)
+    run(SPECS["sum signs"], _of(n, 8 * BYTES), *arguments, SCALED=False, VOTES=True)
 
 
 def pack_bits(numbers: Tensor, width: int, out: Tensor) -> None:
     """Numbers (int64) of `width` bits, up to 32, as bytes."""
     if width:
-        _run("pack bits", _of(len(numbers) * width, 8 * BYTES), numbers, out, len(numbers), width)
+        run(
+            SPECS["pack bits"],
+            _of(len(numbers) * width, 8 * BYTES),
+            numbers,
+            out,
+            len(numbers),
+            width,
+        )
 
 
 def unpack_bits(packed: Tensor, n: int, width: int) -> Tensor:
     """The n numbers of `pack_bits`, as int64."""
     numbers = torch.zeros(n, dtype=torch.int64, device=packed.device)
     if width:
-        _run("unpack bits", _of(n, BLOCK), packed, numbers, n, width)
+        run(SPECS["unpack bits"], _of(n, BLOCK), packed, numbers, n, width)
     return numbers
-
-
-def sum_top_k(messages: Tensor, k: int, out: Tensor) -> None:
-    """Puts the sum over ranks of messages about their k largest into `out`; a row is a rank's.
-
-    A launch per rank, in their order: in one message no index comes twice.
-    """
-    n, width = len(out), (len(out) - 1).bit_length()
-    bitmap = n < k * width
-    size = _of(min(k * width, n), 8)
-    out.zero_()
-    for message in messages:
-        values = message[size:].clone().view(torch.float32)
-        if bitmap:
-            marks = unpack_bits(message, n, 1)
-            _run("spread", _of(n, BLOCK), marks, marks.cumsum(0), values, out, n)
-        else:
-            _run("scatter", _of(k, BLOCK), unpack_bits(message, k, width), values, out, k)

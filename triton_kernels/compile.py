@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from . import codec
+from . import messages
 from .absorb import VALUES
 from .absorption import BEGIN_ABSORBED
 from .apply import apply
@@ -58,6 +58,7 @@ from .specs import (
 
 # Kernels that change parameters or states, or choose what is changed.
 EXACT = (apply, source, block_scales, sample, narrow, selected, ties, select_block, rand_k)
+EXACT += tuple(spec.kernel for spec in messages.SPECS.values())
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
     "cuda:90": GPUTarget("cuda", 90, 32),
@@ -148,7 +149,7 @@ def specs(rules: list[str]) -> Iterator[tuple[str, Spec]]:
         for of_grad in (False, True):
             yield f"rows of {length}", rows_spec(dtype, dims, length, of_grad=of_grad)
         yield f"coefficients {dtype}", coefs_spec(dtype)
-    for name, spec in codec.SPECS.items():
+    for name, spec in messages.SPECS.items():
         yield f"codec: {name}", spec
     for name in rules:
         yield from specs_of(RULES[name])
@@ -235,13 +236,13 @@ def signature(spec: Spec) -> dict[str, str]:
     """The types of a kernel's arguments."""
     constants = dict(spec.constants)
     how = constants.get("HOW")
-    codec_kernels = [other.kernel for other in codec.SPECS.values()]
+    codec_kernels = [other.kernel for other in messages.SPECS.values()]
     out = {}
     for name in spec.kernel.arg_names:
         if name in constants:
             out[name] = "constexpr"
         elif spec.kernel in codec_kernels:
-            out[name] = codec.TYPES[name]
+            out[name] = messages.TYPES[name]
         elif name in VALUES:
             out[name] = "i64"
         elif name in COUNTS or (name in MORE_COUNTS and spec.kernel in (finalize, finish_pass)):

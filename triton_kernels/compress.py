@@ -52,12 +52,18 @@ def uniform(drawn):
 
 
 @triton.jit
-def dithered(x, drawn, step, inverse, levels):
-    """One of the two multiples of step next to |x|, with x's sign."""
+def dithered_steps(x, drawn, inverse, levels):
+    """How many steps: one of the two integers next to |x| * inverse."""
     y = tl.where(x < 0, -x, x) * inverse
     y = tl.where(y > levels, levels, y)
     low = tl.floor(y)
-    sent = tl.where(uniform(drawn) < y - low, low + 1.0, low) * step
+    return tl.where(uniform(drawn) < y - low, low + 1.0, low)
+
+
+@triton.jit
+def dithered(x, drawn, step, inverse, levels):
+    """One of the two multiples of step next to |x|, with x's sign."""
+    sent = dithered_steps(x, drawn, inverse, levels) * step
     return tl.where(x < 0, -sent, sent)
 
 

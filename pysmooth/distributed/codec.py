@@ -1,8 +1,7 @@
 """codec: what leaves the process, by the kernels of a backend where there are any, else in torch.
 
-On CPU all messages have kernels; on CUDA devices Triton's take signs, packed numbers and the sums
-of sparse messages. All tensors are flat and contiguous; floats are float32. All ways write the same
-bytes; sums of |x| are rounded differently.
+All tensors are flat and contiguous; floats are float32. All ways write the same bytes; sums of |x|
+are rounded differently, and in torch sums of squares.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..engine.backends import available_backends, native_module
 from ..reference import codec as eager
 from ..reference.random import permutation
+from .schemes import index_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Source:
     def value(self) -> Tensor:
         """As a new tensor."""
         return eager.combine(self.g, self.e, self.a, self.b)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, float, float]:
+        """What it is made of."""
+        return self.g, self.e, self.a, self.b
 
     @property
     def native(self) -> tuple[int, int, float, float, int]:
@@ -82,9 +87,9 @@ def _native(x: Tensor) -> types.ModuleType | None:
 def _triton(x: Tensor) -> types.ModuleType | None:
     if not x.is_cuda or len(x) == 0 or "triton" not in available_backends():
         return None
-    from ..triton_kernels import codec as kernels
+    from ..triton_kernels import messages
 
-    module: types.ModuleType = kernels
+    module: types.ModuleType = messages
     return module
 
 
@@ -110,7 +115,28 @@ def code_signs(
     return x.double().abs().sum()
 
 
-def code_top_k(
+def code_top_k(x: Source, k: int, out: Tensor | None, message: Tensor) -> bool:
+    """Writes where the k largest of x are, and they, into `message`; whether all of x is finite.
+
+    `out`, if given, is x without them.
+    """
+    if (kernels := _triton(x.g)) is not None:
+        spoiled = kernels.code_top_k(x.g, x.e, x.a, x.b, k, out, message)
+        return not bool(spoiled)
+    index, values, finite = largest(x.g, x.e, x.a, x.b, k, out)
+    d = len(x.g)
+    packed = message[: index_bytes(d, k)]
+    if d < k * (width := (d - 1).bit_length()):
+        marks = torch.zeros(d, dtype=torch.int64, device=x.g.device)
+        marks[index] = 1
+        pack_bits(marks, 1, packed)
+    else:
+        pack_bits(index, width, packed)
+    message[len(packed) :] = values.view(torch.uint8)
+    return finite
+
+
+def largest(
     g: Tensor, e: Tensor | None, a: float, b: float, k: int, out: Tensor | None
 ) -> tuple[Tensor, Tensor, bool]:
     """Where the k largest of x = b * e + a * g are, they, and whether all of x is finite.
@@ -199,10 +225,11 @@ def sum_top_k(messages: Tensor, k: int, into: Target) -> None:
         native.sum_top_k(*rows, len(out), k, into.factor, _at(into.base), _at(out), threads)
         return
     if (kernels := _triton(out)) is not None:
-        kernels.sum_top_k(messages, k, out)
+        rest = kernels.sum_top_k(messages, k, into.factor, into.base, out)
+        Target(out, *rest).finish()
     else:
         out.copy_(eager.sum_top_k(messages, len(out), k))
-    into.finish()
+        into.finish()
 
 
 def code_natural(x: Source, drawn: Drawn, out: Tensor, message: Tensor) -> None:
@@ -210,6 +237,8 @@ def code_natural(x: Source, drawn: Drawn, out: Tensor, message: Tensor) -> None:
     if (native := _native(out)) is not None:
         threads = torch.get_num_threads()
         native.code_natural(*x.native, *drawn.native, _at(out), _at(message), threads)
+    elif (kernels := _triton(out)) is not None:
+        kernels.code_natural(*x.parts, drawn.native, out, message)
     else:
         value = x.value()
         sent, coded = eager.code_natural(value, *drawn.native)
@@ -217,12 +246,17 @@ def code_natural(x: Source, drawn: Drawn, out: Tensor, message: Tensor) -> None:
         out.copy_(value - sent)
 
 
-def sum_natural(messages: Tensor, out: Tensor) -> None:
-    """Puts the sum over ranks of such messages into `out`."""
+def sum_natural(messages: Tensor, into: Target) -> None:
+    """Sums such messages over ranks; a row is a rank's."""
+    out = into.out
+    if (kernels := _triton(out)) is not None:
+        kernels.sum_natural(messages, into.factor, into.base, out)
+        return
     if (native := _native(out)) is not None:
         native.sum_natural(*_rows(messages), len(out), _at(out), torch.get_num_threads())
     else:
         out.copy_(eager.sum_natural(messages, len(out)))
+    into.finish()
 
 
 def code_levels(
@@ -233,6 +267,8 @@ def code_levels(
         threads = torch.get_num_threads()
         drawing = (*drawn.native, levels, block)
         native.code_levels(*x.native, *drawing, _at(out), _at(message), threads)
+    elif (kernels := _triton(out)) is not None:
+        kernels.code_levels(*x.parts, drawn.native, levels, block, out, message)
     else:
         value = x.value()
         sent, coded = eager.code_levels(value, levels, block, *drawn.native)
@@ -240,13 +276,39 @@ def code_levels(
         out.copy_(value - sent)
 
 
-def sum_levels(messages: Tensor, levels: int, block: int, out: Tensor) -> None:
-    """Puts the sum over ranks of such messages into `out`."""
+def sum_levels(messages: Tensor, levels: int, block: int, into: Target) -> None:
+    """Sums such messages over ranks; a row is a rank's."""
+    out = into.out
+    if (kernels := _triton(out)) is not None:
+        kernels.sum_levels(messages, levels, block, into.factor, into.base, out)
+        return
     if (native := _native(out)) is not None:
         threads = torch.get_num_threads()
         native.sum_levels(*_rows(messages), len(out), levels, block, _at(out), threads)
     else:
         out.copy_(eager.sum_levels(messages, len(out), levels, block))
+    into.finish()
+
+
+def code_rand_k(x: Source, drawn: Drawn, factor: float, out: Tensor, message: Tensor) -> None:
+    """Writes drawn coordinates, times a factor, into `message`, and what is left into `out`."""
+    if (kernels := _triton(out)) is not None:
+        kernels.code_rand_k(*x.parts, drawn.native, factor, out, message)
+        return
+    out.copy_(x.value())
+    index = places(len(message) // 4, out, drawn)
+    kept = out[index]
+    sent = kept * factor
+    message.copy_(sent.view(torch.uint8))
+    out[index] = kept - sent
+
+
+def add_rand_k(message: Tensor, drawn: Drawn, out: Tensor) -> None:
+    """Adds what one rank has sent to what those before it have."""
+    if (kernels := _triton(out)) is not None:
+        kernels.add_rand_k(message, drawn.native, out)
+    else:
+        out[places(len(message) // 4, out, drawn)] += eager.floats(message)
 
 
 def places(k: int, like: Tensor, drawn: Drawn) -> Tensor:

@@ -110,17 +110,8 @@ class _TopK:
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
     ) -> bool:
-        d, k = len(out), self.compressor.chosen_of(len(out))
-        index, values, finite = codec.code_top_k(x.g, x.e, x.a, x.b, k, out if keep else None)
-        packed = message[: index_bytes(d, k)]
-        if _bitmap(d, k):
-            marks = torch.zeros(d, dtype=torch.int64, device=out.device)
-            marks[index] = 1
-            codec.pack_bits(marks, 1, packed)
-        else:
-            codec.pack_bits(index, _width(d), packed)
-        message[len(packed) :] = raw(values)
-        return finite
+        k = self.compressor.chosen_of(len(out))
+        return codec.code_top_k(x, k, out if keep else None, message)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
         codec.sum_top_k(messages, self.compressor.chosen_of(len(into.out)), into)
@@ -133,25 +124,19 @@ class _RandK:
     def size(self, d: int) -> int:
         return 4 * self.compressor.chosen_of(d)
 
-    def _places(self, draw: Draw, like: Tensor) -> Tensor:
-        return codec.places(self.compressor.chosen_of(len(like)), like, _drawn(self, draw))
-
     def encode(
         self, x: Source, draw: Draw, out: Tensor, message: Tensor, *, keep: bool = True
     ) -> bool:
-        out.copy_(x.value())
-        index = self._places(draw, out)
-        kept = out[index]
-        sent = kept * (len(out) / len(index)) if self.compressor.scaled else kept
-        message.copy_(raw(sent))
-        out[index] = kept - sent
+        d = len(out)
+        factor = d / self.compressor.chosen_of(d) if self.compressor.scaled else 1.0
+        codec.code_rand_k(x, _drawn(self, draw), factor, out, message)
         return codec.all_finite(out)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
-        out = into.out.zero_()
+        into.out.zero_()
         for rank, message in enumerate(messages, first):
-            theirs = dataclasses.replace(draw, rank=rank)
-            out[self._places(theirs, out)] += floats(message)
+            theirs = _drawn(self, dataclasses.replace(draw, rank=rank))
+            codec.add_rand_k(message, theirs, into.out)
         into.finish()
 
 
@@ -169,8 +154,7 @@ class _Natural:
         return codec.all_finite(out)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
-        codec.sum_natural(messages, into.out)
-        into.finish()
+        codec.sum_natural(messages, into)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +181,7 @@ class _QSGD:
         return codec.all_finite(out)
 
     def decode(self, messages: Tensor, draw: Draw, into: Target, first: int = 0) -> None:
-        codec.sum_levels(messages, self.compressor.levels, self._block(len(into.out)), into.out)
-        into.finish()
+        codec.sum_levels(messages, self.compressor.levels, self._block(len(into.out)), into)
 
 
 class _Raw:
@@ -218,14 +201,6 @@ class _Raw:
         for message in messages:
             into.out.add_(floats(message))
         into.finish()
-
-
-def _width(d: int) -> int:
-    return (d - 1).bit_length()
-
-
-def _bitmap(d: int, k: int) -> bool:
-    return d < k * _width(d)
 
 
 def _drawn(form: Any, draw: Draw) -> Drawn:
