@@ -88,9 +88,9 @@ def pack_bits_kernel(numbers, packed, n, width, BYTES: tl.constexpr):
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     place = tl.arange(0, 8)[None, :]
     bit = byte[:, None] * 8 + place
-    number = tl.load(numbers + bit // width, bit < n * width, 0)
+    number = tl.load(numbers + bit // width, bit // width < n, 0)
     one = ((number >> (bit % width)) & 1).to(tl.int32)
-    tl.store(packed + byte, tl.sum(one << place, 1).to(tl.uint8), byte * 8 < n * width)
+    tl.store(packed + byte, tl.sum(one << place, 1).to(tl.uint8), byte * 8 // width < n)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def unpack_bits_kernel(packed, numbers, n, width, BLOCK: tl.constexpr):
     first = at * width // 8
     word = tl.zeros([BLOCK], tl.int64)
     for i in tl.static_range(5):
-        inside = (at < n) & ((first + i) * 8 < n * width)
+        inside = (at < n) & ((first + i) * 8 // width < n)
         word |= tl.load(packed + first + i, inside, 0).to(tl.int64) << (8 * i)
     one = tl.full([BLOCK], 1, tl.int64)
     tl.store(numbers + at, (word >> (at * width % 8)) & ((one << width) - 1), at < n)

@@ -200,7 +200,7 @@ def code_levels_kernel(
     # Eight numbers fill `width` bytes: words of 64 bits, and their bytes.
     lane = tl.arange(0, 8)[None, :]
     group = first // 8 + tl.arange(0, BLOCK // 8)[:, None]
-    to = message + (n + size - 1) // size * 4
+    to = message + (n + size.to(tl.int64) - 1) // size * 4
     for j in tl.static_range(3):
         if 8 * j < width:
             left = lane * width - 64 * j
@@ -210,7 +210,7 @@ def code_levels_kernel(
             whole = tl.sum(here, 1)[:, None]
             byte = 8 * j + lane
             place = group * width + byte
-            inside = (byte < width) & (place * 8 < n * width)
+            inside = (byte < width) & (place * 8 // width < n)
             tl.store(to + place, (whole >> (8 * lane).to(tl.uint64)).to(tl.uint8), inside)
 
 
@@ -235,7 +235,7 @@ def sum_levels_kernel(
     row = messages
     for _ in range(ranks):
         unit = float_at(row + at // size * 4, live)
-        number = number_at(row + (n + size - 1) // size * 4, at, width, live, 4)
+        number = number_at(row + (n + size.to(tl.int64) - 1) // size * 4, at, width, live, 4)
         part = (number >> 1).to(tl.float32) * unit
         total += tl.where((number & 1) != 0, -part, part)
         row += stride

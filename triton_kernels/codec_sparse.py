@@ -193,7 +193,7 @@ def scatter_kernel(message, out, k, width, room, BLOCK: tl.constexpr):
 def marks_kernel(messages, counts, room, stride, CHUNK: tl.constexpr):
     """How many bits of each chunk of a rank's bitmap are set."""
     byte = tl.program_id(0).to(tl.int64) * (CHUNK // 8) + tl.arange(0, CHUNK // 8)
-    row = messages + tl.program_id(1) * stride
+    row = messages + tl.program_id(1).to(tl.int64) * stride
     marks = tl.load(row + byte, byte < room, 0).to(tl.int32)
     found = tl.full((), 0, tl.int32)
     for i in tl.static_range(8):
