@@ -121,8 +121,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from _tensors(v)
-    elif hasattr(value, "absmax"):  # bitsandbytes' quantization states
-        yield from _tensors(vars(value))
+    elif hasattr(value, "__dict__"):  # what may be quantized is wrapped (bitsandbytes, flashoptim)
+        kinds = (Tensor, dict, list, tuple)
+        yield from _tensors([v for v in vars(value).values() if isinstance(v, kinds)])
 
 
 def _bytes_of(keeps: Any) -> int:

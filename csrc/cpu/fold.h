@@ -80,7 +80,7 @@ struct Largest {
   PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) { return larger<C>(acc, magnitude<C>(x)); }
   template <class V>
   PYSMOOTH_HD static V combine(V a, V b) {
-    return (a > b) | (a != a) ? a : b;
+    return ((a > b) | (a != a)) ? a : b;
   }
 };
 
@@ -89,11 +89,11 @@ struct Smallest {
   static constexpr double kNeutral = __builtin_inf();
   PYSMOOTH_HD static vec<C> fold(vec<C> acc, vec<C> x) {
     const vec<C> a = magnitude<C>(x);
-    return (a != a) | (a < acc) ? a : acc;
+    return ((a != a) | (a < acc)) ? a : acc;
   }
   template <class V>
   PYSMOOTH_HD static V combine(V a, V b) {
-    return (a < b) | (a != a) ? a : b;
+    return ((a < b) | (a != a)) ? a : b;
   }
 };
 
