@@ -179,9 +179,11 @@ def _scaling(series: dict[str, list[dict[str, Any]]]) -> Figure:
         for method, line in lines.items():
             own = [p for p in points if p["method"] == method]
             for contestant in own[0]["seconds"] if own else ():
-                y = [scale * p["seconds"][contestant] / (p["x"] if per_unit else 1) for p in own]
+                # The largest size may be too large for some.
+                ran = [p for p in own if contestant in p["seconds"]]
+                y = [scale * p["seconds"][contestant] / (p["x"] if per_unit else 1) for p in ran]
                 color = OURS if contestant == "pysmooth" else COLORS.get(contestant, "#999999")
-                axis.plot([p["x"] for p in own], y, linestyle=line, marker=".", color=color)
+                axis.plot([p["x"] for p in ran], y, linestyle=line, marker=".", color=color)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel(name)

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -20,6 +21,7 @@ from .models import MODELS
 from .numerics import Contestant
 from .page import best_rivals, pieces, write_page
 from .page.merge import merged
+from .plots import figures
 from .problem import Problem, Step, torch_step
 from .suite import empty_results
 
@@ -148,6 +150,17 @@ def test_flatness_is_that_of_large_sizes() -> None:
         for x, s in ((10**3, 1.0), (10**7, 1.0), (10**8, 12.0))
     ]
     assert scaling.flatness({"parameters": points}) == {"m": pytest.approx(1.2)}
+
+
+def test_who_has_no_room_at_the_largest_size_ends_before_it() -> None:
+    both = {"pysmooth": 1.0, "torch foreach": 2.0}
+    points = [
+        {"x": 10**3, "method": "m", "seconds": both},
+        {"x": 10**9, "method": "m", "seconds": {"pysmooth": 9.0}},
+    ]
+    results = {**empty_results("cpu"), "scaling": {"parameters": points}}
+    (axis,) = figures(results)["scaling"].axes
+    assert sorted(np.size(line.get_xdata()) for line in axis.lines) == [1, 2]
 
 
 def row(model: str, ratio: float, backend: str = "cpu") -> dict[str, Any]:

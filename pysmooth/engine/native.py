@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 APPLIED, SKIPPED, NONFINITE, STALE = range(4)
 
 
+class _Numbers:
+    """What a step is given of recipes, and what a plan is built for, apart from tensors."""
+
+    def __init__(self, recipes: list[Recipe]) -> None:
+        self.recipes = recipes
+        self.hypers = [recipe.hyper for recipe in recipes]
+        self.clips = [recipe.clip for recipe in recipes]
+        self.forms = tuple(
+            (r.rule, r.low_states, r.param_storage, r.clip.mode == ClipMode.AGC) for r in recipes
+        )
+
+
 class NativeEngine:
     """Steps through a `Plan`, rebuilt whenever anything but a gradient's address changed."""
 
@@ -31,6 +43,7 @@ class NativeEngine:
         self._native = native
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
+        self._numbers = _Numbers([])
         self._states: StateSnapshot | None = None
         self._state_dicts: list[dict[str, Any]] = []
         self._unscale = 1.0
@@ -54,12 +67,13 @@ class NativeEngine:
         self._unscale = unscale
         groups = optimizer.param_groups
         recipes = optimizer.recipes()
-        hypers = [recipe.hyper for recipe in recipes]
-        clips = [recipe.clip for recipe in recipes]
+        if recipes is not self._numbers.recipes:  # a list of recipes is replaced, never changed
+            self._numbers = _Numbers(recipes)
+        hypers, clips = self._numbers.hypers, self._numbers.clips
         lists = [group["params"] for group in groups]
         threads = torch.get_num_threads()
 
-        wanted = _form(optimizer, recipes)
+        wanted = (len(optimizer.state), optimizer.hooks_held(), self._numbers.forms)
         numbers = (hypers, clips, threads, unscale, not optimizer.unscaled_by_scaler)
         plan = None
         try:
@@ -180,7 +194,7 @@ class NativeEngine:
         self._state_dicts = state_dicts
         self._states = self._native.StateSnapshot(optimizer.state)
         self._places = {p: (i, g) for i, (p, g) in enumerate(zip(params, groups, strict=True))}
-        self._built_for = _form(optimizer, recipes)
+        self._built_for = (len(optimizer.state), optimizer.hooks_held(), _Numbers(recipes).forms)
         return self._plan
 
     def _allocate(
@@ -256,12 +270,6 @@ class NativeEngine:
         """Clip coefficients of the last step per parameter; None if it took no norms."""
         last = self._read()
         return None if last is None else last[1]
-
-
-def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
-    """What a plan is built for, apart from tensors."""
-    forms = ((r.rule, r.low_states, r.param_storage, r.clip.mode == ClipMode.AGC) for r in recipes)
-    return (len(optimizer.state), optimizer.hooks_held(), *forms)
 
 
 def _low_states(recipe: Recipe) -> int:

@@ -61,6 +61,8 @@ class Adagrad(FusedOptimizer):
     arXiv:2406.04443.
     """
 
+    groups_say_all = True
+
     def __init__(
         self,
         params: ParamsT,

@@ -66,6 +66,8 @@ class Adam(FusedOptimizer):
     Sources: arXiv:1412.6980; amsgrad, arXiv:1904.09237; with the clip, arXiv:2406.04443.
     """
 
+    groups_say_all = True
+
     def __init__(
         self,
         params: ParamsT,

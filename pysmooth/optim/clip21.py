@@ -73,6 +73,8 @@ class Clip21SGD2M(FusedOptimizer):
     Source: arXiv:2502.11682.
     """
 
+    groups_say_all = True
+
     policies = ("skip", "raise", "zero")
 
     def __init__(
@@ -160,6 +162,8 @@ class Clip21(FusedOptimizer):
 
     Source: arXiv:2305.18929.
     """
+
+    groups_say_all = True
 
     policies = ("skip", "raise", "zero")
 

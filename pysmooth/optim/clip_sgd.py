@@ -111,6 +111,8 @@ class ClipSGD(FusedOptimizer):
     arXiv:2505.20817; adaptive gradient clipping, arXiv:2102.06171.
     """
 
+    groups_say_all = True
+
     def __init__(
         self,
         params: ParamsT,

@@ -58,6 +58,8 @@ class NormalizedSGD(FusedOptimizer):
     Source: arXiv:2002.03305.
     """
 
+    groups_say_all = True
+
     def __init__(
         self,
         params: ParamsT,

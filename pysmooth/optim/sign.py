@@ -58,6 +58,8 @@ class SignSGD(FusedOptimizer):
     Source: arXiv:1802.04434.
     """
 
+    groups_say_all = True
+
     stage_scopes = (Scope.TENSOR, Scope.GLOBAL)
 
     def __init__(
@@ -166,6 +168,8 @@ class Lion(FusedOptimizer):
 
     Source: arXiv:2302.06675.
     """
+
+    groups_say_all = True
 
     def __init__(
         self,
