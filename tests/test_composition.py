@@ -347,6 +347,17 @@ def test_norms_in_backward_part_by_part_are_taken_in_the_step() -> None:
         ((p.Decay(0.1), p.ScaleByAdam(), p.Decay(0.1, True)), r"part 3, Decay, .*another decay"),
         ((p.Clip(1.0, scope="tensor"), p.Normalize()), r"part 1, Clip: its scope is 'tensor'"),
         ((p.Average(),), r"ClipDifference is missing at the end"),
+        ((p.Average(0.5), p.Compress(SPARSE, "ef21", "first")), r"part 2, Compress: it starts"),
+        ((p.Decay(0.1, True), p.Decay(0.1), p.ScaleByAdam()), r"part 2, Decay, .*another decay"),
+        ((p.Clip(1.0, norm_type=1.0), p.ScaleByNorm(0.5)), r"part 1, Clip: its norm is not Eucl"),
+        ((p.Clip(1.0, "value"), p.ScaleByNorm(0.5)), r"part 1, Clip: mode='value' goes with"),
+        ((p.Momentum(0.9, nesterov=True), p.Compress(SPARSE)), r"part 1, Momentum: .*no nesterov"),
+        ((p.Momentum(1.0), p.Compress(SPARSE)), r"part 1, Momentum: .*not less than 1"),
+        ((p.Compress(SPARSE, "ef21"), p.Normalize(eps=0.1)), r"part 2, Normalize: .*its eps is 0"),
+        (
+            (p.Average(0.9), p.Average(0.5), p.Compress(SPARSE, "ef21")),
+            r"part 2, Average: it differs from the first",
+        ),
     ],
 )
 def test_no_kernel(parts: tuple[p.Part, ...], message: str) -> None:
@@ -355,12 +366,22 @@ def test_no_kernel(parts: tuple[p.Part, ...], message: str) -> None:
         compose(params, chain(*parts), 0.1)
 
 
+def test_complex_numbers_have_no_coordinates_to_clamp() -> None:
+    x = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = compose([x], chain(p.Clip(1.0, "value")), 0.1, backend="eager")
+    x.grad = torch.ones_like(x)
+    with pytest.raises(ValueError, match="no meaning for complex parameters"):
+        optimizer.step()
+    assert torch.equal(x, torch.ones_like(x))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: p.Clip(0.0), "max_norm must be greater than 0"),
         (lambda: p.Clip(1.0, "soft"), "mode must be one of"),
         (lambda: p.Clip(1.0, scope="all"), "scope must be one of"),
+        (lambda: p.Clip(math.inf, "normalize"), "max_norm must be finite for mode='normalize'"),
         (lambda: p.AdaptiveClip(-1.0), "factor must be greater than 0"),
         (lambda: p.Momentum(0.9, 0.1, nesterov=True), "nesterov needs dampening = 0"),
         (lambda: p.Average(1.0), r"decay must be in \[0, 1\)"),

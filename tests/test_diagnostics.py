@@ -64,9 +64,14 @@ def test_a_normal_sample_has_no_extreme_outliers():
         (lambda: estimate_smoothness([torch.ones(1)] * 2, [torch.ones(1)] * 2), "three"),
         (lambda: estimate_smoothness([torch.ones(1)] * 3, [torch.ones(2)] * 3), "shapes"),
         (lambda: estimate_smoothness([torch.ones(1)] * 3, [torch.ones(1)] * 3), "moved"),
+        (
+            lambda: estimate_smoothness([torch.ones(1)] * 3, [torch.full((1,), math.inf)] * 3),
+            "finite",
+        ),
         (lambda: estimate_tail(torch.ones(3)), "norms"),
         (lambda: estimate_tail(torch.full((30,), math.nan)), "norms"),
         (lambda: estimate_tail(torch.ones(30), part=1.0), "part"),
+        (lambda: estimate_tail(torch.eye(30)[0]), "tail"),
     ],
 )
 def test_bad_input(call, words):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import pysmooth
+from pysmooth import _doctor
+from pysmooth._extras import needs
 from pysmooth.engine import backends
 
 
@@ -54,3 +58,31 @@ def test_as_a_program_and_as_a_module(capsys: pytest.CaptureFixture[str]) -> Non
         assert capsys.readouterr().out == said.stdout
     finally:
         pysmooth.doctor = function
+
+
+def test_packages_that_are_not_there_and_gpus_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _doctor._version("no-such-package") == "not installed"
+    assert _doctor._version("torch") == importlib.metadata.version("torch")
+    for hip, cuda, said in [
+        (None, None, "no GPU support"),
+        (None, "12.9", "CUDA 12.9"),
+        ("7.0", None, "ROCm 7.0"),
+    ]:
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert _doctor._toolkit() == f" ({said})"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
+    assert _doctor._devices()[1:] == [("cuda:0", "card 0"), ("cuda:1", "card 1")]
+
+
+def test_a_module_that_lacks_something_itself_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_installed.py").write_text("import what_it_needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="what_it_needs"):
+        needs("half_installed", extra="bench")
+    with pytest.raises(ImportError, match=r"needs what_it_needs.*pysmooth\[bench\]"):
+        needs("what_it_needs.inside", extra="bench")

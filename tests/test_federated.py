@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pysmooth import federated as fed
 from pysmooth.federated.clients import drawn, shuffled
@@ -33,6 +34,21 @@ def make_clients(count: int = 4, dtype: torch.dtype = torch.float64) -> dict[int
     data = torch.randn(count, N, D, generator=generator, dtype=dtype)
     data += torch.arange(count, dtype=dtype)[:, None, None]
     return {i: fed.FunctionClient(quartic(data[i]), N) for i in range(count)}
+
+
+def rounds_of(method: fed.Method) -> None:
+    fed.Server(method, torch.zeros(D, dtype=torch.float64)).round(make_clients(3))
+
+
+def no_model_client(inputs: int, targets: int) -> fed.ModelClient:
+    xs, ys = torch.ones(inputs, 1), torch.ones(targets, 1)
+    return fed.ModelClient(torch.nn.Linear(1, 1), functional.mse_loss, xs, ys)
+
+
+def model_client() -> fed.ModelClient:
+    line = torch.nn.Linear(1, 1, dtype=torch.float64)
+    inputs = torch.arange(6.0, dtype=torch.float64).view(-1, 1)
+    return fed.ModelClient(line, functional.mse_loss, inputs, inputs**2)
 
 
 def run(method: fed.Method, clients: dict[int, fed.Client], rounds: int, **kwargs: Any) -> Tensor:
@@ -286,11 +302,30 @@ def test_states_that_do_not_fit_are_refused() -> None:
         (lambda: fed.Server(fed.FedAvg(), torch.zeros(2), min_clients=0), "min_clients"),
         (lambda: fed.Server(fed.FedAvg(), torch.zeros(2), timeout=0.0), "timeout"),
         (lambda: fed.FedAvg(cohort=3).participants(fed.State(torch.zeros(1)), [1, 2]), "cohort"),
+        (lambda: fed.nastya(1e-3, 0.0), "server_lr"),
+        (lambda: rounds_of(fed.ClippedRRCLI(cohort=2)), "cohort must divide 3"),
+        (
+            lambda: rounds_of(fed.MeritFed(clients=2, target=lambda y, k: y)),
+            "client 2: there are 2",
+        ),
+        (lambda: no_model_client(2, 3), "2 inputs, 3 targets"),
+        (lambda: no_model_client(0, 0), "0 inputs, 0 targets"),
+        (lambda: model_client().load(torch.ones(3)), "x must be a vector of 2 numbers"),
     ],
 )
 def test_bad_arguments_are_named(make: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         make()
+
+
+def test_a_models_gradient_of_a_batch_is_that_of_its_samples() -> None:
+    client = model_client()
+    x, batch = torch.tensor([0.5, -2.0], dtype=torch.float64), torch.tensor([4, 1])
+    u = client.inputs[batch]
+    away = u * 0.5 - 2.0 - u**2
+    expected = torch.stack([(2 * away * u).mean(), (2 * away).mean()])
+    torch.testing.assert_close(client.grad(x, batch), expected)
+    assert torch.equal(client.vector(), x)
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 5), (16, 100), (100, 100)])

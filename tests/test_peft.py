@@ -223,10 +223,18 @@ def test_save_and_load(tmp_path: Path) -> None:
         with pytest.raises((ValueError, KeyError), match=match):
             peft.load_adapter_state(fresh, bad)
         assert not list(peft.adapters(fresh))
-    other = copy.deepcopy(base)
-    peft.lora_xs(other, rank=3, targets=["0", "2"])
-    with pytest.raises(ValueError, match="scale"):
-        peft.load_adapter_state(other, state)
+    for targets, rank, match in [
+        (["0", "2"], 3, "its scale"),
+        (["0", "2"], 2, "0: shapes differ"),
+        (["2"], 3, r"other layers have adapters: \['0'\]"),
+    ]:
+        other = copy.deepcopy(base)
+        peft.lora_xs(other, rank=rank, targets=targets)
+        before = peft.adapter_state(other)
+        with pytest.raises(ValueError, match=match):
+            peft.load_adapter_state(other, state)
+        after = peft.adapter_state(other)
+        assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize(
@@ -350,6 +358,8 @@ def test_on_a_model_of_peft(conv: bool) -> None:
     torch.testing.assert_close(
         one.latent.R.grad, other.latent.R.grad * sign * sign[:, None], rtol=1e-3, atol=1e-6
     )
+    with pytest.raises(ValueError, match=r"use model\.merge_and_unload"):
+        peft.unload(wrapped)
     state = peft.adapter_state(wrapped)
     fresh = library.get_peft_model(copy.deepcopy(wrapped.unload()), config)
     peft.load_adapter_state(fresh, state)

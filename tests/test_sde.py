@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -97,8 +98,32 @@ def test_stability_threshold_of_gradient_descent(lr, stable):
         (lambda: stationary_variance("dsgd", 0.1, 0.0, 1.0), "curvature"),
         (lambda: euler_maruyama(dsgd(identity, 0.1, 1.0), torch.ones(2), 1.0, 10), "start"),
         (lambda: euler_maruyama(dsgd(identity, 0.1, 1.0), torch.ones(2, 1), 1.0, 0), "steps"),
+        (lambda: euler_maruyama(dsgd(identity, 0.1, 1.0), torch.ones(2, 1), 0.0, 9), "time"),
     ],
 )
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_all_points_of_a_path_end_where_its_last_one_is():
+    sde, start = dsgd(identity, 0.1, 1.0), torch.ones(3, 1, dtype=torch.float64)
+    path = euler_maruyama(sde, start, 1.0, 5, seed=7, keep=True)
+    assert path.shape == (6, 3, 1)
+    assert torch.equal(path[0], start)
+    assert torch.equal(path[-1], euler_maruyama(sde, start, 1.0, 5, seed=7))
+
+
+def test_signs_of_noise_with_other_degrees_of_freedom():
+    """Between those that have a formula, and symmetric."""
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1)
+    one, some, two = (-dsignsgd(identity, 0.1, 1.0, nu=nu).drift(x) for nu in (1.0, 1.5, 2.0))
+    torch.testing.assert_close(some, -some.flip(0))
+    ends = one[4:], two[4:]
+    assert bool(((some[4:] - ends[0]) * (some[4:] - ends[1]) < 0).all())
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"nu=1.5 needs scipy.*pysmooth\[bench\]"):
+        dsignsgd(identity, 0.1, 1.0, nu=1.5)

@@ -23,6 +23,10 @@ from pysmooth.optim import (
 )
 
 
+def spoil(x):
+    x.grad = torch.full_like(x, math.nan)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -42,6 +46,11 @@ from pysmooth.optim import (
         (lambda x: TheoryClipSGD([x], **THEORY, rule="best"), "rule"),
         (lambda x: CoordinateDescent([x], 0.0, 0.0), "L0 and L1"),
         (lambda x: CoordinateDescent([x], [torch.ones(2)], 0.0), "of its shape"),
+        (lambda x: CoordinateDescent([x], [-torch.ones(6)], 0.0), "L0 must be at least 0 everywh"),
+        (lambda x: CoordinateDescent([torch.nn.Parameter(x[:0])], 1.0, 0.0), "no coordinate"),
+        (lambda x: CoordinateDescent([x], 1.0, 0.0).step(lambda: 0.0), "has no gradient"),
+        (lambda x: CoordinateDescent([x], 1.0, 0.0).step(lambda: spoil(x)), "0 is not finite"),
+        (lambda x: TheoryClipSGD([x], **THEORY).averaged(), "average=False"),
         (lambda x: OrderOracleCD([x], tol=0.0), "tol"),
         (lambda x: PolyakSGD([x]).step(), "closure"),
         (lambda x: PolyakSGD([x]).step(loss=[1.0, 2.0]), "one value per group"),

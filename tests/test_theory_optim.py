@@ -223,6 +223,14 @@ def test_order_oracle_needs_only_the_order():
     assert float((ends[0] - 0.25).abs().max()) < 1e-3
 
 
+@pytest.mark.parametrize(("expand", "off"), [(True, 0.0), (False, 37.0)])
+def test_a_bracket_may_grow_until_it_holds_the_minimum(expand, off):
+    x = torch.nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
+    optimizer = OrderOracleCD([x], bracket=3.0, tol=1e-3, expand=expand)
+    optimizer.step(lambda: (x - 40.0).square().sum())
+    assert float((x.detach() - 40.0).abs()) == pytest.approx(off, abs=1e-3)
+
+
 def test_golden_section_leaves_the_point_when_the_loss_raises():
     x = start()
     before = x.detach().clone()

@@ -60,3 +60,33 @@ def test_other_faults_are_seen() -> None:
     assert aot.faults(rough, ADAM) == ["not exact: div.full.f32"]
     assert "64 bytes spilled" in aot.faults(dataclasses.replace(report, spills=64), ADAM)
     assert any("shared" in f for f in aot.faults(dataclasses.replace(report, shared=4096), ADAM))
+
+
+def test_every_exact_kernel_is_compiled_for_every_rule() -> None:
+    """What is compiled, and the types it is compiled for; not the compiling."""
+    every = list(aot.specs(list(RULES)))
+    assert set(aot.EXACT) <= {spec.kernel for _, spec in every}
+    for name in RULES:
+        assert any(label.startswith(f"{name} ") for label, _ in every), name
+    for label, spec in every:
+        types = aot.signature(spec)
+        assert list(types) == list(spec.kernel.arg_names), label
+        given = {name for name, kind in types.items() if kind == "constexpr"}
+        assert given == dict(spec.constants).keys(), label
+
+
+def test_the_command_names_faults_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = aot.compile_spec("adam", ADAM, "cuda:80")
+    spilled = 0
+    monkeypatch.setattr(aot, "specs", lambda rules: iter([(rules[0], ADAM)]))
+    monkeypatch.setattr(aot, "compile_spec", lambda *_: dataclasses.replace(made, spills=spilled))
+    monkeypatch.setattr("sys.argv", ["compile", "--targets", "cuda:80", "--rules", "adam"])
+    assert aot.main() == 0
+    assert "no complaints" in capsys.readouterr().out
+    spilled = 17
+    assert aot.main() == 1
+    out = capsys.readouterr().out
+    assert "17 bytes spilled" in out
+    assert "1 kernels are not as they should be" in out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -115,8 +114,3 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
             t.copy_(t.float() * factor)
         else:
             t.mul_(factor)
-
-
-def is_finite(norm: Tensor) -> bool:
-    """Whether a norm is an ordinary number. Waits for the device."""
-    return math.isfinite(float(norm))
