@@ -26,6 +26,8 @@ TARGETS = {
     "pysmooth.optim._loading": LOADS,
     "pysmooth.engine.checks": ["tests/test_bad_input_optim.py", "tests/test_layouts.py"],
     "pysmooth.engine.state": ["tests/test_faults_memory.py", *LOADS],
+    "pysmooth.engine.amp": ["tests/test_grad_scaler.py"],
+    "pysmooth.compressors": ["tests/test_compressors.py", "tests/test_random.py"],
     "pysmooth.reference.clip": [*FORMULAS, "tests/test_norm_edges.py"],
     "pysmooth.reference.adam": FORMULAS,
     "pysmooth.reference.sgd": FORMULAS,
