@@ -44,19 +44,29 @@ def mesh_of(outer: int) -> DeviceMesh:
 
 
 class Job:
-    """A sharded model on its way, one module by itself."""
+    """A sharded model on its way, one module by itself.
 
-    def __init__(self, method: Any, mesh: DeviceMesh | None, **kwargs: Any) -> None:
+    Without a mesh over all ranks, their reduction compressed; with one over its inner dimension, or
+    over both (`hybrid` tells which of the two reductions are compressed).
+    """
+
+    def __init__(
+        self, method: Any, mesh: DeviceMesh | None, *, hybrid: str = "", **kwargs: Any
+    ) -> None:
         self.model = make_model()
         kwargs = {"dense_below": 8, **kwargs}
         policy = {"mp_policy": kwargs.pop("policy", MixedPrecisionPolicy())}
-        line = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh["inner"]
+        if mesh is None:
+            line = init_device_mesh("cpu", (dist.get_world_size(),))
+        else:
+            line = mesh if hybrid else mesh["inner"]
         fully_shard(self.model[3], mesh=line, **policy)  # type: ignore[index]
         fully_shard(self.model, mesh=line, **policy)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=kwargs.pop("lr", LR))
-        if mesh is None:
+        make = kwargs.pop("make", torch.optim.SGD)
+        self.optimizer = make(self.model.parameters(), lr=kwargs.pop("lr", LR))
+        if mesh is None or hybrid in ("reduce-scatter", "both"):
             self.state: Any = compress_reduce_scatter(self.model, self.optimizer, method, **kwargs)
-        else:
+        if mesh is not None and hybrid in ("", "all-reduce", "both"):
             group = mesh.get_group("outer")
             self.state = compress_all_reduce(
                 self.model, self.optimizer, method, process_group=group, **kwargs
@@ -74,10 +84,12 @@ class Job:
         return [p.full_tensor().detach().clone() for p in self.model.parameters()]
 
 
-def trained(found: dict[str, Any], mesh: DeviceMesh | None, names: list[str]) -> None:
+def trained(
+    found: dict[str, Any], mesh: DeviceMesh | None, names: list[str], hybrid: str = ""
+) -> None:
     """Methods for some steps."""
     for name in names:
-        job = Job(METHODS[name], mesh)
+        job = Job(METHODS[name], mesh, hybrid=hybrid)
         for step in range(STEPS):
             job.step(step)
         found[name] = job.params()
@@ -114,9 +126,9 @@ def resumed(found: dict[str, Any], mesh: DeviceMesh | None) -> None:
         found[f"resumed {name}"] = same and other.state.steps == 3
 
 
-def void_steps(found: dict[str, Any], mesh: DeviceMesh | None) -> None:
+def void_steps(found: dict[str, Any], mesh: DeviceMesh | None, hybrid: str = "") -> None:
     """A NaN on one rank, in its first rows alone; and a backward that no step follows."""
-    job, calm = Job(EF14(TOP), mesh), Job(EF14(TOP), mesh)
+    job, calm = Job(EF14(TOP), mesh, hybrid=hybrid), Job(EF14(TOP), mesh, hybrid=hybrid)
     for both in (job, calm):
         both.step(0)
     kept = [p.detach().clone() for p in job.model.parameters()]
@@ -186,13 +198,16 @@ def refused(found: dict[str, Any], mesh: DeviceMesh) -> None:
     hybrid = make_model()
     fully_shard(hybrid, mesh=mesh)
     other = torch.optim.SGD(hybrid.parameters(), lr=LR)
-    outer = mesh.get_group("outer")
-    told("hybrid", lambda: compress_all_reduce(hybrid, other, DSignSGD(), process_group=outer))
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    told("hybrid", lambda: compress_all_reduce(hybrid, other, DSignSGD(), process_group=alone))
+    told("accumulated over replicas", lambda: _over_replicas(mesh))
     job = Job(DSignSGD(), None)
     told(
         "overlap",
         lambda: compress_all_reduce(job.model, job.optimizer, DSignSGD(), process_group=whole),
     )
+    told("both", lambda: _both(mesh))
+    told("both, the wrong way round", lambda: _both(mesh, scatter_first=False))
     told("unused", lambda: _unused(line))
     told("mismatch", lambda: Job(EF14(compressors.TopK(ratio=0.1 if first else 0.2)), None).step(0))
 
@@ -217,13 +232,32 @@ def _unused(mesh: DeviceMesh) -> None:
     model(torch.ones(2, 6)).sum().backward()
 
 
+def _both(mesh: DeviceMesh, *, scatter_first: bool = True) -> None:
+    job = Job(DSignSGD(), mesh)  # has an all-reduce
+    if scatter_first:
+        line = make_model()
+        fully_shard(line, mesh=mesh["inner"])
+        job.model = line
+        job.optimizer = torch.optim.SGD(line.parameters(), lr=LR)
+    compress_reduce_scatter(job.model, job.optimizer, DSignSGD())
+    outer = mesh.get_group("outer")
+    compress_all_reduce(job.model, job.optimizer, DSignSGD(), process_group=outer)
+
+
+def _over_replicas(mesh: DeviceMesh) -> None:
+    job = Job(DSignSGD(), mesh, hybrid="reduce-scatter")
+    job.model.set_requires_all_reduce(False)  # type: ignore[operator]
+    job.step(0)
+
+
 def run(rank: int, ranks: int, port: int, folder: str) -> None:
     """One rank: everything, and what it found, into a file."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=200)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=limit)
-    found: dict[str, Any] = {"all-reduce": {}, "reduce-scatter": {}}
+    hybrids = {f"hybrid {how}": how for how in ("all-reduce", "reduce-scatter", "both")}
+    found: dict[str, Any] = {kind: {} for kind in ("all-reduce", "reduce-scatter", *hybrids)}
     mesh = mesh_of(2)
     try:
         if ranks == 2:
@@ -236,6 +270,9 @@ def run(rank: int, ranks: int, port: int, folder: str) -> None:
             for kind, how in (("all-reduce", mesh), ("reduce-scatter", None)):
                 for task in (resumed, void_steps, accumulated):
                     task(found[kind], how)
+            for kind, which in hybrids.items():
+                trained(found[kind], mesh, ["ef14 top-k", "ef21 full"], which)
+                void_steps(found[kind], mesh, which)
             refused(found, mesh)
     finally:
         torch.save(found, Path(folder) / f"rank{rank}.pt")

@@ -43,6 +43,37 @@ def _cut(x: Tensor, shards: int) -> list[Tensor]:
     return [x[i * each : (i + 1) * each].flatten() for i in range(shards)]
 
 
+def simulated_hybrid(method: Method, *, both: bool) -> list[Tensor]:
+    """The same on 2 x 2 ranks, within groups compressed; between them, too, or means."""
+    model = worker.make_model()
+    params = list(model.parameters())
+    cut = [[s.detach() for s in _cut(p, 2)] for p in params]
+    within = [Workers(method, 2, [s for row in cut for s in row]) for _ in range(2)]
+    between = [Workers(method, 2, [row[i] for row in cut]) for i in range(2)]
+    lr = worker.LR
+    for step in range(worker.STEPS):
+        lr *= 1.0 if step < 3 else 0.5
+        flat = []
+        for group in range(2):
+            pieces = []
+            for rank in (2 * group, 2 * group + 1):
+                model.zero_grad()
+                worker.loss_of(model, rank, step).backward()
+                grads = [p.grad.clone() for p in params if p.grad is not None]
+                pieces.append([s for g in grads for s in _cut(g, 2)])
+            flat.append(within[group].average(pieces, lr))
+        if both:
+            by_shard = [between[i].average([row[i::2] for row in flat], lr) for i in range(2)]
+            means = [list(shards) for shards in zip(*by_shard, strict=True)]
+        else:
+            mean = [torch.stack(some).mean(0) for some in zip(*flat, strict=True)]
+            means = [mean[2 * i : 2 * i + 2] for i in range(len(params))]
+        with torch.no_grad():
+            for p, shard_means in zip(params, means, strict=True):
+                p -= lr * torch.cat(shard_means).view_as(p)
+    return [p.detach() for p in params]
+
+
 def simulated(method: Method, outer: int, inner: int, *, scatter: bool) -> list[Tensor]:
     """Whole parameters after the steps of `worker.trained`."""
     model = worker.make_model()
@@ -103,17 +134,39 @@ def test_reduce_scatter_with_empty_shards(name: str, four: Found) -> None:
     close(four[0]["reduce-scatter"][name], simulated(worker.METHODS[name], 4, 1, scatter=True))
 
 
+@pytest.mark.parametrize("name", ["ef14 top-k", "ef21 full"])
+def test_hybrid_sharding(name: str, four: Found) -> None:
+    """One mesh of two dimensions: which of its reductions is compressed is a choice."""
+    method = worker.METHODS[name]
+    for rank in four:
+        assert same(rank["hybrid all-reduce"][name], rank["all-reduce"][name])
+    close(four[0]["hybrid reduce-scatter"][name], simulated_hybrid(method, both=False))
+    close(four[0]["hybrid both"][name], simulated_hybrid(method, both=True))
+
+
 @pytest.mark.parametrize("kind", ["all-reduce", "reduce-scatter"])
 def test_what_is_kept(kind: str, four: Found) -> None:
     for rank in four:
         found = rank[kind]
         assert found["resumed ef14 sign, momentum"]
         assert found["resumed ef21 full"]
-        after, calm, dropped, nan = found["void"]
+        close(*found["accumulated"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("all-reduce", "reduce-scatter"),
+        *("hybrid all-reduce", "hybrid reduce-scatter", "hybrid both"),
+    ],
+)
+def test_void_steps(kind: str, four: Found) -> None:
+    """A NaN that one rank brings is dropped by all, also by those that got no message of it."""
+    for rank in four:
+        after, calm, dropped, nan = rank[kind]["void"]
         assert nan
         assert dropped == 2
         assert same(after, calm)
-        close(*found["accumulated"])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +176,10 @@ def test_what_is_kept(kind: str, four: Found) -> None:
         ("joint", "ValueError: Clip21SGD2M clips by the norm of all gradients"),
         ("two phases", "ValueError: TwoWaySign sends back"),
         ("float16", "TypeError: FSDP module .* reduces in float16"),
-        ("hybrid", "ValueError: parameters are sharded with a mesh of two dimensions"),
+        ("hybrid", r"ValueError: process_group has ranks .* replicas on \["),
+        ("accumulated over replicas", r"ValueError: FSDP module .* set_requires_all_reduce\(False"),
+        ("both", "ValueError: compress_all_reduce behind compress_reduce_scatter needs"),
+        ("both, the wrong way round", "ValueError: call compress_reduce_scatter before"),
         ("overlap", r"ValueError: process_group has ranks \[0, 1, 2, 3\] in common"),
         ("unused", "RuntimeError: FSDP module '' reduces 56 numbers.* some got no gradient"),
         ("mismatch", "MismatchError: ranks disagree: method is .*0.1.* rank 0 .*0.2"),

@@ -6,7 +6,7 @@ Everything is packed: one all-reduce per process group and pass, whatever the nu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,18 @@ def layout_of(tensor: Tensor, label: str) -> Layout:
 def is_shard(placement: Any) -> bool:
     """Whether a placement cuts a tensor up; the strided kind of FSDP2 with TP does as well."""
     return bool(placement.is_shard()) or type(placement).__name__ == "_StridedShard"
+
+
+def mesh_groups(tensors: Iterable[Any]) -> list[Any]:
+    """The process groups along all mesh dimensions of DTensors, each once, in order."""
+    from torch.distributed.tensor import DTensor
+
+    found: dict[tuple[int, ...], Any] = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            for group in tensor.device_mesh.get_all_groups():
+                found.setdefault(tuple(dist.get_process_group_ranks(group)), group)
+    return [group for ranks, group in found.items() if len(ranks) > 1]
 
 
 class Exchange:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pysmooth
 
+from ..optim._base import FusedOptimizer
 from .codec import all_finite
 from .handshake import MismatchError
 from .method import Context, Method, Slot
@@ -77,6 +78,7 @@ class Kept:
         self.warmup_steps = warmup_steps
         self.steps = self.dropped = self.sent_bytes = 0
         self._optimizer, self._scaler = optimizer, scaler
+        self._skips = _skips_of(optimizer)
         self._group = process_group
         self._dense_below = dense_below
         self._slots = slots
@@ -87,7 +89,7 @@ class Kept:
             "warmup_steps": str(warmup_steps),
             **about,
         }
-        self._part = (0, 1)  # of how many parts of the parameters this is which
+        self._part = (0, 1)  # of how many sets of ranks with states of their own this is which
         self._greetings = GREETINGS
         self._complete = self._failed = False
         optimizer.register_step_post_hook(lambda *_: self._stepped())
@@ -166,15 +168,27 @@ class Kept:
             slot.touched.clear()
 
     def _stepped(self) -> None:
+        skipped = self._skipped()
         if not self._complete:
             return
-        if self._failed:
+        if self._void(skipped):
+            self._failed = True
             self._drop()
             return
         for slot in self._slots:
             slot.commit()
         self.steps += 1
         self._complete = False
+
+    def _skipped(self) -> bool:
+        """Whether the optimizer made nothing of this step, though it was called."""
+        found_inf = getattr(self._optimizer, "found_inf", None)  # GradScaler's, for fused steps
+        before, self._skips = self._skips, _skips_of(self._optimizer)
+        return self._skips != before or (found_inf is not None and float(found_inf) != 0)
+
+    def _void(self, skipped: bool) -> bool:
+        """Whether what the step staged is to be dropped."""
+        return self._failed or skipped
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states. Every rank saves its own."""
@@ -219,8 +233,8 @@ class Kept:
             )
         if tuple(state_dict.get("part", (0, 1))) != self._part:
             raise ValueError(
-                f"state_dict is of shard {state_dict['part'][0]} of {state_dict['part'][1]}; "
-                f"this one needs that of shard {self._part[0]} of {self._part[1]}"
+                f"state_dict is of part {state_dict['part'][0]} of {state_dict['part'][1]} of the "
+                f"job; this one needs that of part {self._part[0]} of {self._part[1]}"
             )
         states = state_dict["states"]
         for slot in self._slots:
@@ -255,6 +269,10 @@ class Kept:
             if not isinstance(value, Tensor) or tuple(value.shape) != (numel,):
                 found = tuple(value.shape) if isinstance(value, Tensor) else value
                 raise ValueError(f"{key!r} {where} is {found}, not a tensor of shape {(numel,)}")
+
+
+def _skips_of(optimizer: torch.optim.Optimizer) -> int:
+    return optimizer.skipped_steps() if isinstance(optimizer, FusedOptimizer) else 0
 
 
 def header_of(job: Job, finite: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .average import Averaging
 from .kept import new_slot
 from .method import Method
-from .units import UnitwiseKept, common_group, names_of, shard_numel, units_of
+from .units import UnitwiseKept, common_group, names_of, other_groups, shard_numel, units_of
 
 
 class AllReduceState(UnitwiseKept, Averaging):
@@ -34,22 +34,31 @@ class AllReduceState(UnitwiseKept, Averaging):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method, **kwargs: Any
     ) -> None:
         self._units = units_of(model, method, "set_all_reduce_hook")
-        group = kwargs["process_group"]
+        group = kwargs["process_group"] or dist.group.WORLD
         shard_group = common_group(self._units)
-        self._shard_group = shard_group
         shards, shard = dist.get_world_size(shard_group), dist.get_rank(shard_group)
         within = set(dist.get_process_group_ranks(shard_group))
-        both = within & set(dist.get_process_group_ranks(group or dist.group.WORLD))
+        ranks = dist.get_process_group_ranks(group)
+        both = within & set(ranks)
         if both != {dist.get_rank()}:
             raise ValueError(
                 f"process_group has ranks {sorted(both)} in common with those over which "
                 "parameters are sharded; it has to be of the ranks with the same shards"
             )
-        if any(unit.group._is_hsdp for unit in self._units):
-            raise ValueError(
-                "parameters are sharded with a mesh of two dimensions: FSDP2 averages over both "
-                "before a hook. Give fully_shard the inner one, and process_group the other"
-            )
+        for unit in self._units:
+            if unit.replicas is None:
+                if unit.states[0] is not None:
+                    raise ValueError(
+                        "compress_all_reduce behind compress_reduce_scatter needs fully_shard with "
+                        "a mesh of two dimensions: only then do both drop the same steps"
+                    )
+                continue
+            theirs = dist.get_process_group_ranks(unit.replicas)
+            if theirs != ranks:
+                raise ValueError(
+                    f"process_group has ranks {ranks}, and FSDP module {unit.name!r} has its "
+                    f"replicas on {theirs}: give it the mesh's group of that dimension"
+                )
         names, about, found = names_of(model), {}, []
         for unit in self._units:
             for p in unit.params:
@@ -61,8 +70,11 @@ class AllReduceState(UnitwiseKept, Averaging):
                 whole = f"{p.sharded_param.dtype} of shape {tuple(p.sharded_param.shape)}"
                 about[f"parameter {name!r}"] = f"{whole}, {numel} elements in shard {shard}"
         super().__init__(found, about, optimizer, method, **kwargs)
-        self._part = (shard, shards)
+        self._shard = shard
+        self._know(other_groups(self._units, group))
         for index, unit in enumerate(self._units):
+            if unit.replicas is not None:
+                unit.leave_replicas()
             unit.module.set_all_reduce_hook(partial(self._reduce, index))
 
     @torch.no_grad()
@@ -70,21 +82,13 @@ class AllReduceState(UnitwiseKept, Averaging):
         unit = self._units[index]
         self._arrived(index, unit)
         try:
-            pieces, end = unit.pieces(self._part[0])
+            pieces, end = unit.pieces(self._shard)
             unit.check(buffer, end)
             self._average([self._job(f"module {unit.name!r}", buffer, pieces)])
         except BaseException:
             self._failed = True
             raise
         self._complete = True
-
-    def _stepped(self) -> None:
-        # Whether all was finite is known among ranks with the same shards: ask the others, too.
-        if self._complete:
-            failed = torch.tensor([float(self._failed)], device=self._slots[0].device)
-            dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._shard_group)
-            self._failed = bool(failed)
-        super()._stepped()
 
 
 def compress_all_reduce(
@@ -109,9 +113,10 @@ def compress_all_reduce(
         )
 
     FSDP2 averages over the inner ranks as always; the method then averages each shard over the
-    ranks that hold the same one. Messages, scales and selections are about shards; states are as
-    long as shards. `FSDPModule.set_requires_gradient_sync(False)` accumulates, as without it. Until
-    the first backward `optimizer` must have the sharded parameters.
+    ranks that hold the same one. `fully_shard` may have both dimensions of the mesh, too (HSDP):
+    its own mean over replicas is then left out. Messages, scales and selections are about shards;
+    states are as long as shards. `FSDPModule.set_requires_gradient_sync(False)` accumulates, as
+    without it. Until the first backward `optimizer` must have the sharded parameters.
 
     Args:
         model: after `fully_shard`, of it or of modules in it.
@@ -127,7 +132,7 @@ def compress_all_reduce(
         The state: `state_dict` and `load_state_dict`, `steps`, `dropped`, `sent_bytes`.
 
     Raises:
-        ValueError: an argument is out of range; groups overlap; FSDP2 has two mesh dimensions.
+        ValueError: an argument is out of range; groups overlap; FSDP2 has its replicas elsewhere.
         TypeError: an argument has the wrong type, or the model no module of FSDP2.
         MismatchError: in the first backward: ranks were set up differently.
     """

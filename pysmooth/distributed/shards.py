@@ -13,7 +13,15 @@ from .codec import all_finite
 from .handshake import shake_hands
 from .kept import HEADER, Job, header_of, new_slot, parts_of, unscaled
 from .method import Context, Method, Slot
-from .units import Unit, UnitwiseKept, common_group, names_of, shard_numel, units_of
+from .units import (
+    Unit,
+    UnitwiseKept,
+    common_group,
+    names_of,
+    other_groups,
+    shard_numel,
+    units_of,
+)
 from .wire import floats, raw
 
 Pairs = list[tuple[Slot, Tensor]]
@@ -23,7 +31,7 @@ class _Comm:
     """What FSDP2 calls in place of its reduce-scatter."""
 
     def __init__(self, state: ReduceScatterState, index: int) -> None:
-        self._state, self._index = state, index
+        self.state, self._index = state, index
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -33,7 +41,7 @@ class _Comm:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **_: Any
     ) -> None:
-        self._state._reduce(self._index, output_tensor, input_tensor)
+        self.state._reduce(self._index, output_tensor, input_tensor)
 
 
 class ReduceScatterState(UnitwiseKept):
@@ -62,6 +70,8 @@ class ReduceScatterState(UnitwiseKept):
                 "every rank steps its own shards and sends no gradient back. DSignSGD and "
                 "EF14(ScaledSign()) send signs one way"
             )
+        if any(unit.states[1] is not None for unit in self._units):
+            raise ValueError("call compress_reduce_scatter before compress_all_reduce")
         group = common_group(self._units)
         ranks = dist.get_world_size(group)
         names, about, found = names_of(model), {}, []
@@ -76,6 +86,7 @@ class ReduceScatterState(UnitwiseKept):
                     unit.slots[slot.owner, shard] = slot
                     found.append(slot)
         super().__init__(found, about, optimizer, method, process_group=group, **kwargs)
+        self._know(other_groups(self._units, group))
         for index, unit in enumerate(self._units):
             unit.module.set_custom_reduce_scatter(_Comm(self, index))
 
@@ -230,7 +241,8 @@ def compress_reduce_scatter(
     shards, as long as the whole model on every rank: where that is too much memory, shard within a
     node and compress between nodes (`compress_all_reduce`), or take a method without states
     (`DSignSGD`, `DCSGD`). Parameters are gathered as always. Where the model is also replicated
-    (HSDP), what crosses replicas is not compressed.
+    (HSDP), FSDP2 averages over replicas as always; `compress_all_reduce`, called behind this,
+    compresses that, too.
 
     Args:
         model: after `fully_shard`, of it or of modules in it; all over the same ranks.

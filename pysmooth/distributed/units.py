@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .exchange import mesh_groups
 from .kept import Kept
 from .method import Method, Slot
 
@@ -46,8 +47,47 @@ class Unit:
             begin += p.padded_sharded_param_size.numel()
         return found, begin
 
+    @property
+    def replicas(self) -> Any:
+        """The group over which FSDP2 averages shards by itself (HSDP), or None."""
+        return self.group._all_reduce_process_group if self.group._is_hsdp else None
+
+    def leave_replicas(self) -> None:
+        """Has FSDP2 no longer average shards over replicas: a hook does it.
+
+        Shards and their DTensors stay what they are; only the group that reduces gradients takes
+        itself for one on the mesh's other dimension alone.
+        """
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+
+        both = self.group.mesh_info
+        alone = FSDPMeshInfo(
+            both.mesh,
+            both.shard_mesh_dim,
+            dp_mesh_dims=both.dp_mesh_dims,
+            spmd_mesh=both.spmd_mesh,
+        )
+        alone.reduce_scatter_process_group = both.reduce_scatter_process_group
+        self.group.mesh_info = alone
+        if self.group.post_forward_mesh_info is both:
+            self.group.post_forward_mesh_info = alone
+
+    @property
+    def states(self) -> tuple[Any, Any]:
+        """Of `compress_reduce_scatter` and of `compress_all_reduce`, if it has them already."""
+        hook = getattr(self.group._all_reduce_hook, "func", None)
+        return (
+            getattr(self.group._reduce_scatter_comm, "state", None),
+            state if isinstance(state := getattr(hook, "__self__", None), UnitwiseKept) else None,
+        )
+
     def check(self, buffer: Tensor, expected: int) -> None:
         """Refuses a buffer that is not of all parameters, or not of means."""
+        if not self.group.all_reduce_grads:
+            raise ValueError(
+                f"FSDP module {self.name!r} was told set_requires_all_reduce(False), and would add "
+                "up what was compressed; set_requires_gradient_sync(False) accumulates before"
+            )
         if buffer.numel() != expected:
             raise RuntimeError(
                 f"FSDP module {self.name!r} reduces {buffer.numel()} numbers, and its parameters "
@@ -120,6 +160,25 @@ class UnitwiseKept(Kept):
 
     _seen: frozenset[int] = frozenset()
     _task = -1
+    # Groups that messages do not reach, and that train the same model: other shards (also those
+    # of tensor parallelism) and other replicas.
+    _others: Sequence[Any] = ()
+
+    def _know(self, others: Sequence[Any]) -> None:
+        """Sets them, and which of their ranks this one is."""
+        self._others = others
+        index, count = 0, 1
+        for group in others:
+            index = index * dist.get_world_size(group) + dist.get_rank(group)
+            count *= dist.get_world_size(group)
+        self._part = (index, count)
+
+    def _void(self, skipped: bool) -> bool:
+        # Messages tell their own group what is not finite. All have to keep the step, or none.
+        void = torch.tensor([float(super()._void(skipped))], device=self._slots[0].device)
+        for group in self._others:
+            dist.all_reduce(void, dist.ReduceOp.MAX, group=group)
+        return bool(void)
 
     def _arrived(self, index: int, unit: Unit) -> None:
         """A unit has gradients; whether a backward begins with it shows here."""
@@ -137,6 +196,13 @@ class UnitwiseKept(Kept):
             self._seen = frozenset()
         self._seen |= {index}
         self._task = task
+
+
+def other_groups(units: Sequence[Unit], known: Any) -> list[Any]:
+    """The groups along all mesh dimensions of the units' parameters, but for one that is known."""
+    here = dist.get_process_group_ranks(known)
+    params = [p.sharded_param for unit in units for p in unit.params]
+    return [g for g in mesh_groups(params) if dist.get_process_group_ranks(g) != here]
 
 
 def common_group(units: Sequence[Unit]) -> Any:
