@@ -54,7 +54,7 @@ def test_latency_and_bandwidth_come_back() -> None:
 
 
 def test_a_race_and_a_training(tmp_path: Path) -> None:
-    names = ["dense", "torch fp16"]
+    names = ["dense", "torch fp16", "sign, both ways, EF"]
     found = launch(Task("wide", names, 3, "", 4, ""), ranks=2, rate=None)
     numel = found["numel"]
     known = {"workload": "wide", "ranks": 2, "description": "wide", "rate": "loopback", "steps": 4}
@@ -65,6 +65,11 @@ def test_a_race_and_a_training(tmp_path: Path) -> None:
     assert 2 * numel <= by_name["torch fp16"]["sent"] < 2.3 * numel
     assert by_name["dense"]["predicted"] > 0
     assert by_name["dense"]["speedup"] == 1
+    # The threads of a hook work no longer than a step takes; of torch's it is not known.
+    signs = found["race"]["sign, both ways, EF"]
+    assert all(w > 0 for w in signs["worked_seconds"])
+    assert 0 < by_name["sign, both ways, EF"]["packing"] < by_name["sign, both ways, EF"]["seconds"]
+    assert by_name["torch fp16"]["packing"] == by_name["torch fp16"]["packing_alone"]
     quality = found["quality"]
     assert len(quality["dense"]["losses"]) == 4
     assert quality["torch fp16"]["held_out"] == pytest.approx(

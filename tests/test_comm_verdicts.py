@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from pysmooth.bench.comm.contestants import contestant, with_dense_below
-from pysmooth.bench.comm.verdicts import verdicts
+from pysmooth.bench.comm.thresholds import DEFAULT, thresholds
+from pysmooth.bench.comm.verdicts import CLAIMED, verdicts
 
 
 def _results(speedup: float, share: float | None, held_out: float) -> dict[str, Any]:
     row = {"contestant": "EF14 top-1 %", "speedup": speedup, "packing_share": share}
+    row["packing_alone_share"] = 0.104
     about = {"description": "wide", "ranks": 2}
     races = [{**about, "rate": rate, "rows": [row]} for rate in ("1gbit", "10gbit")]
     quality = {
@@ -31,6 +33,7 @@ def _results(speedup: float, share: float | None, held_out: float) -> dict[str, 
 def test_verdicts(measured: tuple[float, float | None, float], holds: list[bool]) -> None:
     found = verdicts(_results(*measured))
     assert [verdict["holds"] for verdict in found] == holds
+    assert "in a group of one rank 10.4%" in found[1]["measured"]
     assert "at lr 0.25" in found[-1]["measured"]
     assert "at lr 0.5" in found[-1]["measured"]
 
@@ -40,3 +43,21 @@ def test_thresholds_are_contestants() -> None:
     assert contestant(name).method == contestant("EF14 top-1 %").method
     with pytest.raises(KeyError, match="no dense_below"):
         contestant(with_dense_below("torch fp16", 256))
+
+
+def test_a_threshold_is_chosen_by_its_steps() -> None:
+    about = {"workload": "wide", "ranks": 2, "rate": "1gbit"}
+    race = {}
+    for name, base in zip(CLAIMED, (1.0, 2.0), strict=True):
+        race[name] = {"seconds": [base, 2 * base, base]}  # a slow round is slow for all
+        for numel, ratio in ((0, 1.3), (4096, 0.9), (16384, 0.95)):
+            seconds = [ratio * base, 2 * ratio * base, ratio * base]
+            race[with_dense_below(name, numel)] = {"seconds": seconds}
+    results = {"races": [{**about, "race": race}]}
+    found = thresholds(results, [0, 4096, 16384])
+    assert found["choice"] == 4096
+    assert found["means"] == pytest.approx({0: 1.3, 4096: 0.9, 16384: 0.95})
+    assert thresholds(results, [0])["choice"] == DEFAULT == found["default"]
+    for name in CLAIMED:  # too little to count
+        race[with_dense_below(name, 0)] = {"seconds": [0.99 * s for s in race[name]["seconds"]]}
+    assert thresholds(results, [0])["choice"] == DEFAULT

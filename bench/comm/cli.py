@@ -15,7 +15,8 @@ from ..machine import environment
 from .contestants import CONTESTANTS, with_dense_below
 from .launch import launch
 from .link import LinkUnavailableError, bytes_per_second
-from .report import print_quality, print_race, print_verdicts, write
+from .report import print_quality, print_race, print_thresholds, print_verdicts, write
+from .thresholds import thresholds
 from .verdicts import CLAIMED
 from .worker import Task
 from .workloads import WORKLOADS
@@ -80,7 +81,9 @@ def comm(
     signal.signal(signal.SIGTERM, _stop)
     names = _chosen("--hooks", hooks, list(CONTESTANTS))
     names = ["dense", *(name for name in names if name != "dense")]
-    thresholds = _numbers(dense_below)
+    numels = _numbers(dense_below)
+    if numels:  # what they are compared with
+        names += [name for name in CLAIMED if name not in names]
     chosen = _chosen("--workloads", workloads, list(WORKLOADS))
     asked = _rates(rates)
     if quick:
@@ -93,7 +96,7 @@ def comm(
         training = WORKLOADS[workload].make()
         known = {"workload": workload, "ranks": ranks, "description": training.name}
         for rate in asked:
-            more = [with_dense_below(name, numel) for name in CLAIMED for numel in thresholds]
+            more = [with_dense_below(name, numel) for name in CLAIMED for numel in numels]
             task = Task(workload, [*names, *more], rounds, "", 0, "")
             try:
                 with console.status(f"{training.name}, {rate}"):
@@ -111,8 +114,12 @@ def comm(
             found |= {**known, "steps": steps}
             results["qualities"].append(found)
             print_quality(found, console)
+    if numels:
+        results["dense_below"] = thresholds(results, numels)
     files = write(results, out or default_out())
     print_verdicts(results, console)
+    if numels:
+        print_thresholds(results, console)
     console.print("\n[bold]Files written[/]")
     for path in files:
         console.print(f"  {path}", soft_wrap=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from pysmooth.compressors import QSGD, NaturalCompression, RandK, TopK
@@ -63,13 +67,36 @@ def _power_sgd(rank: int) -> Register:
     return register
 
 
+class TimedState(CompressedState):
+    """A hook's state that counts what its threads work: seconds of CPU, none of which wait."""
+
+    _called = _worked = 0.0  # each of one thread
+
+    def reduce(self, bucket: Any) -> Future[Tensor]:
+        """The hook, in backward's thread."""
+        start = time.thread_time()
+        try:
+            return super().reduce(bucket)
+        finally:
+            self._called += time.thread_time() - start
+
+    def _work(self, jobs: Any) -> None:
+        start = time.thread_time()
+        super()._work(jobs)
+        self._worked += time.thread_time() - start
+
+    def take_seconds(self) -> float:
+        """What was worked since this was asked last."""
+        seconds, self._called, self._worked = self._called + self._worked, 0.0, 0.0
+        return seconds
+
+
 def _pysmooth(method: Method, dense_below: int = 1024) -> Register:
-    def register(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    def register(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> TimedState:
         group = model.process_group
-        state = CompressedState(
-            model, optimizer, method, process_group=group, dense_below=dense_below
-        )
+        state = TimedState(model, optimizer, method, process_group=group, dense_below=dense_below)
         model.register_comm_hook(state, compressed_hook)
+        return state
 
     return register
 

@@ -22,10 +22,24 @@ def measured_network(rows: list[dict[str, float]], ranks: int) -> Network:
     return Network(bandwidth, small / (2 * (ranks - 1)))
 
 
-def packing(race: dict[str, Any], name: str) -> float:
-    """Seconds that a hook works in a step: what it adds where nothing travels."""
+def packing_alone(race: dict[str, Any], name: str) -> float:
+    """Seconds that a hook adds to a step in a group of one rank, where nothing travels.
+
+    That rank is the server of everything, and decodes its own message alone.
+    """
     pairs = zip(race[name]["solo_seconds"], race["dense"]["solo_seconds"], strict=True)
     return max(0.0, float(statistics.median(a - b for a, b in pairs)))
+
+
+def packing(race: dict[str, Any], name: str) -> float:
+    """Seconds that a hook's threads work in a step of the group that was measured.
+
+    A server's share is that of this group there, and as many messages are decoded. Of other hooks
+    than pysmooth's it is not known: what they add in a group of one.
+    """
+    if (worked := race[name].get("worked_seconds")) is None:
+        return packing_alone(race, name)
+    return float(statistics.median(worked))
 
 
 def predicted(

@@ -15,7 +15,7 @@ from pysmooth.distributed.network import Network
 
 from .contestants import contestant
 from .link import bytes_per_second
-from .predict import packing, predicted
+from .predict import packing, packing_alone, predicted
 from .verdicts import verdicts
 
 RANKS = (2, 8, 64, 1024, 16384)
@@ -28,38 +28,52 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     out = []
     for name in (n for n in race if n != "alone"):
         seconds = race[name]["seconds"]
-        work = packing(race, name)
-        saved = statistics.median(dense) - statistics.median(seconds) + work
+        work, alone = packing(race, name), packing_alone(race, name)
+        travel = statistics.median(dense) - statistics.median(seconds)
         out.append(
             {
                 "contestant": name,
                 "seconds": statistics.median(seconds),
                 "speedup": statistics.median(d / s for d, s in zip(dense, seconds, strict=True)),
                 "sent": race[name]["sent"],
+                # In this group, and in a group of one; the shares are of the time of dense
+                # communication that they save.
                 "packing": work,
-                # Of the time of dense communication that it saves; 0 for nothing done.
-                "packing_share": work / saved if saved > 0 else None,
+                "packing_share": _share(work, travel),
+                "packing_alone": alone,
+                "packing_alone_share": _share(alone, travel),
                 "predicted": predicted(found, name, found["ranks"]),
             }
         )
     return out
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def _share(work: float, travel: float) -> float | None:
+    return work / (travel + work) if travel + work > 0 else None
+
+
 def print_race(found: dict[str, Any], console: Console) -> None:
     """One link's table."""
     title = f"{found['description']}, {found['ranks']} ranks, {found['rate']}"
     table = Table(title=title, title_justify="left")
-    for column in ("", "ms / step", "x dense", "MiB sent", "packing ms", "of saved", "model ms"):
+    packing = ("packing ms", "of saved", "alone ms", "of saved")
+    for column in ("", "ms / step", "x dense", "MiB sent", *packing, "model ms"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows(found):
-        share, model = row["packing_share"], row["predicted"]
+        model = row["predicted"]
         table.add_row(
             row["contestant"],
             f"{1e3 * row['seconds']:.1f}",
             f"{row['speedup']:.2f}",
             f"{row['sent'] / 2**20:.3f}",
             f"{1e3 * row['packing']:.1f}",
-            "-" if share is None else f"{share:.0%}",
+            _percent(row["packing_share"]),
+            f"{1e3 * row['packing_alone']:.1f}",
+            _percent(row["packing_alone_share"]),
             "-" if model is None else f"{1e3 * model:.1f}",
         )
     console.print(table)
@@ -81,6 +95,22 @@ def print_quality(found: dict[str, Any], console: Console) -> None:
             f"{row['held_out'] / dense - 1:+.1%}",
         )
     console.print(table)
+
+
+def print_thresholds(results: dict[str, Any], console: Console) -> None:
+    """Steps with other `dense_below` than the default, and which is the best."""
+    found = results["dense_below"]
+    title = f"dense_below: a step, in multiples of one with {found['default']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "link", *map(str, found["means"])):
+        table.add_column(column, justify="right" if column.isdigit() else "left")
+    rows = found["rows"]
+    for at in dict.fromkeys((r["workload"], r["contestant"], r["rate"]) for r in rows):
+        mine = [r for r in rows if (r["workload"], r["contestant"], r["rate"]) == at]
+        table.add_row(f"{at[0]}, {at[1]}", at[2], *(f"{r['ratio']:.3f}" for r in mine))
+    table.add_row("all", "", *(f"{mean:.3f}" for mean in found["means"].values()))
+    console.print(table)
+    console.print(f"By these the default would be {found['choice']}.")
 
 
 def print_verdicts(results: dict[str, Any], console: Console) -> None:

@@ -26,8 +26,9 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Of what was measured: a row per claim and contestant; nothing about what was not.
 
     The loss is that on held-out batches after as many steps as dense took, each with the learning
-    rate stated; a lower one holds. Packing is what the hook adds to a step where nothing travels,
-    of the time that dense communication takes and the hook's does not.
+    rate stated; a lower one holds. Packing is what the hook's threads work in a step, of the time
+    that dense communication takes and the hook's does not; beside it stands what the hook adds to
+    a step in a group of one rank, where nothing travels and a server's share is the whole.
     """
     out = []
     for found in results["races"]:
@@ -43,7 +44,10 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
             out.append(_verdict(name, where, claim, speed, measured, holds=speed >= SPEEDUP))
             claim = f"packing at most {PACKING:.0%} of the communication it saves"
             held = share is not None and share <= PACKING
+            alone = row["packing_alone_share"]
             measured = "it saves none" if share is None else f"{share:.1%}"
+            if alone is not None:
+                measured += f" (in a group of one rank {alone:.1%})"
             out.append(_verdict(name, where, claim, share, measured, holds=held))
     for found in results["qualities"]:
         dense = found["quality"]["dense"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..training import Training
-from .contestants import Contestant, contestant
+from .contestants import Contestant, TimedState, contestant
 from .workloads import WORKLOADS
 
 
@@ -47,11 +47,12 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.lr)
         self.ddp = self.model
         self.backward = 0.0  # seconds of the last one
+        self.hook: object = None
         if contestant.register is not None:
             self.ddp = DistributedDataParallel(
                 self.model, process_group=group, bucket_cap_mb=contestant.bucket_mb
             )
-            contestant.register(self.ddp, self.optimizer)
+            self.hook = contestant.register(self.ddp, self.optimizer)
 
     def step(self, number: int, left: float = 1.0) -> Tensor:
         """One step on this rank's batch, at so much of the learning rate."""
@@ -111,6 +112,9 @@ def race(task: Task, training: Training) -> dict[str, dict[str, Any]]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     solo_times: dict[str, list[float]] = {name: [] for name in solo}
     backward: list[float] = []
+    worked: dict[str, list[float]] = {
+        name: [] for name, run in runs.items() if isinstance(run.hook, TimedState)
+    }
     sent: dict[str, list[int]] = {name: [] for name in runs}
     names = list(runs)
     warmup = 4  # buckets are made anew after the first step; PowerSGD begins in the third
@@ -127,6 +131,11 @@ def race(task: Task, training: Training) -> dict[str, dict[str, Any]]:
                 sent[name].append(after - before)
                 if name == "alone":
                     backward.append(runs[name].backward)
+            hook = runs[name].hook
+            if isinstance(hook, TimedState):
+                seconds = hook.take_seconds()
+                if turn >= warmup:
+                    worked[name].append(seconds)
             if name in solo:
                 seconds = _timed(lambda run=solo[name], n=turn: run.step(n))  # type: ignore[misc]
                 if turn >= warmup:
@@ -144,6 +153,8 @@ def race(task: Task, training: Training) -> dict[str, dict[str, Any]]:
             found[name]["backward_seconds"] = backward
         if name in solo:
             found[name]["solo_seconds"] = _slowest(solo_times[name])
+        if name in worked:
+            found[name]["worked_seconds"] = _slowest(worked[name])
     return found
 
 
