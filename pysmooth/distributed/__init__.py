@@ -8,6 +8,7 @@ from .hook import CompressedState, compressed_hook
 from .method import Method
 from .network import Network
 from .replicas import AllReduceState, compress_all_reduce
+from .scaler import GradScaler
 from .sharded import set_sharding
 from .shards import ReduceScatterState, compress_reduce_scatter
 from .signs import DSignSGD, MajorityVote, TwoWaySign
@@ -21,6 +22,7 @@ __all__ = [
     "Clip21SGD2M",
     "CompressedState",
     "DSignSGD",
+    "GradScaler",
     "MajorityVote",
     "Method",
     "MismatchError",

@@ -158,6 +158,24 @@ class Exchange:
         totals = [math.nan] * len(totals) if nan else totals
         return (totals if shared else sums), abs(flag)
 
+    def same_overflow(self, found: float) -> None:
+        """Whether all processes were told the same by their scalers.
+
+        Raises:
+            RuntimeError: on all of them: some were not.
+        """
+        groups = [*self._members, *([] if self.process_group is None else [self.process_group])]
+        both = torch.tensor([float(found != 0), -float(found != 0)], device=self.device)
+        for group in groups:
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+        highest, lowest = both.tolist()
+        if highest != -lowest:
+            raise RuntimeError(
+                "GradScaler found an overflow in some processes and none in others, because it "
+                "asks those that share the first gradient's mesh alone: use "
+                "pysmooth.distributed.GradScaler"
+            )
+
     def digits(self, t: int, histogram: list[int]) -> list[int]:
         """How many elements of tensor t have which digit."""
         layout = self.layouts[t]

@@ -114,9 +114,10 @@ def compress_all_reduce(
 
     FSDP2 averages over the inner ranks as always; the method then averages each shard over the
     ranks that hold the same one. `fully_shard` may have both dimensions of the mesh, too (HSDP):
-    its own mean over replicas is then left out. Messages, scales and selections are about shards;
-    states are as long as shards. `FSDPModule.set_requires_gradient_sync(False)` accumulates, as
-    without it. Until the first backward `optimizer` must have the sharded parameters.
+    its own mean over replicas is then left out. Modules may be tensor-parallel. Messages, scales
+    and selections are about shards; states are as long as shards.
+    `FSDPModule.set_requires_gradient_sync(False)` accumulates, as without it. Until the first
+    backward `optimizer` must have the sharded parameters.
 
     Args:
         model: after `fully_shard`, of it or of modules in it.

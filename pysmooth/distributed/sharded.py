@@ -252,6 +252,8 @@ class ShardedEngine:
         view = self._ready(optimizer)
         exchange = self._exchange
         assert exchange is not None
+        if amp.found_inf is not None:
+            exchange.same_overflow(float(amp.found_inf))
         view.pull()
         params = [p for ps in view.param_groups for p in ps["params"]]
         exchange.live = [p.grad is not None for p in params]
@@ -325,7 +327,7 @@ def _check(
     name, what = type(optimizer).__name__, f"parameter {label!r}, which is sharded"
     if recipe.clip.mode == ClipMode.AGC:
         rows = p.dim() >= 2 and all(
-            q.is_replicate() or (q.is_shard(0) and is_shard(q)) for q in cast(Any, p).placements
+            q.is_replicate() or (is_shard(q) and q.dim == 0) for q in cast(Any, p).placements
         )
         if not rows or recipe.accumulates:
             raise ValueError(

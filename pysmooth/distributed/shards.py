@@ -242,7 +242,7 @@ def compress_reduce_scatter(
     node and compress between nodes (`compress_all_reduce`), or take a method without states
     (`DSignSGD`, `DCSGD`). Parameters are gathered as always. Where the model is also replicated
     (HSDP), FSDP2 averages over replicas as always; `compress_all_reduce`, called behind this,
-    compresses that, too.
+    compresses that, too. Modules may be tensor-parallel: a message is then about a rank's part.
 
     Args:
         model: after `fully_shard`, of it or of modules in it; all over the same ranks.

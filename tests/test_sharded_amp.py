@@ -1,0 +1,20 @@
+"""GradScaler where parameters are sharded: all processes step, or none does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sharded_amp as cases
+from sharded import run
+
+
+def test_an_overflow_on_one_shard(tmp_path: Path) -> None:
+    run(2, str(tmp_path / "store"), cases.overflows)
+
+
+def test_compressed_reductions(tmp_path: Path) -> None:
+    run(2, str(tmp_path / "store"), cases.compressed_overflows, cases.overflows_elsewhere)
+
+
+def test_with_tensor_parallelism(tmp_path: Path) -> None:
+    run(4, str(tmp_path / "store"), cases.tensor_parallel)
