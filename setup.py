@@ -269,7 +269,7 @@ class NinjaBuild(build_ext):
 
         for part in range(CUDA_PARTS):
             add("nvcc", CSRC / "cuda" / "rules.cu", f"rules.{part}", f"-DPYSMOOTH_PART={part}")
-        for name in ("common", "launch"):
+        for name in ("common", "launch", "codec", "messages"):
             add("nvcc", CSRC / "cuda" / f"{name}.cu", name)
         for source in [
             *sorted(CSRC.glob("bindings/cuda/*.cpp")),

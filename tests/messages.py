@@ -40,6 +40,25 @@ def values(n: int, seed: int = 0, kind: str = "normal") -> Tensor:
     return x * {"normal": 1.0, "tiny": 1e-41, "huge": 1e37}[kind]
 
 
+class Fenced:
+    """Memory for n numbers each, at addresses that are aligned or not, between numbers to keep."""
+
+    def __init__(self) -> None:
+        self._rooms: list[tuple[Tensor, int, int]] = []
+
+    def __call__(self, n: int) -> Tensor:
+        before = 4 + len(self._rooms) % 4
+        room = torch.full((before + n + 4,), 7.0)
+        self._rooms.append((room, before, n))
+        return room[before : before + n]
+
+    def check(self) -> None:
+        """Nothing around them was written."""
+        for room, before, n in self._rooms:
+            assert bool((room[:before] == 7.0).all())
+            assert bool((room[before + n :] == 7.0).all())
+
+
 def coded(
     compressor: Compressor, n: int, kind: str = "normal", *, feedback: bool = True, ranks: int = 3
 ) -> list[Tensor]:
@@ -50,7 +69,8 @@ def coded(
     form = format_of(compressor)
     whole = torch.full((ranks, 5 + form.size(n) + 2), 9, dtype=torch.uint8)
     messages = whole[:, 5:-2]
-    rests = [torch.empty(n) for _ in range(ranks)]
+    fenced = Fenced()
+    rests = [fenced(n) for _ in range(ranks)]
     told = []
     for rank, rest in enumerate(rests):
         e = values(n, rank + 9, kind) if feedback else None
@@ -58,11 +78,12 @@ def coded(
         draw = Draw(rank, 2**31 + 5, rank)
         told.append(form.encode(x, draw, rest, messages[rank]))
         again = torch.full((5 + form.size(n),), 7, dtype=torch.uint8)
-        form.encode(x, draw, torch.empty(n), again[5:], keep=False)
+        form.encode(x, draw, fenced(n), again[5:], keep=False)
         assert torch.equal(again[5:], messages[rank])
-    total, onto = torch.empty(n), torch.empty(n)
+    total, onto = fenced(n), fenced(n)
     form.decode(messages, Draw(0, 2**31 + 5, 1), Target(total))
     form.decode(messages[1:], Draw(0, 2**31 + 5, 1), Target(onto, 0.3, values(n, 5)), first=1)
+    fenced.check()
     return [whole, *rests, total, onto, torch.tensor(told)]
 
 

@@ -81,7 +81,7 @@ def by_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def turn() -> None:
         monkeypatch.setattr(codec, "_native", lambda x: None)
-        monkeypatch.setattr(codec, "_triton", lambda x: kernels)
+        monkeypatch.setattr(codec, "_modules", lambda x: [kernels])
 
     return turn
 

@@ -3,6 +3,7 @@
 
 #include "core/rules.h"
 #include "core/streams.h"
+#include "cuda/codec.h"
 #include "cuda/plan.h"
 
 namespace pysmooth::cuda {
@@ -41,9 +42,11 @@ struct KernelTable {
   Selecting sample, narrow, selected, select_block;
   PutKernel<kFewWords> put_few;
   PutKernel<kManyWords> put_many;
+  CodecKernel codec[kCodecKernels];
 };
 
 void fill_common(KernelTable* table);
+void fill_codec(KernelTable* table);
 // Rules are compiled in several parts: rule r belongs to part r modulo kParts.
 constexpr int kParts = 4;
 void fill_part_0(KernelTable* table);
@@ -55,6 +58,7 @@ inline const KernelTable& kernels() {
   static const KernelTable table = [] {
     KernelTable out{};
     fill_common(&out);
+    fill_codec(&out);
     fill_part_0(&out);
     fill_part_1(&out);
     fill_part_2(&out);

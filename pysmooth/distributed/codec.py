@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.backends import available_backends, native_module
+from ..engine.backends import available_backends, cuda_module, native_module
 from ..reference import codec as eager
 from ..reference.random import permutation
 from .schemes import index_bytes
@@ -84,13 +86,25 @@ def _native(x: Tensor) -> types.ModuleType | None:
     return native_module() if mine else None
 
 
-def _triton(x: Tensor) -> types.ModuleType | None:
-    if not x.is_cuda or len(x) == 0 or "triton" not in available_backends():
-        return None
-    from ..triton_kernels import messages
+def _modules(x: Tensor) -> list[types.ModuleType]:
+    """What has kernels for a device: CUDA C++ comes before Triton."""
+    found: list[types.ModuleType] = []
+    available = available_backends()
+    if "cuda" in available and x.device.type == cuda_module().device_type:
+        from . import cuda_codec
 
-    module: types.ModuleType = messages
-    return module
+        found.append(cuda_codec)
+    if "triton" in available and x.is_cuda:
+        from ..triton_kernels import messages
+
+        found.append(messages)
+    return found
+
+
+def _kernel(x: Tensor, name: str) -> Callable[..., Any] | None:
+    """The launch of that name for x's device; None where the CPU's kernels, or torch's, take it."""
+    modules = _modules(x) if len(x) > 0 and _native(x) is None else []
+    return next((getattr(m, name) for m in modules if hasattr(m, name)), None)
 
 
 def _at(x: Tensor | None) -> int:
@@ -105,8 +119,8 @@ def code_signs(
         threads = torch.get_num_threads()
         found = native.code(_at(g), _at(e), a, b, len(g), _at(out), _at(bits), threads)
         return torch.tensor(found, dtype=torch.float64)
-    if (kernels := _triton(g)) is not None:
-        total: Tensor = kernels.code_signs(g, e, a, b, out, bits)
+    if (launch := _kernel(g, "code_signs")) is not None:
+        total: Tensor = launch(g, e, a, b, out, bits)
         return total
     x = eager.combine(g, e, a, b)
     if out is not None:
@@ -120,8 +134,8 @@ def code_top_k(x: Source, k: int, out: Tensor | None, message: Tensor) -> bool:
 
     `out`, if given, is x without them.
     """
-    if (kernels := _triton(x.g)) is not None:
-        spoiled = kernels.code_top_k(x.g, x.e, x.a, x.b, k, out, message)
+    if (launch := _kernel(x.g, "code_top_k")) is not None:
+        spoiled = launch(x.g, x.e, x.a, x.b, k, out, message)
         return not bool(spoiled)
     index, values, finite = largest(x.g, x.e, x.a, x.b, k, out)
     d = len(x.g)
@@ -163,8 +177,8 @@ def subtract_signs(x: Tensor, scale: Tensor) -> None:
     """X -= scale * sign(x), in place."""
     if (native := _native(x)) is not None:
         native.subtract_signs(_at(x), len(x), float(scale), torch.get_num_threads())
-    elif (kernels := _triton(x)) is not None:
-        kernels.subtract_signs(x, scale)
+    elif (launch := _kernel(x, "subtract_signs")) is not None:
+        launch(x, scale)
     else:
         eager.subtract_signs(x, scale)
 
@@ -176,8 +190,8 @@ def sum_signs(bits: Tensor, scales: Tensor | None, factor: float, out: Tensor) -
             *(_at(bits), bits.stride(0), len(bits), _at(scales), len(out), factor, _at(out)),
             *(0, torch.get_num_threads()),
         )
-    elif (kernels := _triton(out)) is not None:
-        kernels.sum_signs(bits, scales, factor, out)
+    elif (launch := _kernel(out, "sum_signs")) is not None:
+        launch(bits, scales, factor, out)
     else:
         out.copy_(eager.sum_signs(bits, scales, len(out)) * factor)
 
@@ -189,8 +203,8 @@ def vote(bits: Tensor, n: int, signs: Tensor) -> None:
             *(_at(bits), bits.stride(0), len(bits), 0, n, 1.0, 0),
             *(_at(signs), torch.get_num_threads()),
         )
-    elif (kernels := _triton(signs)) is not None:
-        kernels.vote(bits, n, signs)
+    elif (launch := _kernel(signs, "vote")) is not None:
+        launch(bits, n, signs)
     else:
         signs.copy_(eager.signs_of(eager.sum_signs(bits, None, n)))
 
@@ -199,8 +213,8 @@ def pack_bits(numbers: Tensor, width: int, out: Tensor) -> None:
     """Numbers (int64) of `width` bits as bytes."""
     if (native := _native(numbers)) is not None:
         native.pack_bits(_at(numbers), len(numbers), width, _at(out))
-    elif (kernels := _triton(numbers)) is not None:
-        kernels.pack_bits(numbers, width, out)
+    elif (launch := _kernel(numbers, "pack_bits")) is not None:
+        launch(numbers, width, out)
     else:
         out.copy_(eager.pack_bits(numbers, width))
 
@@ -211,8 +225,8 @@ def unpack_bits(packed: Tensor, n: int, width: int) -> Tensor:
         numbers = torch.empty(n, dtype=torch.int64)
         native.unpack_bits(_at(packed), n, width, _at(numbers))
         return numbers
-    if (kernels := _triton(packed)) is not None:
-        unpacked: Tensor = kernels.unpack_bits(packed, n, width)
+    if (launch := _kernel(packed, "unpack_bits")) is not None:
+        unpacked: Tensor = launch(packed, n, width)
         return unpacked
     return eager.unpack_bits(packed, n, width)
 
@@ -224,8 +238,8 @@ def sum_top_k(messages: Tensor, k: int, into: Target) -> None:
         rows, threads = _rows(messages), torch.get_num_threads()
         native.sum_top_k(*rows, len(out), k, into.factor, _at(into.base), _at(out), threads)
         return
-    if (kernels := _triton(out)) is not None:
-        rest = kernels.sum_top_k(messages, k, into.factor, into.base, out)
+    if (launch := _kernel(out, "sum_top_k")) is not None:
+        rest = launch(messages, k, into.factor, into.base, out)
         Target(out, *rest).finish()
     else:
         out.copy_(eager.sum_top_k(messages, len(out), k))
@@ -237,8 +251,8 @@ def code_natural(x: Source, drawn: Drawn, out: Tensor, message: Tensor) -> None:
     if (native := _native(out)) is not None:
         threads = torch.get_num_threads()
         native.code_natural(*x.native, *drawn.native, _at(out), _at(message), threads)
-    elif (kernels := _triton(out)) is not None:
-        kernels.code_natural(*x.parts, drawn.native, out, message)
+    elif (launch := _kernel(out, "code_natural")) is not None:
+        launch(*x.parts, drawn.native, out, message)
     else:
         value = x.value()
         sent, coded = eager.code_natural(value, *drawn.native)
@@ -249,8 +263,8 @@ def code_natural(x: Source, drawn: Drawn, out: Tensor, message: Tensor) -> None:
 def sum_natural(messages: Tensor, into: Target) -> None:
     """Sums such messages over ranks; a row is a rank's."""
     out = into.out
-    if (kernels := _triton(out)) is not None:
-        kernels.sum_natural(messages, into.factor, into.base, out)
+    if (launch := _kernel(out, "sum_natural")) is not None:
+        launch(messages, into.factor, into.base, out)
         return
     if (native := _native(out)) is not None:
         native.sum_natural(*_rows(messages), len(out), _at(out), torch.get_num_threads())
@@ -267,8 +281,8 @@ def code_levels(
         threads = torch.get_num_threads()
         drawing = (*drawn.native, levels, block)
         native.code_levels(*x.native, *drawing, _at(out), _at(message), threads)
-    elif (kernels := _triton(out)) is not None:
-        kernels.code_levels(*x.parts, drawn.native, levels, block, out, message)
+    elif (launch := _kernel(out, "code_levels")) is not None:
+        launch(*x.parts, drawn.native, levels, block, out, message)
     else:
         value = x.value()
         sent, coded = eager.code_levels(value, levels, block, *drawn.native)
@@ -279,8 +293,8 @@ def code_levels(
 def sum_levels(messages: Tensor, levels: int, block: int, into: Target) -> None:
     """Sums such messages over ranks; a row is a rank's."""
     out = into.out
-    if (kernels := _triton(out)) is not None:
-        kernels.sum_levels(messages, levels, block, into.factor, into.base, out)
+    if (launch := _kernel(out, "sum_levels")) is not None:
+        launch(messages, levels, block, into.factor, into.base, out)
         return
     if (native := _native(out)) is not None:
         threads = torch.get_num_threads()
@@ -292,8 +306,8 @@ def sum_levels(messages: Tensor, levels: int, block: int, into: Target) -> None:
 
 def code_rand_k(x: Source, drawn: Drawn, factor: float, out: Tensor, message: Tensor) -> None:
     """Writes drawn coordinates, times a factor, into `message`, and what is left into `out`."""
-    if (kernels := _triton(out)) is not None:
-        kernels.code_rand_k(*x.parts, drawn.native, factor, out, message)
+    if (launch := _kernel(out, "code_rand_k")) is not None:
+        launch(*x.parts, drawn.native, factor, out, message)
         return
     out.copy_(x.value())
     index = places(len(message) // 4, out, drawn)
@@ -305,8 +319,8 @@ def code_rand_k(x: Source, drawn: Drawn, factor: float, out: Tensor, message: Te
 
 def add_rand_k(message: Tensor, drawn: Drawn, out: Tensor) -> None:
     """Adds what one rank has sent to what those before it have."""
-    if (kernels := _triton(out)) is not None:
-        kernels.add_rand_k(message, drawn.native, out)
+    if (launch := _kernel(out, "add_rand_k")) is not None:
+        launch(message, drawn.native, out)
     else:
         out[places(len(message) // 4, out, drawn)] += eager.floats(message)
 

@@ -115,12 +115,13 @@ def kernels() -> ctypes.CDLL:
     """The kernels of csrc/cuda, compiled for the host."""
     cuda = ROOT / "csrc" / "cuda"
     sources = [(str(cuda / "rules.cu"), [f"-DPYSMOOTH_PART={i}"]) for i in range(PARTS)]
-    sources += [(str(cuda / "common.cu"), [])]
+    sources += [(str(cuda / f"{name}.cu"), []) for name in ("common", "codec")]
     plain = [
         (str(HERE / "harness.cpp"), [*BINDING_FLAGS, "-fvisibility=default"]),
         (str(HERE / "runtime.cpp"), []),
     ]
     plain += [(str(path), []) for path in (*sorted(cuda.glob("*.cpp")), cuda / "launch.cu")]
+    plain += [(str(cuda / "messages.cu"), [])]
     bindings = ROOT / "csrc" / "bindings"
     bound = [*sorted(bindings.glob("cuda/*.cpp"))]
     bound += [bindings / f"{name}.cpp" for name in ("aliasing", "direct", "tensor_reader")]

@@ -2,8 +2,10 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -37,6 +39,9 @@ std::function<void()> bound(const void* kernel, void** arguments) {
   if (is(kernels().admit))
     return [view = argument<View>(arguments, 0), work = argument<Work>(arguments, 1),
             intake = argument<Intake>(arguments, 2)] { kernels().admit(view, work, intake); };
+  if (std::any_of(std::begin(kernels().codec), std::end(kernels().codec), is))
+    return [run = reinterpret_cast<CodecKernel>(const_cast<void*>(kernel)),
+            coding = argument<Coding>(arguments, 0)] { run(coding); };
   return [run = reinterpret_cast<Kernel>(const_cast<void*>(kernel)),
           view = argument<View>(arguments, 0),
           work = argument<Work>(arguments, 1)] { run(view, work); };
@@ -89,6 +94,12 @@ extern "C" __attribute__((visibility("default"))) void runtime_calls(long* out) 
   out[2] = downloads;
 }
 extern "C" __attribute__((visibility("default"))) void* runtime_stream() { return last_stream; }
+
+// How the kernels of launches are run from now on.
+extern "C" __attribute__((visibility("default"))) void runtime_options(int order, int resident,
+                                                                       int races) {
+  simt::options() = {static_cast<simt::Order>(order), 1, resident, races != 0};
+}
 
 // As a graph is captured and replayed: launches are kept, with their arguments, instead of run.
 extern "C" __attribute__((visibility("default"))) void runtime_capture(int on) {

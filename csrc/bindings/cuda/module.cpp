@@ -1,6 +1,7 @@
 // The extension module pysmooth._cuda. It loads where there is no driver and no GPU.
 
 #include "bindings/cuda/clip.h"
+#include "bindings/cuda/codec.h"
 #include "bindings/cuda/plan.h"
 #include "cuda/facts.h"
 #include "cuda/kernels.h"
@@ -96,4 +97,5 @@ PYBIND11_MODULE(_cuda, m) {
                              [](const ClipPlan& p) { return p.device_plan().input_bytes(); })
       .def_property_readonly("norm_at",
                              [](const ClipPlan& p) { return p.device_plan().norms_at(); });
+  bind_codec(m);
 }
