@@ -58,6 +58,12 @@ def test_a_threshold_is_chosen_by_its_steps() -> None:
     assert found["choice"] == 4096
     assert found["means"] == pytest.approx({0: 1.3, 4096: 0.9, 16384: 0.95})
     assert thresholds(results, [0])["choice"] == DEFAULT == found["default"]
+    for name in CLAIMED:  # rounds that contradict each other
+        base = race[name]["seconds"]
+        race[with_dense_below(name, 0)] = {"seconds": [0.5 * base[0], 0.9 * base[1], 1.8 * base[2]]}
+    found = thresholds(results, [0])
+    assert found["means"] == pytest.approx({0: 0.9})
+    assert found["choice"] == DEFAULT
     for name in CLAIMED:  # too little to count
         race[with_dense_below(name, 0)] = {"seconds": [0.99 * s for s in race[name]["seconds"]]}
     assert thresholds(results, [0])["choice"] == DEFAULT

@@ -108,7 +108,9 @@ def print_thresholds(results: dict[str, Any], console: Console) -> None:
     for at in dict.fromkeys((r["workload"], r["contestant"], r["rate"]) for r in rows):
         mine = [r for r in rows if (r["workload"], r["contestant"], r["rate"]) == at]
         table.add_row(f"{at[0]}, {at[1]}", at[2], *(f"{r['ratio']:.3f}" for r in mine))
-    table.add_row("all", "", *(f"{mean:.3f}" for mean in found["means"].values()))
+    errors = found["errors"]
+    both = (f"{mean:.3f} ±{2 * errors[numel]:.1%}" for numel, mean in found["means"].items())
+    table.add_row("all, ± two standard errors", "", *both)
     console.print(table)
     console.print(f"By these the default would be {found['choice']}.")
 
