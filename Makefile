@@ -55,12 +55,23 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --timeout 600 -n $(W
 
 .PHONY: test
 test: $(VENV)/checked lint tidy ## Lint, types, build with warnings as errors, all tests, wheel smoke test
-	$(PYTEST) tests bench --benchmark-disable $(addprefix --ignore ,$(KERNELS))
-	PYSMOOTH_EMULATED=1 $(PYTEST) $(EMULATED)
-	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
+	$(MAKE) stages
 	printf '%s\n' cuda:80 cuda:90 hip:gfx942 | xargs -P $(WORKERS) -n 1 $(BIN)/python -m pysmooth.triton_kernels.compile --targets
 	.ci/wheel-smoke $(BIN)/python
 	$(MAKE) docs
+
+.PHONY: stages
+stages: $(VENV)/checked
+	$(PYTEST) tests bench --benchmark-disable $(addprefix --ignore ,$(KERNELS))
+	PYSMOOTH_EMULATED=1 $(PYTEST) $(EMULATED)
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
+
+# coverage.py, in all processes that tests start; what counts is in pyproject.toml: tool.coverage.
+.PHONY: branches
+branches: $(VENV)/checked ## Lines and branches of the Python that all tests run: less than 95 % fail
+	rm -rf build/python && mkdir -p build/python
+	COVERAGE_PROCESS_START=$(abspath pyproject.toml) $(MAKE) stages
+	$(BIN)/python .ci/python-coverage 95
 
 .PHONY: docs
 docs: $(VENV)/built ## Build the documentation into docs/_build/html; warnings are errors
