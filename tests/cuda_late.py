@@ -11,13 +11,13 @@ from simt import emulated
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pysmooth.engine import cuda
+from pysmooth.engine import cuda_memory
 
 
 @pytest.fixture(name="late")
 def on_a_late_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the engine does not ask what became of a step unless somebody wants to know."""
-    monkeypatch.setattr(cuda, "_is_late", lambda _: True)
+    monkeypatch.setattr(cuda_memory, "is_late", lambda _: True)
 
 
 class NoReads(TorchDispatchMode):
@@ -41,7 +41,7 @@ class Capture:
         self.kept: list[Tensor] = []
 
     def __enter__(self) -> Capture:
-        self._patch.setattr(cuda, "_stream", lambda _: (7, True))
+        self._patch.setattr(cuda_memory, "stream_of", lambda _: (7, True))
         empty_like = torch.empty_like
 
         def kept(*args: Any, **kwargs: Any) -> Tensor:  # as a graph's pool keeps it

@@ -381,12 +381,87 @@ def test_resuming_continues_to_the_bit() -> None:
     assert_same_bits([p.detach() for p in params], [p.detach() for p in twins])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
+
+
+@two_gpus
 def test_another_gpu_than_the_current_one() -> None:
     params = [Parameter(p.detach().to("cuda:1")) for p in make_params()]
-    mixed = ClipSGD([*params, *moved(make_params())], 0.1, backend="cuda")
-    with pytest.raises(pysmooth.BackendError, match="parameters of one device"):
-        mixed.step()
     optimizer = ClipSGD(params, 0.1, max_norm=1.0, backend="cuda")
     advance(optimizer, params, record_grads(make_params(), 2))
     assert torch.cuda.current_device() == 0
+
+
+def over_gpus(params: list[Parameter]) -> list[Parameter]:
+    count = torch.cuda.device_count()
+    return [Parameter(p.detach().to(f"cuda:{i % count}")) for i, p in enumerate(params)]
+
+
+@two_gpus
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@every_unwaiting_entry
+def test_parameters_on_several_gpus(entry: Entry) -> None:
+    """The bits of one GPU: norms, parameters and states. No host waits."""
+    ours, theirs = over_gpus(make_params()), moved(make_params())
+    pairs: list[tuple[list[Parameter], Any]]
+    pairs = [(ours, build(entry, ours, "cuda")), (theirs, build(entry, theirs, "cuda"))]
+    select = pairs[0][1].select_spec()
+    if pairs[0][1].absorbs or (select is not None and select[:2] == (1, 1)):
+        pytest.skip("absorb=True and TopK(scope='global') are for one GPU")
+    for i, row in enumerate(record_grads(make_params(), 4)):
+        for params, optimizer in pairs:
+            set_grads(params, row)
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(device)
+            torch.cuda.set_sync_debug_mode("error" if i > 0 else "default")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+    (a, x), (b, y) = pairs
+    assert_same_bits([p.detach().cpu() for p in a], [p.detach().cpu() for p in b])
+    for p, q in zip(a, b, strict=True):
+        for key, value in y.state[q].items():
+            assert not isinstance(value, Tensor) or same_bits(x.state[p][key].cpu(), value.cpu())
+    assert torch.cuda.current_device() == 0
+
+
+@two_gpus
+def test_clipping_over_several_gpus() -> None:
+    ours, theirs = over_gpus(make_params()), moved(make_params())
+    row = record_grads(make_params(), 1)[0]
+    set_grads(ours, row)
+    set_grads(theirs, row)
+    norm = pysmooth.clip_grad_norm_(ours, 0.5)
+    assert norm.device == ours[0].device
+    assert torch.equal(norm, pysmooth.clip_grad_norm_(theirs, 0.5))
+    held = [[p.grad.cpu() for p in params if p.grad is not None] for params in (ours, theirs)]
+    assert_same_bits(*held)
+
+
+@two_gpus
+def test_a_capture_over_several_gpus_is_refused() -> None:
+    params = over_gpus(make_params())
+    optimizer = ClipSGD(params, 0.1, max_norm=1.0, backend="cuda")
+    advance(optimizer, params, record_grads(make_params(), 1))
+    refused = pytest.raises(pysmooth.BackendError, match="cannot capture")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), refused:
+        optimizer.step()
+
+
+@two_gpus
+def test_grad_scaler_over_several_gpus() -> None:
+    """An overflow on one GPU leaves the step out on all."""
+    params = over_gpus([Parameter(torch.ones(5)), Parameter(torch.ones(5))])
+    optimizer = AdamW(params, 0.1, backend="cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    for bad in (False, True):
+        scaler.scale(torch.ones((), device="cuda"))  # makes the scale
+        for p in params:
+            p.grad = torch.full_like(p, 8.0)
+        if bad:
+            params[1].grad[2] = float("inf")  # type: ignore[index]
+        before = [p.detach().clone() for p in params]
+        scaler.step(optimizer)
+        scaler.update()
+        for p, held in zip(params, before, strict=True):
+            assert torch.equal(p.detach(), held) == bad

@@ -1,6 +1,7 @@
 // The kernels that know no rule, or all of them.
 
 #include "cuda/admit.cuh"
+#include "cuda/board.cuh"
 #include "cuda/kernels.h"
 #include "cuda/prepare.cuh"
 #include "cuda/put.cuh"
@@ -14,6 +15,7 @@ namespace pysmooth::cuda {
 template <Reduction kind>
 void fill_reduce(KernelTable* table) {
   table->reduce[static_cast<int>(kind)] = generic::reduce<kind>;
+  table->conclude[static_cast<int>(kind)] = generic::conclude<kind>;
 }
 
 void fill_common(KernelTable* table) {
@@ -26,6 +28,8 @@ void fill_common(KernelTable* table) {
   table->row_sums = generic::row_sums;
   table->row_coefs = generic::row_coefs;
   table->prepare = generic::prepare;
+  table->publish = generic::publish;
+  table->conclude_pass = generic::conclude_pass;
   table->admit = generic::admit;
   table->scale_blocks = generic::scale_blocks;
   table->begin_select = generic::begin_select;

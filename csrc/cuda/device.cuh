@@ -38,6 +38,7 @@ using cuda::kWarp;
 using cuda::kWarps;
 using cuda::Prepared;
 using cuda::RowCut;
+using cuda::Shared;
 using cuda::StepInput;
 using cuda::View;
 using cuda::Work;

@@ -53,6 +53,7 @@ Entry DevicePlan::entry(size_t t) const {
   out.first_mark = first_mark_[t];
   out.first_block = first_block_[t];
   out.kernels = class_of_[t];
+  out.site = tensor.site;
   return out;
 }
 
@@ -149,6 +150,8 @@ View DevicePlan::view(void* device, const void* inputs, const GroupInput* groups
   at(at_.taken, &v.taken);
   at(at_.incoming, &v.incoming);
   at(at_.block_scales, &v.block_scales);
+  if (settings_.sites > 1) at(at_.board, &v.board);
+  v.site = settings_.site;
   v.block_run = static_cast<int32_t>(pass_run());
   while (settings_.select.block >> v.block_shift > 1) ++v.block_shift;
   v.select = settings_.select;

@@ -33,6 +33,8 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     : tensors_(tensors), groups_(groups), settings_(settings) {
   if (scales_blocks() && (settings.select.block < 1 || kChunk % settings.select.block != 0))
     throw std::invalid_argument("blocks that do not divide " + std::to_string(kChunk));
+  if (settings_.sites > 1 && settings_.absorbs)
+    throw std::invalid_argument("gradients of tensors on several devices are not absorbed");
   for (size_t t = 0; t < tensors_.size(); ++t) {
     const Tensor& tensor = tensors_[t];
     if (settings_.absorbs && !facts(tensor.rule).absorbs)
@@ -74,6 +76,7 @@ void DevicePlan::cut_rows() {
     if (row_cut_of_[t] < 0) continue;
     const Tensor& tensor = tensors_[t];
     const RowShape& shape = *tensor.rows;
+    if (!is_mine(t)) continue;  // it has a place for what its device will tell
     RowCut& cut = row_cuts_[static_cast<size_t>(row_cut_of_[t])];
     tensors.push_back(static_cast<int>(t));
     cut.param = shape.param;
@@ -100,7 +103,7 @@ void DevicePlan::cut_blocks() {
   std::vector<int> tensors;
   for (size_t t = 0; t < tensors_.size(); ++t) {
     first_block_.push_back(block_count_);
-    if (!scales_blocks() || facts(tensors_[t].rule).scales == 0) continue;
+    if (!scales_blocks() || facts(tensors_[t].rule).scales == 0 || !is_mine(t)) continue;
     tensors.push_back(static_cast<int>(t));
     block_count_ += (tensors_[t].numel + settings_.select.block - 1) / settings_.select.block;
   }
@@ -115,12 +118,14 @@ int64_t DevicePlan::pass_run() const {
 void DevicePlan::cut_units() {
   const SelectSpec& spec = settings_.select;
   const bool together = spec.kind == Selector::top_k && spec.scope == SelectScope::global;
+  if (together && settings_.sites > 1)
+    throw std::invalid_argument("the largest of tensors on several devices are not selected");
   int64_t first = 0;
   for (size_t t = 0; t < tensors_.size(); ++t) {
     const Tensor& tensor = tensors_[t];
     const auto index = static_cast<int32_t>(t);
     const RuleFacts& rule = facts(tensor.rule);
-    const bool selects = rule.selections > 0 && spec.kind != Selector::none;
+    const bool selects = rule.selections > 0 && spec.kind != Selector::none && is_mine(t);
     if (selects && selections_ != 0 && selections_ != rule.selections)
       throw std::invalid_argument("rules that select once and rules that mark in one plan");
     if (selects) selections_ = rule.selections;
@@ -189,6 +194,7 @@ template <class Elements>
 DevicePlan::Listed DevicePlan::list_each(const std::vector<int>& tensors, Elements elements) {
   Listed out{items_.size(), 0};
   for (const int t : tensors) {
+    if (!is_mine(static_cast<size_t>(t))) continue;
     const int64_t each = elements(t);
     const int64_t parts = (tensors_[static_cast<size_t>(t)].numel + each - 1) / each;
     for (int64_t part = 0; part < parts; ++part) items_.push_back({t, static_cast<int32_t>(part)});
@@ -210,7 +216,7 @@ void DevicePlan::cut() {
     // Rows' sums make up the Euclidean norm, too.
     if (row_cut_of_[t] < 0 || settings_.norm_type != 2.0) all.push_back(static_cast<int>(t));
     partial_first_.push_back(partials);
-    partials += (tensors_[t].numel + pass_run() - 1) / pass_run();
+    if (is_mine(t)) partials += (tensors_[t].numel + pass_run() - 1) / pass_run();
   }
   reduce_ = list_each(all, [this](int t) {
     const int group = 16 / itemsize(tensors_[static_cast<size_t>(t)].grad_dtype);
@@ -228,7 +234,8 @@ void DevicePlan::cut() {
       sign_words_ += int64_t{out.source.count} * kRows * (c.access == kMixed ? 8 : 4);
     } else if (rule.applies) {
       int64_t elements = 0;
-      for (const int t : c.tensors) elements += tensors_[static_cast<size_t>(t)].numel;
+      for (const int t : c.tensors)
+        if (is_mine(static_cast<size_t>(t))) elements += tensors_[static_cast<size_t>(t)].numel;
       out.apply_rows = rows_for(elements, c.access, settings_.multiprocessors);
       out.apply = list(c.tensors, row * out.apply_rows);
     }
@@ -282,6 +289,7 @@ void DevicePlan::cut() {
   at_.marks = place(static_cast<size_t>(mark_words_) * sizeof(uint32_t));
   at_.incoming = place(settings_.absorbs ? n * sizeof(void*) : 0);
   at_.block_scales = place(static_cast<size_t>(block_count_) * kBlockBytes);
+  at_.board = place(static_cast<size_t>(settings_.sites) * board_row_bytes());
 }
 
 size_t DevicePlan::place(size_t bytes) {

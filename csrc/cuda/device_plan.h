@@ -36,6 +36,7 @@ struct Tensor {
   const Layout* grad_layout = nullptr;  // of the gradient alone; null: linear
   const RowShape* rows = nullptr;       // null: not clipped by rows
   bool first = false;                   // no step was applied yet
+  int site = 0;                         // the device that all of it lies on
   int64_t absorbed = 0;                 // gradients that its states took in since the last step
 };
 
@@ -49,6 +50,9 @@ struct Settings {
   bool skip_unit_coef = false;  // coefficient 1 leaves the tensor as it is
   bool absorbs = false;         // gradients are taken in one by one, before the step
   int multiprocessors = 132;
+  // Tensors may lie on several devices. Each has a plan of all of them, works on its own, and is
+  // told of the others' between launches (board.cuh).
+  int sites = 1, site = 0;
 };
 
 // The launches of a step that are wanted: all of them, or those that take norms and, later, the
@@ -59,6 +63,7 @@ struct Launch {
   Kernel kernel;
   int blocks;
   Work work;
+  bool meets = false;  // what follows waits for what the other devices have to tell
 };
 
 class DevicePlan {
@@ -75,9 +80,18 @@ class DevicePlan {
                            const StepInput& step) const;
 
   // Of a step with these inputs. What a launch gets beside its work is view().
-  std::vector<Launch> launches(void* device, const GroupInput* groups,
-                               Part part = Part::whole) const;
+  //
+  // Where tensors lie on several devices there are several phases, as many on each. Between two of
+  // them row s of the board, which site s has written, goes to the same row of all others' boards.
+  std::vector<Launch> launches(void* device, const GroupInput* groups, Part part = Part::whole,
+                               int phase = 0) const;
+  int phases(const GroupInput* groups, Part part = Part::whole) const;
   View view(void* device, const void* inputs, const GroupInput* groups) const;
+
+  size_t board_at() const { return at_.board; }
+  size_t board_row_bytes() const {
+    return settings_.sites > 1 ? tensors_.size() * sizeof(Shared) : 0;
+  }
 
   // What takes a gradient of tensor t into its states: the first launch gets an Intake as well, and
   // both absorbing_view().
@@ -100,6 +114,8 @@ class DevicePlan {
   size_t taken_at() const { return at_.taken; }      // int64, per tensor; only where it absorbs
   size_t units() const;
   size_t tensors() const { return tensors_.size(); }
+  bool absorbs() const { return settings_.absorbs; }
+  int sites() const { return settings_.sites; }
 
  private:
   struct Class {  // tensors that one kernel takes
@@ -123,6 +139,9 @@ class DevicePlan {
   bool scales_blocks() const { return settings_.stage_scope[0] == Scope::block; }
   int64_t pass_run() const;  // elements of a partial sum of a pass
   bool reduces(const GroupInput* groups) const;
+  std::vector<Launch> all_launches(void* device, const GroupInput* groups, Part part) const;
+  bool is_mine(size_t t) const { return tensors_[t].site == settings_.site; }
+  bool shares_pass(int stage) const;  // its sums are of several devices' tensors
   Entry entry(size_t t) const;
 
   std::vector<Tensor> tensors_;
@@ -165,7 +184,7 @@ class DevicePlan {
     size_t image;  // the image ends here; what follows needs no first value
     size_t partial, value, norms, coefs, norm_sq, unit_sum, scalars, prepared, signs;
     size_t row_sums, row_coefs, row_total, row_clipped, row_least;
-    size_t samples, histogram, candidates, marks, incoming, block_scales;
+    size_t samples, histogram, candidates, marks, incoming, block_scales, board;
   } at_{};
 };
 

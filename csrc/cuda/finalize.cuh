@@ -13,6 +13,14 @@ PYSMOOTH_DEVICE bool is_active(const View& plan, int t) {
   return plan.grads[t] != nullptr && plan.entries[t].numel > 0;
 }
 
+// Whether a tensor lies on this device; if not, what its device has told of it.
+PYSMOOTH_DEVICE bool is_mine(const View& plan, int t) {
+  return plan.board == nullptr || plan.entries[t].site == plan.site;
+}
+PYSMOOTH_DEVICE const Shared& told_of(const View& plan, int t) {
+  return plan.board[int64_t{plan.entries[t].site} * plan.tensors + t];
+}
+
 // What gradients are multiplied by. The loss scale's reciprocal is rounded as GradScaler does it.
 PYSMOOTH_DEVICE double unscale_of(const View& plan) {
   const StepInput& step = *plan.step;
@@ -165,7 +173,8 @@ PYSMOOTH_DEVICE void accumulate_norms(const View& plan, double unscale) {
           from = v;
           break;
         }
-    const double held = *plan.entries[from].norm_sq;
+    const double held =
+        is_mine(plan, from) ? *plan.entries[from].norm_sq : told_of(plan, from).norm_sq;
     const double sum = sums[units.of(plan, t)];
     double hyper[kMaxHyper];
     read_hyper(plan.inputs[e.group], hyper);

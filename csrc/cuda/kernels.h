@@ -27,6 +27,8 @@ struct KernelTable {
   Kernel reduce[kReductions];
   Kernel row_sums, row_coefs;
   Kernel prepare;
+  // Between devices, where tensors lie on several.
+  Kernel publish, conclude[kReductions], conclude_pass;
   Kernel source[kRules][kMaxStages][kAccesses];
   Kernel apply[kRules][kAccesses];
   // Of rules that absorb: what takes a gradient in, and pass 0 where the states have it.

@@ -45,8 +45,8 @@ int upload(const DevicePlan& plan, void* device, void* stream) {
 }
 
 int step(const DevicePlan& plan, void* device, void* inputs, const void* const* grads,
-         const GroupInput* groups, const StepInput& numbers, void* stream, Part part) {
-  if (part != Part::rest) {
+         const GroupInput* groups, const StepInput& numbers, void* stream, Part part, int phase) {
+  if (part != Part::rest && phase == 0) {
     const std::vector<char> bytes = plan.inputs(grads, groups, numbers);
     char* const to = static_cast<char*>(inputs);
     const cudaError_t error =
@@ -57,7 +57,7 @@ int step(const DevicePlan& plan, void* device, void* inputs, const void* const* 
     if (error != cudaSuccess) return error;
   }
   View view = plan.view(device, inputs, groups);
-  for (Launch& one : plan.launches(device, groups, part)) {
+  for (Launch& one : plan.launches(device, groups, part, phase)) {
     const cudaError_t error = launch(&view, &one, stream);
     if (error != cudaSuccess) return error;
   }

@@ -24,8 +24,11 @@ int upload(const DevicePlan& plan, void* device, void* stream);
 
 // `grads`: of each tensor, null for one that sits out; `groups`: one per group. Host memory, read
 // before this returns. Addresses in `groups` and `numbers` are device memory, read by kernels.
+// `phase`: of a plan whose tensors lie on several devices, which is run phase by phase on all of
+// them (device_plan.h). The first one writes the inputs.
 int step(const DevicePlan& plan, void* device, void* inputs, const void* const* grads,
-         const GroupInput* groups, const StepInput& numbers, void* stream, Part part = Part::whole);
+         const GroupInput* groups, const StepInput& numbers, void* stream, Part part = Part::whole,
+         int phase = 0);
 
 // Takes a gradient into its tensor's states, where the plan says that they absorb. Other tensors
 // may take one in at the same time, on other streams.

@@ -15,6 +15,13 @@ bool DevicePlan::reduces(const GroupInput* groups) const {
                      [](const GroupInput& g) { return g.clip.needs_norm(); });
 }
 
+bool DevicePlan::shares_pass(int stage) const {
+  const Scope scope = settings_.stage_scope[stage];
+  return settings_.sites > 1 && (scope == Scope::global || scope == Scope::group) &&
+         std::any_of(classes_.begin(), classes_.end(),
+                     [stage](const Class& c) { return stage < facts(c.rule).stages; });
+}
+
 size_t DevicePlan::units() const {
   return settings_.scope == Scope::global  ? 1
          : settings_.scope == Scope::group ? static_cast<size_t>(groups_)
@@ -41,7 +48,8 @@ DevicePlan::Absorption DevicePlan::absorption(size_t t) const {
   return out;
 }
 
-std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups, Part part) const {
+std::vector<Launch> DevicePlan::all_launches(void* device, const GroupInput* groups,
+                                             Part part) const {
   const auto* const items = reinterpret_cast<const Item*>(static_cast<char*>(device) + at_.items);
   const KernelTable& table = kernels();
   std::vector<Launch> out;
@@ -59,6 +67,14 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
     work.stage = stage;
     const auto n = static_cast<int>(tensors_.size());
     out.push_back({table.prepare, std::max(1, (n + kThreads - 1) / kThreads), work});
+  };
+  // What follows from the sums of all devices. It is not told at all where there is one.
+  const auto meet = [&](Kernel conclude, int stage) {
+    Work work{};
+    work.stage = stage;
+    const auto n = static_cast<int>(tensors_.size());
+    out.push_back({table.publish, std::max(1, (n + kThreads - 1) / kThreads), work, true});
+    out.push_back({conclude, 1, work});
   };
   // A block per item, for the classes of tensors that select.
   const auto selecting = [&](const KernelTable::Selecting& of, int stage, int64_t piece,
@@ -87,8 +103,11 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
     add(table.row_sums, rows_, 0, 0);
     add(table.row_coefs, rows_, 0, 0);
   }
-  if (reduces(groups) && part != Part::rest)
-    add(table.reduce[static_cast<int>(reduction_of(settings_.norm_type))], reduce_, 0, 0);
+  if (reduces(groups) && part != Part::rest) {
+    const int kind = static_cast<int>(reduction_of(settings_.norm_type));
+    add(table.reduce[kind], reduce_, 0, 0);
+    if (settings_.sites > 1) meet(table.conclude[kind], 0);
+  }
   if (part == Part::norms) return out;
   prepare(-1);
   const auto sample = [&](int stage) {
@@ -120,6 +139,7 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
       blocks += out.back().blocks;
     }
     for (size_t i = first; i < out.size(); ++i) out[i].work.blocks = blocks;
+    if (shares_pass(stage)) meet(table.conclude_pass, stage);
     if (out.size() > first && settings_.stage_scope[stage] == Scope::block)
       add(table.scale_blocks, blocks_, 0, stage);
     else if (out.size() > first)
@@ -142,6 +162,23 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
     out.back().work.first = cuts_[c].signs;
   }
   return out;
+}
+
+std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups, Part part,
+                                         int phase) const {
+  std::vector<Launch> all = all_launches(device, groups, part);
+  const auto meets = [](const Launch& one) { return one.meets; };
+  auto begin = all.begin();
+  for (int i = 0; i < phase; ++i) begin = std::find_if(begin, all.end(), meets) + 1;
+  auto end = std::find_if(begin, all.end(), meets);
+  if (end != all.end()) ++end;
+  return {begin, end};
+}
+
+int DevicePlan::phases(const GroupInput* groups, Part part) const {
+  const std::vector<Launch> all = all_launches(nullptr, groups, part);
+  return 1 + static_cast<int>(std::count_if(all.begin(), all.end(),
+                                            [](const Launch& one) { return one.meets; }));
 }
 
 }  // namespace pysmooth::cuda

@@ -43,6 +43,7 @@ struct Entry {
   int32_t cut;                  // into View::cuts; -1: not clipped by rows
   int32_t unit;                 // of the selection; -1: nothing is selected here
   int32_t kernels;              // tensors with the same number share their kernels
+  int32_t site;                 // the device that it lies on; addresses are that one's
   uint8_t dtype[kMaxOperands];
   uint8_t stochastic;  // operands that are rounded stochastically, as bits
   uint8_t storage;     // ParamStorage; a companion comes after the rule's operands
@@ -109,6 +110,14 @@ constexpr int kSampleLine = 16;  // elements
 struct Candidate {
   uint64_t key;
   int64_t index;  // in the unit
+};
+
+// What devices tell each other of a tensor, where a plan's tensors lie on several (board.cuh).
+struct Shared {
+  double value;           // its sum in this pass
+  double clipped, least;  // clipped by rows: what it comes to after that; the least coefficient
+  double norm_sq;         // accumulated before this step
+  uint32_t nonfinite, unused;
 };
 
 // What is selected from together.
@@ -181,8 +190,10 @@ struct View {
   char* block_scales;              // per block: blocks.cuh
   int32_t block_shift, block_run;  // logarithm of a block's elements; elements of a partial sum
   Status* status;
+  Shared* board;  // per device and tensor; null: all tensors lie on this device
   double norm_type;
   int32_t tensors, groups;
+  int32_t site;  // this device
   Scope scope, stage_scope[kMaxStages];
   NonFinite policy;
   bool reduces, accumulates, skip_unit_coef;

@@ -70,12 +70,20 @@ PYSMOOTH_DEVICE void begin_absorbed(const View& plan, int t) {
 // stage: the pass that was just done; -1 at the beginning.
 PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
   const Entry& e = plan.entries[t];
-  if (stage < 0 && e.norm_sq != nullptr) *e.norm_sq = plan.norm_sq[plan.tensors + t];
+  const bool mine = is_mine(plan, t);
+  if (stage < 0 && e.norm_sq != nullptr && mine) *e.norm_sq = plan.norm_sq[plan.tensors + t];
   if (!is_active(plan, t)) return;
   double hyper[kMaxHyper];
   read_hyper(plan.inputs[e.group], hyper);
   Prepared& out = plan.prepared[t];
-  if (stage < 0) begin_tensor(plan, t, hyper);
+  if (stage < 0 && mine) begin_tensor(plan, t, hyper);
+  if (!mine) {  // enough to add up its sums, and to know that it has begun
+    plan.started[t] = 1;
+    with_rule(Rules{}, e.rule, [&](auto rule) {
+      for (int k = 0; k < decltype(rule)::kStages; ++k) out.sum[k] = rule.stage_sum(hyper, k);
+    });
+    return;
+  }
   const Scalars& s = plan.scalars[t];
   if (stage == 0 && e.scale != nullptr) *e.scale = s.stage[0];
   with_rule(Rules{}, e.rule, [&](auto rule) {

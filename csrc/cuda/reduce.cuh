@@ -222,6 +222,7 @@ PYSMOOTH_KERNEL reduce(View plan, Work work) {
         break;
     }
   }
+  if (plan.board != nullptr) return;  // conclude comes when all devices are done
   if (last_block(&plan.arrived[plan.tensors], static_cast<uint32_t>(work.blocks)))
     finalize<kind>(plan);
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/apply.cuh"
+#include "cuda/passes.cuh"
 #include "cuda/select.cuh"
 
 PYSMOOTH_KERNELS_BEGIN
@@ -156,34 +157,6 @@ PYSMOOTH_DEVICE void source_item(const View& plan, const Work& work, const Item&
   }
 }
 
-// What the sums of a pass come to, over its scope.
-__device__ inline void finish_stage(const View& plan, int stage) {
-  const Units units(plan, plan.stage_scope[stage]);
-  double* const elements = plan.unit_sum + plan.tensors + plan.groups + 1;
-  const auto takes_part = [&](int t) {
-    bool has_stage = false;
-    with_rule(Rules{}, plan.entries[t].rule,
-              [&](auto rule) { has_stage = stage < decltype(rule)::kStages; });
-    return has_stage && is_active(plan, t);
-  };
-  const auto add = [](double total, double x) { return total + x; };
-  each_unit(
-      plan, units, 0.0, takes_part,
-      [&](int t) { return plan.prepared[t].sum[stage] == Sum::none ? 0.0 : plan.value[t]; }, add,
-      [&](int u, double total, bool) { plan.unit_sum[u] = total; });
-  each_unit(
-      plan, units, 0.0, takes_part,
-      [&](int t) { return static_cast<double>(plan.entries[t].numel); }, add,
-      [&](int u, double total, bool) { elements[u] = total; });
-  for (int t = static_cast<int>(threadIdx.x); t < plan.tensors; t += kThreads) {
-    if (!takes_part(t)) continue;
-    const int u = units.of(plan, t);
-    plan.scalars[t].stage[stage] = plan.prepared[t].sum[stage] == Sum::squares
-                                       ? std::sqrt(plan.unit_sum[u])
-                                       : plan.unit_sum[u] / elements[u];
-  }
-}
-
 template <class Rule, int kStage, class A, bool kAbsorbed = false, bool kBlocks = false>
 PYSMOOTH_KERNEL source(View plan, Work work) {
   PYSMOOTH_SHARED(Lanes, lanes);
@@ -192,6 +165,7 @@ PYSMOOTH_KERNEL source(View plan, Work work) {
   if (item.tensor >= 0)
     source_item<Rule, kStage, A, kAbsorbed, kBlocks>(plan, work, item, lanes[warp_id()][0]);
   if (kBlocks && plan.stage_scope[kStage] == Scope::block) return;  // scale_blocks comes next
+  if (shares_pass(plan, kStage)) return;                            // conclude_pass does
   if (last_block(&plan.arrived[plan.tensors], static_cast<uint32_t>(work.blocks)))
     finish_stage(plan, kStage);
 }

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Container, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._errors import BackendError
+from . import cuda_memory
 from .amp import Amp
 from .backends import native_module
+from .cuda_memory import PlanMemory, run_on_all, sites_of
 from .device import Told, on_device
 from .device_absorb import AbsorbingEngine
-from .recipe import ABSORBED, GRADIENT, ClipMode, Recipe, needs_reduce
+from .recipe import ABSORBED, GRADIENT, ClipMode, ClipSpec, Recipe, needs_reduce
 from .state import version_roots
 
 if TYPE_CHECKING:
     from .._cpu import StateSnapshot
-    from .._cuda import ClipPlan, Plan, RuleInfo
+    from .._cuda import Plan, RuleInfo
     from ..optim._base import FusedOptimizer
 
+Hypers = list[tuple[float | Tensor, ...]]
+Clips = list[ClipSpec]
+TOP_K_OF_ALL = (1, 1)  # as csrc/core/step.h numbers Selector and SelectScope
 NUMBERS = {
     "norms": torch.float64,
     "coefs": torch.float64,
@@ -33,60 +37,6 @@ NUMBERS = {
 }
 
 
-class PlanMemory:
-    """A plan's memory on a device, and the stream that launches on it went to last.
-
-    Attributes:
-        plan: what kernels leave to each other, and to the host.
-        captured: whether graphs hold launches on it.
-    """
-
-    def __init__(self, plan: Plan | ClipPlan, device: torch.device) -> None:
-        self._device, self.captured = device, False
-        self.plan = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
-        self._inputs = torch.empty(plan.input_bytes, dtype=torch.uint8, device=device)
-        with _current(device):
-            self._stream, _ = _stream(device)
-            plan.upload(self.plan.data_ptr(), self._stream)
-
-    def is_free(self) -> bool:
-        """Whether a launch now keeps its distance from others: as it is on their stream.
-
-        Replays go to any stream. What a graph has is for captures alone from then on.
-        """
-        with _current(self._device):
-            stream, captures = _stream(self._device)
-        return captures or (stream == self._stream and not self.captured)
-
-    def launch(self, run: Callable[[int, int], bool], keep: Callable[[], None]) -> bool:
-        """What run(address of the step's inputs, stream) says.
-
-        keep() is called in the capture of a graph, which needs the memory from then on.
-        """
-        with _current(self._device):
-            stream, captures = self._use(keep)
-            # Part of the graph's own memory, as everything that is allocated in a capture.
-            inputs = torch.empty_like(self._inputs) if captures else self._inputs
-            return run(inputs.data_ptr(), stream)
-
-    def enqueue(self, run: Callable[[int], None], keep: Callable[[], None]) -> None:
-        """run(stream), of what brings its numbers along; keep as above."""
-        with _current(self._device):
-            run(self._use(keep)[0])
-
-    def _use(self, keep: Callable[[], None]) -> tuple[int, bool]:
-        stream, captures = _stream(self._device)
-        if captures:
-            self.captured = True
-            keep()
-            return stream, True
-        if stream != self._stream and self.plan.is_cuda:
-            for memory in (self.plan, self._inputs):
-                memory.record_stream(torch.cuda.current_stream(self._device))
-        self._stream = stream
-        return stream, False
-
-
 class CudaEngine(AbsorbingEngine):
     """Steps through a plan of launches, made anew whenever anything but a gradient moved.
 
@@ -94,6 +44,8 @@ class CudaEngine(AbsorbingEngine):
     torch's current stream. A step waits for nothing, but where it makes a plan. In the capture of a
     CUDA graph the numbers get memory of their own, so that replays and other steps do not disturb
     each other; the plan has to be there before: run the same step once.
+
+    Parameters may lie on several GPUs: each has a memory of its own, the first parameter's first.
     """
 
     name = "cuda"
@@ -105,8 +57,8 @@ class CudaEngine(AbsorbingEngine):
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
         self._states: StateSnapshot | None = None
-        self._device = torch.device("cpu")
-        self._memory: PlanMemory | None = None
+        self._devices = [torch.device("cpu")]
+        self._memories: list[PlanMemory] = []
         self._numbers: dict[str, Tensor] = {}
         self._reduces = False
         self._copied = False  # gradients, into new states, for the step to come
@@ -125,7 +77,7 @@ class CudaEngine(AbsorbingEngine):
                 if not self._enqueue(optimizer, recipes, amp):
                     raise RuntimeError("parameters or states changed while the step was gathered")
         except BaseException:
-            if not _stream(self._device)[1]:
+            if not any(memory.captures() for memory in self._memories):
                 self._settle_fresh(optimizer)
             raise
         self._reduces = not optimizer.absorbs and needs_reduce(optimizer.policy, recipes)
@@ -133,48 +85,74 @@ class CudaEngine(AbsorbingEngine):
             torch.autograd.graph.increment_version(self.forget_absorbed(optimizer))
         # Gradients that were copied into new states are kept only if the step happened, so that a
         # first step may have to wait.
-        if self._copied or not _is_late(self._device):
+        if self._copied or not cuda_memory.is_late(self._devices[0]):
             self._copied = False
             self.settled(optimizer)
 
     def _enqueue(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> bool:
-        plan, memory = self._plan, self._memory
+        plan = self._plan
         assert plan is not None
-        assert memory is not None
-        numbers = (
-            [group["params"] for group in optimizer.param_groups],
+        lists = [group["params"] for group in optimizer.param_groups]
+        numbers = [self._numbers_at(device, optimizer, recipes, amp) for device in self._devices]
+
+        def keep() -> None:
+            optimizer.keep_for_graphs(self._memories[0])
+            self._fresh = {}  # a replay may use the states at any time
+
+        def alone(inputs: int, stream: int) -> bool:
+            return plan.step(lists, *numbers[0], inputs, stream)
+
+        if len(self._memories) == 1:
+            return self._memories[0].launch(alone, keep)
+
+        def launch(site: int, phase: int, inputs: int, stream: int) -> int:
+            return plan.enqueue(site, phase, *numbers[site], inputs, stream)
+
+        done = False
+        try:
+            if plan.begin(lists):
+                run_on_all(self._memories, launch, keep)
+                done = True
+        finally:
+            plan.end(done)
+        return done
+
+    def _numbers_at(
+        self, device: torch.device, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp
+    ) -> tuple[Hypers, Clips, Tensor | None, Tensor | None]:
+        """A step's numbers, those on a device on this one."""
+        return (
             [
-                self._hyper(recipe, optimizer.late_lr(group))
+                self._hyper(recipe, optimizer.late_lr(group), device)
                 for recipe, group in zip(recipes, optimizer.param_groups, strict=True)
             ],
             [recipe.clip for recipe in recipes],
-            on_device(self._device, amp.scale),
-            on_device(self._device, amp.found_inf),
+            on_device(device, amp.scale),
+            on_device(device, amp.found_inf),
         )
-
-        def launch(inputs: int, stream: int) -> bool:
-            return plan.step(*numbers, inputs, stream)
-
-        def keep() -> None:
-            optimizer.keep_for_graphs(memory)
-            self._fresh = {}  # a replay may use the states at any time
-
-        return memory.launch(launch, keep)
 
     def reads(self, value: object) -> bool:
         """Whether kernels read this learning rate where it is: on the device."""
-        return isinstance(value, Tensor) and _is_late(value.device)
+        return isinstance(value, Tensor) and cuda_memory.is_late(value.device)
 
-    def _hyper(self, recipe: Recipe, lr: object) -> tuple[float | Tensor, ...]:
+    def _hyper(
+        self, recipe: Recipe, lr: object, device: torch.device
+    ) -> tuple[float | Tensor, ...]:
         if not isinstance(lr, Tensor) or not self.reads(lr):
             return recipe.hyper
-        if lr.device != self._device or lr.dtype not in (torch.float32, torch.float64):
+        if cuda_memory.home(lr) not in self._devices or lr.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):
             raise ValueError(
                 f"lr is a {lr.dtype} tensor on {lr.device}; the cuda backend reads float32 and "
-                f"float64 on the parameters' device, {self._device}"
+                "float64 on the parameters' device, " + ", ".join(map(str, self._devices))
             )
         at = self._rules[recipe.rule]["hyper"].index("lr")
-        return (*recipe.hyper[:at], lr.detach(), *recipe.hyper[at + 1 :])
+        here = lr.detach()
+        if cuda_memory.home(lr) != device:
+            here = here.to(device, non_blocking=True)
+        return (*recipe.hyper[:at], here, *recipe.hyper[at + 1 :])
 
     # ---- plans ---------------------------------------------------------------------------------
 
@@ -182,7 +160,8 @@ class CudaEngine(AbsorbingEngine):
         refuse_in_capture(torch.device(self._native.device_type))
         copies = any(recipe.initial(key) == GRADIENT for recipe in recipes for key in recipe.keys)
         scale = amp.read() if copies else 1.0
-        members, device = self.gather(optimizer, recipes, 0.0 if scale is None else scale)
+        members = self.gather(optimizer, recipes, 0.0 if scale is None else scale)
+        sites, devices = sites_of(m.param for m in members)
         state_dicts = [optimizer.state.get(m.param, {}) for m in members]
         absorbed = [state.get(ABSORBED, 0) for state in state_dicts]
         try:
@@ -204,17 +183,19 @@ class CudaEngine(AbsorbingEngine):
                 stage_scopes=[int(scope) for scope in optimizer.stage_scopes],
                 select=optimizer.select_spec(),
                 absorbed=absorbed if optimizer.absorbs else [],
+                sites=sites,
             )
-            memory = PlanMemory(plan, device)
-            if optimizer.absorbs and device.type == "cuda":
-                torch.cuda.synchronize(device)  # backward may work on another stream than this
+            devices = devices or [torch.device("cpu")]
+            memories = [PlanMemory(*pair) for pair in zip(plan.sites, devices, strict=True)]
+            if optimizer.absorbs and devices[0].type == "cuda":
+                torch.cuda.synchronize(devices[0])  # backward may work on another stream than this
         except BaseException:
             self.forget(optimizer, list(self._fresh))
             raise
-        self._plan, self._memory, self._device = plan, memory, device
-        self._numbers = {
-            name: memory.plan[at : at + count * NUMBERS[name].itemsize].view(NUMBERS[name])
-            for name, (at, count) in plan.places.items()
+        self._plan, self._memories, self._devices = plan, memories, devices
+        self._numbers = {  # the same on all devices
+            name: memories[0].plan[at : at + count * NUMBERS[name].itemsize].view(NUMBERS[name])
+            for name, (at, count) in plan.sites[0].places.items()
         }
         self._state_dicts = state_dicts
         self._told = Told(
@@ -228,7 +209,7 @@ class CudaEngine(AbsorbingEngine):
 
     def is_late(self, device: torch.device) -> bool:
         """Whether a device does its work behind the host's back."""
-        return _is_late(device)
+        return cuda_memory.is_late(device)
 
     def build(self, optimizer: FusedOptimizer) -> None:
         """Makes a plan for gradients to be taken in."""
@@ -247,11 +228,10 @@ class CudaEngine(AbsorbingEngine):
 
     def take_in(self, optimizer: FusedOptimizer, place: int, recipe: Recipe, once: int) -> None:
         """Enqueues what takes the parameter's gradient in."""
-        plan, memory = self._plan, self._memory
+        plan, memory = self._plan, self._memories[0]
         assert plan is not None
-        assert memory is not None
         lr = optimizer.late_lr(optimizer.param_groups[self._members[place].group])
-        hyper = self._hyper(recipe, lr)
+        hyper = self._hyper(recipe, lr, memory.device)
         memory.enqueue(
             lambda stream: plan.absorb(place, hyper, recipe.clip, once, stream),
             lambda: optimizer.keep_for_graphs(memory),
@@ -266,6 +246,14 @@ class CudaEngine(AbsorbingEngine):
     def outdate(self) -> None:
         """The next step makes a new plan; what this one has left can still be read."""
         self._built_for = ()
+
+    def check_devices(self, optimizer: FusedOptimizer, devices: Sequence[torch.device]) -> None:
+        """Takes several devices, but for what looks at all gradients as one list of values."""
+        select = optimizer.select_spec()
+        if len(devices) > 1 and optimizer.absorbs:
+            self.refuse_devices("absorb=True", devices)
+        if len(devices) > 1 and select is not None and select[:2] == TOP_K_OF_ALL:
+            self.refuse_devices("TopK(scope='global')", devices)
 
     def lacks(self, recipe: Recipe) -> str | None:
         """What the recipe asks for and this backend has no kernel for, in words; None: nothing."""
@@ -291,30 +279,11 @@ def lacks(recipe: Recipe, rules: Container[str]) -> str | None:
 
 def refuse_in_capture(device: torch.device) -> None:
     """A plan's memory has to outlive the capture that it is first used in."""
-    if _stream(device)[1]:
+    if cuda_memory.stream_of(device)[1]:
         raise BackendError(
             "backend 'cuda' cannot prepare a step while a CUDA graph is captured; run the same "
             "step once before"
         )
-
-
-def _is_late(device: torch.device) -> bool:
-    """Whether a device does its work behind the host's back: the emulation does not."""
-    return device.type == "cuda"
-
-
-def _stream(device: torch.device) -> tuple[int, bool]:
-    """The stream to launch on, and whether a CUDA graph is captured on it."""
-    if device.type != "cuda":
-        return 0, False
-    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a device the one that launches go to."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:

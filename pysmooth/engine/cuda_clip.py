@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .backends import cuda_module
-from .cuda import PlanMemory, refuse_in_capture
+from .cuda import refuse_in_capture
+from .cuda_memory import PlanMemory, run_on_all, sites_of
 
 if TYPE_CHECKING:
     from .._cuda import ClipPlan, Part
@@ -23,27 +24,37 @@ _LOCK = Lock()  # from the launches of a call to the copy of its norm
 
 
 class _Clip:
-    """A plan for gradients of certain forms, and its memory."""
+    """A plan for gradients of certain forms, and its memory on their devices."""
 
     def __init__(self, native: types.ModuleType, tensors: list[Tensor], norm_type: float) -> None:
         self.device, self.norm_type = tensors[0].device, norm_type
         refuse_in_capture(self.device)
-        self.plan: ClipPlan = native.ClipPlan(tensors, norm_type)
-        self.memory = PlanMemory(self.plan, self.device)
-        at = self.plan.norm_at
-        self.norm = self.memory.plan[at : at + 8].view(torch.float64)[0]
+        sites, devices = sites_of(tensors)
+        self.plan: ClipPlan = native.ClipPlan(tensors, norm_type, sites)
+        self.memories = [PlanMemory(*pair) for pair in zip(self.plan.sites, devices, strict=True)]
+        at = self.plan.sites[0].norm_at
+        self.norm = self.memories[0].plan[at : at + 8].view(torch.float64)[0]
+
+    def is_free(self) -> bool:
+        """Whether a launch now keeps its distance from others."""
+        return all(memory.is_free() for memory in self.memories)
 
     def run(self, tensors: list[Tensor], max_norm: float, part: Part, writes: bool) -> bool:
         """Enqueues the part; False if the plan is for other gradients."""
+        if not self.plan.begin(tensors, writes):
+            return False
 
-        def launch(inputs: int, stream: int) -> bool:
-            return self.plan.run(tensors, max_norm, part, writes, inputs, stream)
+        def launch(site: int, phase: int, inputs: int, stream: int) -> int:
+            return self.plan.run(site, phase, max_norm, part, inputs, stream)
 
         def keep() -> None:
             if self not in _CAPTURED:
                 _CAPTURED.append(self)
 
-        return self.memory.launch(launch, keep)
+        run_on_all(self.memories, launch, keep)
+        if writes and part != cuda_module().Part.NORMS:
+            self.plan.written(tensors)
+        return True
 
     def result(self) -> Tensor:
         """The norm, beside the gradients, in memory of its own."""
@@ -82,7 +93,7 @@ def _begin(
     """Runs the part with the plan of these tensors. Their addresses come anew with every call."""
     device = tensors[0].device
     for known in _PLANS:
-        alike = known.device == device and known.norm_type == norm_type and known.memory.is_free()
+        alike = known.device == device and known.norm_type == norm_type and known.is_free()
         if alike and known.run(tensors, max_norm, part, writes):
             plan = known
             break

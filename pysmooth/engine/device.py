@@ -6,13 +6,14 @@ Nothing is read back in a step: the host learns from `settle` what became of it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._errors import BackendError, NonFiniteGradientError
+from . import cuda_memory
 from .backends import Engine
 from .checks import check_gradient, check_layout, check_memory, check_state
 from .recipe import ABSORBED, GRADIENT, NORM_SQ, STEP, Policy, Recipe, Scope
@@ -83,7 +84,7 @@ class DeviceEngine(Engine):
 
     def gather(
         self, optimizer: FusedOptimizer, recipes: list[Recipe], scale: float | None
-    ) -> tuple[list[Member], torch.device]:
+    ) -> list[Member]:
         """All parameters, checked, those that have a gradient with states. Waits for the device.
 
         `scale` is what gradients are multiplied by where they are copied into states; None: the
@@ -98,7 +99,7 @@ class DeviceEngine(Engine):
                 params.append(p)
         labels = optimizer.param_labels()
         mine = [recipes[g].of(p) for g, p in zip(groups, params, strict=True)]
-        device = self._one_device(params)
+        self.check_devices(optimizer, sorted({cuda_memory.home(p) for p in params}, key=str))
         for p, label, recipe in zip(params, labels, mine, strict=True):
             self._check(optimizer, p, label, recipe)
         try:
@@ -120,16 +121,18 @@ class DeviceEngine(Engine):
             raise
         self._members = members
         self._places = {m.param: i for i, m in enumerate(members)}
-        return members, device
+        return members
 
-    def _one_device(self, params: list[Tensor]) -> torch.device:
-        devices = {p.device for p in params}
+    def check_devices(self, optimizer: FusedOptimizer, devices: Sequence[torch.device]) -> None:
+        """Refuses parameters of several devices, where a step cannot take them."""
         if len(devices) > 1:
-            raise BackendError(
-                f"backend {self.name!r} takes parameters of one device; these are on "
-                + ", ".join(sorted(map(str, devices)))
-            )
-        return devices.pop() if devices else torch.device("cpu")
+            self.refuse_devices(f"backend {self.name!r}", devices)
+
+    def refuse_devices(self, what: str, devices: Sequence[torch.device]) -> None:
+        """Says who takes one device only."""
+        raise BackendError(
+            f"{what} takes parameters of one device; these are on " + ", ".join(map(str, devices))
+        )
 
     def _check(self, optimizer: FusedOptimizer, p: Tensor, label: str, recipe: Recipe) -> None:
         """Refuses what a kernel could not do right, naming it."""

@@ -185,7 +185,8 @@ class TritonEngine(AbsorbingEngine):
             )
         _check_select(optimizer)
         selections = self.selections()
-        members, place = self.gather(optimizer, recipes, None)
+        members = self.gather(optimizer, recipes, None)
+        place = members[0].param.device if members else torch.device("cpu")
         try:
             grads = [self.form_of(optimizer, m.param) for m in members]
             slots = [_slot(m, grad) for m, grad in zip(members, grads, strict=True)]

@@ -41,10 +41,10 @@ class ClipSGD(FusedOptimizer):
     parameters), 8 for float64. None without.
 
     Args:
-        params: parameters, named parameters, or groups of either, on one device. Any dense or
-            strided layout; float32, float64, bfloat16, float16, complex64, complex128. The gradient
-            has the parameter's dtype, or float32 beside 16-bit and float64 parameters, or a 16-bit
-            dtype beside float32 (`grad_dtype`).
+        params: parameters, named parameters, or groups of either, on one device (on several GPUs
+            with the CUDA backend). Any dense or strided layout; float32, float64, bfloat16,
+            float16, complex64, complex128. The gradient has the parameter's dtype, or float32
+            beside 16-bit and float64 parameters, or a 16-bit dtype beside float32 (`grad_dtype`).
         lr: learning rate, a number or a one-element tensor, at least 0.
         max_norm: the clip threshold, in units of the gradient's norm (of the gradient's coordinates
             for "value"). None: no clip ("normalize": 1). `float("inf")` takes the norm, for

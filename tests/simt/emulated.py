@@ -63,6 +63,7 @@ class _Parameter(ctypes.Structure):
         ("norm_sq", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("absorbed", ctypes.c_int64),
+        ("site", ctypes.c_int64),
     ]
 
 
@@ -81,6 +82,7 @@ class _Config(ctypes.Structure):
         ("select_seed", ctypes.c_uint64),
         ("absorbs", ctypes.c_int32),
         ("once", ctypes.c_uint32),
+        ("sites", ctypes.c_int32),
     ]
 
 
@@ -213,6 +215,7 @@ class Slot:
     misplaced: Sequence[int] = (0,) * MAX_OPERANDS  # bytes from a 16-byte boundary, per operand
     by_rows: bool = False  # as its gradient is clipped
     absorbed: int = 0  # gradients that the states hold
+    site: int = 0  # the device that it lies on
 
 
 @dataclass
@@ -243,6 +246,7 @@ class Run:
     nonfinite_tensors: list[bool] = field(default_factory=list)
     absorbs: int = 0  # gradients are taken in one by one: 1, then the step; 2, without a step
     once: int = 0  # hyper-parameters, as bits, that are 0 for all but the first of a step
+    sites: int = 1  # devices
     kept_out: int = 0  # gradients, or steps, that the policy refused
 
 
@@ -284,6 +288,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         assert shaped is not None
         p.rule, p.group, p.first = numbers[slot.rule], slot.group, int(slot.first)
         p.storage, p.by_rows, p.absorbed = slot.storage, int(slot.by_rows), slot.absorbed
+        p.site = slot.site
         p.ndim = shaped.ndim
         p.shape[: shaped.ndim] = shaped.shape
         for k, x in enumerate((slot.param, slot.grad, *slot.states)):
@@ -306,7 +311,9 @@ def step(slots: Sequence[Slot], run: Run) -> str:
     config = _Config(groups=len(run.hypers))
     for name in ("scope", "policy", "always_norm", "skip_unit_coef", "norm_type"):
         setattr(config, name, getattr(run, name))
-    for name in ("order", "seed", "resident", "races", "multiprocessors", "absorbs", "once"):
+    for name in ("order", "seed", "resident", "races", "multiprocessors"):
+        setattr(config, name, getattr(run, name))
+    for name in ("absorbs", "once", "sites"):
         setattr(config, name, getattr(run, name))
     config.stage_scope[: len(run.stage_scopes)] = tuple(run.stage_scopes)
     kind, scope, ratio, k, block, scaled, seed = run.select

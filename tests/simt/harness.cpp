@@ -10,6 +10,7 @@
 #include <exception>
 #include <iterator>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -44,6 +45,7 @@ struct Parameter {
   double* norm_sq;
   double* scale;
   int64_t absorbed;
+  int64_t site;
 };
 
 // What becomes of gradients that states absorb: taken in one by one, and then the step.
@@ -60,6 +62,7 @@ struct Config {
   uint64_t select_seed;
   int32_t absorbs;
   uint32_t once;
+  int32_t sites;
 };
 
 // Device memory that mirrors memory of the host.
@@ -102,6 +105,9 @@ class Device {
     }
     return wrong;
   }
+  void shut(bool shut) const {
+    for (const Mirror& m : all_) simt::shut(m.at(), shut);
+  }
 
  private:
   std::deque<Mirror> all_;
@@ -124,6 +130,7 @@ Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
   out.group = p.group;
   out.first = p.first != 0;
   out.absorbed = p.absorbed;
+  out.site = static_cast<int>(p.site);
   out.numel = 1;
   for (int d = 0; d < p.ndim; ++d) out.numel *= p.shape[d];
   const RuleFacts& rule = facts(p.rule);
@@ -163,6 +170,111 @@ Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
   return out;
 }
 
+Settings settings_of(const Config& config) {
+  Settings settings;
+  settings.scope = static_cast<Scope>(config.scope);
+  for (int i = 0; i < kMaxStages; ++i)
+    settings.stage_scope[i] = static_cast<Scope>(config.stage_scope[i]);
+  settings.policy = static_cast<NonFinite>(config.policy);
+  settings.norm_type = config.norm_type;
+  settings.always_norm = config.always_norm != 0;
+  settings.skip_unit_coef = config.skip_unit_coef != 0;
+  settings.multiprocessors = config.multiprocessors;
+  settings.select.kind = static_cast<Selector>(config.selector);
+  settings.select.scope = static_cast<SelectScope>(config.select_scope);
+  settings.select.ratio = config.ratio;
+  settings.select.k = config.k;
+  settings.select.block = config.block;
+  settings.select.scaled = config.scaled != 0;
+  settings.select.seed = config.select_seed;
+  settings.absorbs = config.absorbs != kNone;
+  settings.sites = config.sites;
+  return settings;
+}
+
+// A device with its plan; what is handed to a step lies there.
+class Site {
+ public:
+  Site(Device* device, const std::vector<Tensor>& tensors, const Settings& settings,
+       const GroupInput* groups_in, int count, const StepInput& step)
+      : plan(tensors, count, settings),
+        memory(simt::allocate(plan.bytes(), 0, 0xFF)),
+        groups(groups_in, groups_in + count),
+        numbers(step),
+        device_(device),
+        inputs_(simt::allocate((plan.input_bytes() + 7) / 8 * 8, 0, 0xFF)) {
+    for (GroupInput& group : groups)
+      for (int i = 0; i < kMaxHyper; ++i) {
+        const size_t size = (group.hyper_is_double >> i & 1u) != 0 ? 8 : 4;
+        group.hyper_at[i] = device->mirror(const_cast<void*>(group.hyper_at[i]), size);
+      }
+    const auto number = [device](const float* at) {
+      return reinterpret_cast<const float*>(device->mirror(const_cast<float*>(at), sizeof(float)));
+    };
+    numbers.grad_scale = number(step.grad_scale);
+    numbers.found_inf = number(step.found_inf);
+  }
+  ~Site() {
+    simt::release(memory);
+    simt::release(inputs_);
+  }
+  Site(const Site&) = delete;
+  Site& operator=(const Site&) = delete;
+
+  bool run(const std::vector<const void*>& grads, int phase) const {
+    return cuda::step(plan, memory, inputs_, grads.data(), groups.data(), numbers, nullptr,
+                      Part::whole, phase) == 0;
+  }
+  // Nobody can touch what is here, or all can.
+  void shut(bool shut) const {
+    device_->shut(shut);
+    simt::shut(memory, shut);
+    simt::shut(inputs_, shut);
+  }
+  std::string check() const {
+    const std::string wrong = simt::check_surroundings(memory);
+    return wrong.empty() ? simt::check_surroundings(inputs_) : wrong;
+  }
+  char* row(int site) const {
+    return static_cast<char*>(memory) + plan.board_at() +
+           static_cast<size_t>(site) * plan.board_row_bytes();
+  }
+  template <class T>
+  std::vector<T> read(size_t at, size_t count) const {
+    std::vector<T> out(count);
+    if (count > 0) std::memcpy(out.data(), static_cast<char*>(memory) + at, count * sizeof(T));
+    return out;
+  }
+
+  const DevicePlan plan;
+  void* const memory;
+  std::vector<GroupInput> groups;
+  StepInput numbers;
+
+ private:
+  Device* device_;
+  void* inputs_;
+};
+
+// All sites, phase by phase; each can touch its own memory alone.
+bool run_all(const std::deque<Site>& sites, const std::vector<const void*>& grads) {
+  const int phases = sites.front().plan.phases(sites.front().groups.data());
+  for (int phase = 0; phase < phases; ++phase) {
+    for (const Site& one : sites) {
+      for (const Site& other : sites) other.shut(&other != &one);
+      const bool ran = one.run(grads, phase);
+      for (const Site& other : sites) other.shut(false);
+      if (!ran) return false;
+    }
+    for (size_t s = 0; s < sites.size() && phase + 1 < phases; ++s)
+      for (const Site& other : sites)
+        if (&other != &sites[s])
+          std::memcpy(other.row(static_cast<int>(s)), sites[s].row(static_cast<int>(s)),
+                      other.plan.board_row_bytes());
+  }
+  return true;
+}
+
 }  // namespace
 
 extern "C" {
@@ -191,88 +303,73 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
                    char* error) try {
   simt::options() = {static_cast<simt::Order>(config->order), config->seed, config->resident,
                      config->races != 0};
-  Device device;
+  std::deque<Device> devices(static_cast<size_t>(config->sites));
   std::deque<Layout> layouts;
   std::deque<pysmooth::RowCut> rows;
   std::vector<Tensor> tensors;
   std::vector<const void*> grads(static_cast<size_t>(count));
   for (int t = 0; t < count; ++t)
-    tensors.push_back(
-        describe(parameters[t], &device, &layouts, &rows, &grads[static_cast<size_t>(t)]));
-  for (int g = 0; g < config->groups; ++g)
-    for (int i = 0; i < kMaxHyper; ++i) {
-      const size_t size = (groups[g].hyper_is_double >> i & 1u) != 0 ? 8 : 4;
-      groups[g].hyper_at[i] = device.mirror(const_cast<void*>(groups[g].hyper_at[i]), size);
-    }
-  const auto number = [&device](const float* at) {
-    return reinterpret_cast<const float*>(device.mirror(const_cast<float*>(at), sizeof(float)));
-  };
-  step->grad_scale = number(step->grad_scale);
-  step->found_inf = number(step->found_inf);
-
-  Settings settings;
-  settings.scope = static_cast<Scope>(config->scope);
-  for (int i = 0; i < kMaxStages; ++i)
-    settings.stage_scope[i] = static_cast<Scope>(config->stage_scope[i]);
-  settings.policy = static_cast<NonFinite>(config->policy);
-  settings.norm_type = config->norm_type;
-  settings.always_norm = config->always_norm != 0;
-  settings.skip_unit_coef = config->skip_unit_coef != 0;
-  settings.multiprocessors = config->multiprocessors;
-  settings.select.kind = static_cast<Selector>(config->selector);
-  settings.select.scope = static_cast<SelectScope>(config->select_scope);
-  settings.select.ratio = config->ratio;
-  settings.select.k = config->k;
-  settings.select.block = config->block;
-  settings.select.scaled = config->scaled != 0;
-  settings.select.seed = config->select_seed;
-  settings.absorbs = config->absorbs != kNone;
-
-  const DevicePlan plan(tensors, config->groups, settings);
-  void* const memory = simt::allocate(plan.bytes(), 0, 0xFF);
-  const size_t input_bytes = plan.input_bytes();
-  void* const inputs = simt::allocate((input_bytes + 7) / 8 * 8, 0, 0xFF);
+    tensors.push_back(describe(parameters[t], &devices[static_cast<size_t>(parameters[t].site)],
+                               &layouts, &rows, &grads[static_cast<size_t>(t)]));
+  Settings settings = settings_of(*config);
+  std::deque<Site> sites;
+  for (Device& device : devices) {
+    sites.emplace_back(&device, tensors, settings, groups, config->groups, *step);
+    ++settings.site;
+  }
+  const Site& first = sites.front();
   std::string wrong;
   const auto take_in = [&](int t) {
     const void*& grad = grads[static_cast<size_t>(t)];
     if (grad == nullptr || tensors[static_cast<size_t>(t)].numel == 0) return true;
     const Intake gradient{std::exchange(grad, nullptr), t, config->once,
-                          groups[parameters[t].group]};
-    return absorb(plan, memory, gradient, nullptr) == 0;
+                          first.groups[static_cast<size_t>(parameters[t].group)]};
+    return absorb(first.plan, first.memory, gradient, nullptr) == 0;
   };
   const auto run = [&] {
-    if (upload(plan, memory, nullptr) != 0) return false;
+    for (const Site& site : sites)
+      if (upload(site.plan, site.memory, nullptr) != 0) return false;
     for (int t = 0; t < count && settings.absorbs; ++t)
       if (!take_in(t)) return false;
-    return config->absorbs == kTaken ||
-           cuda::step(plan, memory, inputs, grads.data(), groups, *step, nullptr) == 0;
+    return config->absorbs == kTaken || run_all(sites, grads);
   };
   if (!run()) wrong = error_name(0);
-  if (wrong.empty()) wrong = simt::check_surroundings(memory);
-  if (wrong.empty()) wrong = simt::check_surroundings(inputs);
-  const std::string back = device.copy_back();
-  if (wrong.empty()) wrong = back;
+  for (const Site& site : sites)
+    if (wrong.empty()) wrong = site.check();
+  for (const Device& device : devices) {
+    const std::string back = device.copy_back();
+    if (wrong.empty()) wrong = back;
+  }
 
-  const auto read = [memory](size_t at, void* out, size_t bytes) {
-    if (bytes > 0) std::memcpy(out, static_cast<char*>(memory) + at, bytes);
-  };
-  Status outcome;
   const auto n = static_cast<size_t>(count);
-  read(plan.status_at(), &outcome, sizeof(outcome));
-  status[0] = outcome.skip;
-  status[1] = outcome.nonfinite;
-  status[2] = static_cast<int>(outcome.skipped);
-  read(plan.norms_at(), norms, plan.units() * sizeof(double));
-  read(plan.coefs_at(), coefs, n * sizeof(double));
-  read(plan.nonfinite_at(), nonfinite, n * sizeof(unsigned));
-  std::vector<int32_t> started(n);
-  read(plan.started_at(), started.data(), n * sizeof(int32_t));
+  const auto outcomes = [n](const Site& site) {
+    const auto numbers = site.read<double>(site.plan.norms_at(), site.plan.units());
+    const auto coefs = site.read<double>(site.plan.coefs_at(), n);
+    return std::make_tuple(site.read<Status>(site.plan.status_at(), 1), numbers, coefs,
+                           site.read<unsigned>(site.plan.nonfinite_at(), n),
+                           site.read<int32_t>(site.plan.started_at(), n));
+  };
+  const auto [told, units, each, bad, started] = outcomes(first);
+  const auto same = [](const auto& a, const auto& b) {
+    return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+  };
+  for (const Site& site : sites) {
+    const auto [its_status, its_units, its_coefs, its_bad, its_started] = outcomes(site);
+    if (wrong.empty() &&
+        !(same(told, its_status) && same(units, its_units) && same(each, its_coefs) &&
+          same(bad, its_bad) && same(started, its_started)))
+      wrong = "devices came to different results";
+  }
+  status[0] = told[0].skip;
+  status[1] = told[0].nonfinite;
+  status[2] = static_cast<int>(told[0].skipped);
+  std::copy(units.begin(), units.end(), norms);
+  std::copy(each.begin(), each.end(), coefs);
+  std::copy(bad.begin(), bad.end(), nonfinite);
   for (size_t t = 0; t < n; ++t) parameters[t].first = started[t] == 0 ? 1 : 0;
   std::vector<int64_t> taken(n);
-  if (settings.absorbs) read(plan.taken_at(), taken.data(), n * sizeof(int64_t));
+  if (settings.absorbs) taken = first.read<int64_t>(first.plan.taken_at(), n);
   for (size_t t = 0; t < n; ++t) parameters[t].absorbed = taken[t];
-  simt::release(memory);
-  simt::release(inputs);
   std::snprintf(error, 256, "%s", wrong.c_str());
 } catch (const std::exception& refusal) {
   std::snprintf(error, 256, "%s", refusal.what());

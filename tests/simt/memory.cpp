@@ -79,6 +79,11 @@ std::string check_surroundings(void* block) {
   return "";
 }
 
+void shut(void* block, bool shut) {
+  const Block& b = blocks().at(block);
+  if (mprotect(b.pages, b.length, shut ? PROT_NONE : PROT_READ | PROT_WRITE) != 0) std::abort();
+}
+
 void release(void* block) {
   const Block b = blocks().at(block);
   blocks().erase(block);

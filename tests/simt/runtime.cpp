@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <iterator>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace {
 using namespace pysmooth::cuda;
 
 long launches = 0, uploads = 0, downloads = 0;
+std::map<void*, long> launches_on;
 void* last_stream = nullptr;
 std::string wrong = "";
 bool captures = false;
@@ -53,6 +55,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void**
                              size_t /*shared_bytes*/, cudaStream_t stream) {
   if (grid.x == 0 || threads.x == 0) return cudaErrorInvalidValue;
   ++launches;
+  ++launches_on[stream];
   last_stream = stream;
   const auto run = [grid, threads, once = bound(kernel, arguments)] {
     simt::launch(grid, threads.x, false, once);
@@ -94,6 +97,9 @@ extern "C" __attribute__((visibility("default"))) void runtime_calls(long* out) 
   out[2] = downloads;
 }
 extern "C" __attribute__((visibility("default"))) void* runtime_stream() { return last_stream; }
+extern "C" __attribute__((visibility("default"))) long runtime_launches_on(void* stream) {
+  return launches_on[stream];
+}
 
 // How the kernels of launches are run from now on.
 extern "C" __attribute__((visibility("default"))) void runtime_options(int order, int resident,

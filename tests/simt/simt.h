@@ -61,6 +61,8 @@ void* allocate(size_t bytes, size_t offset, int fill);
 // Empty unless bytes around the block were written.
 std::string check_surroundings(void* block);
 void release(void* block);
+// While it is shut, nothing of the block can be touched: it belongs to another device.
+void shut(void* block, bool shut);
 
 // ---- what a thread sees ---------------------------------------------------------------------
 

@@ -20,17 +20,19 @@ DLTensor read(const py::list& grads, size_t t) {
 
 }  // namespace
 
-ClipPlan::ClipPlan(const py::list& grads, double norm_type)
+ClipPlan::ClipPlan(const py::list& grads, double norm_type, const std::vector<int>& sites)
     : forms_(grads.size()), tensors_(grads.size()), addresses_(grads.size()) {
   const int scale = find_rule("scale");
+  std::vector<int> devices;
   for (size_t t = 0; t < forms_.size(); ++t) {
     const DLTensor d = read(grads, t);
-    if (device_ < 0) device_ = d.device.device_id;
-    if (d.device.device_id != device_) throw Unsupported("gradients are on several devices");
+    const auto site = static_cast<size_t>(sites.at(t));
+    devices.resize(std::max(devices.size(), site + 1), d.device.device_id);
     forms_[t].assign(d);
     const RealView view = RealView::of(forms_[t], name_of(t));
     Tensor& out = tensors_[t];
     out.rule = scale;
+    out.site = sites[t];
     out.numel = view.numel;
     out.param_dtype = out.grad_dtype = view.dtype;
     wide_ = wide_ || view.dtype == DType::f64;
@@ -47,29 +49,18 @@ ClipPlan::ClipPlan(const py::list& grads, double norm_type)
   Settings settings;
   settings.norm_type = norm_type;
   settings.always_norm = settings.skip_unit_coef = true;
-  check(multiprocessors(std::max(0, device_), &settings.multiprocessors), "cudaDeviceGetAttribute");
-  plan_.emplace(tensors_, 1, settings);
+  if (devices.empty()) devices.push_back(0);
+  sites_ = make_sites(tensors_, 1, settings, devices);
 }
 
-void ClipPlan::upload(uintptr_t memory, uintptr_t stream) {
-  memory_ = reinterpret_cast<char*>(memory);
-  check(cuda::upload(*plan_, memory_, reinterpret_cast<void*>(stream)), "upload");
-}
-
-bool ClipPlan::gather(const py::list& grads) {
+bool ClipPlan::begin(const py::list& grads, bool writes) {
   if (grads.size() != forms_.size()) return false;
   for (size_t t = 0; t < forms_.size(); ++t) {
     const DLTensor d = read(grads, t);
-    if (d.device.device_id != device_ || !forms_[t].same_form(d)) return false;
+    const Site& site = sites_[static_cast<size_t>(tensors_[t].site)];
+    if (d.device.device_id != site.device() || !forms_[t].same_form(d)) return false;
     addresses_[t] = d.data;
   }
-  return true;
-}
-
-bool ClipPlan::run(const py::list& grads, double max_norm, Part part, bool writes, uintptr_t inputs,
-                   uintptr_t stream) {
-  if (memory_ == nullptr) throw std::logic_error("ClipPlan.run: upload() comes first");
-  if (!gather(grads)) return false;
   if (writes)
     check_scalable(
         forms_.size(),
@@ -78,17 +69,22 @@ bool ClipPlan::run(const py::list& grads, double max_norm, Part part, bool write
           return Scaled{addresses_[t], x.numel, x.grad_dtype, x.grad_layout == nullptr};
         },
         [this](size_t t) { return RealView::of(forms_[t], name_of(t)); });
+  return true;
+}
+
+int ClipPlan::run(size_t site, int phase, double max_norm, Part part, uintptr_t inputs,
+                  uintptr_t stream) {
   GroupInput group{};
   group.hyper[0] = 1.0;
   group.clip = {ClipMode::hard, max_norm, 1e-6, 0.0, 0.0};  // torch's
   group.clip_value = -1.0;
   StepInput numbers{};
   numbers.unscale = 1.0;
-  check(cuda::step(*plan_, memory_, reinterpret_cast<void*>(inputs), addresses_.data(), &group,
-                   numbers, reinterpret_cast<void*>(stream), part),
+  const Site& here = sites_.at(site);
+  check(cuda::step(here.plan(), here.memory(), reinterpret_cast<void*>(inputs), addresses_.data(),
+                   &group, numbers, reinterpret_cast<void*>(stream), part, phase),
         "launch");
-  if (writes && part != Part::norms) increment_version(grads);
-  return true;
+  return sites_.size() == 1 ? 1 : here.plan().phases(&group, part);
 }
 
 }  // namespace pysmooth::cuda

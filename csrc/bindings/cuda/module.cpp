@@ -37,6 +37,15 @@ py::object missing() {
   return py::none();
 }
 
+// The sites of a plan, which lives as long as one of them does.
+template <class P>
+py::list sites_of(const py::object& plan) {
+  py::list out;
+  for (Site& site : py::cast<P&>(plan).sites())
+    out.append(py::cast(&site, py::return_value_policy::reference_internal, plan));
+  return out;
+}
+
 }  // namespace
 }  // namespace pysmooth::cuda
 
@@ -52,27 +61,21 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("uses_direct", [] { return Direct::get() != nullptr; });
   m.def("rules", &rules);
   m.def("missing", &missing);
-  py::class_<StepPlan>(m, "Plan")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
-                    const std::vector<std::string>&, const std::vector<int>&,
-                    std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
-                    const std::vector<bool>&, const py::list&, int, int, double,
-                    const std::vector<int>&, const py::object&, const std::vector<int64_t>&>(),
-           py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
-           py::arg("state_keys"), py::arg("rules"), py::arg("groups"), py::arg("names"),
-           py::arg("first"), py::arg("param_storage"), py::arg("by_rows"), py::arg("state_roots"),
-           py::arg("scope"), py::arg("policy"), py::arg("norm_type"), py::arg("stage_scopes"),
-           py::arg("select"), py::arg("absorbed"))
-      .def("upload", &StepPlan::upload)
-      .def("step", &StepPlan::step)
-      .def("holds", &StepPlan::holds)
-      .def("absorb", &StepPlan::absorb)
-      .def_property_readonly("bytes", [](const StepPlan& p) { return p.device_plan().bytes(); })
-      .def_property_readonly("input_bytes",
-                             [](const StepPlan& p) { return p.device_plan().input_bytes(); })
+  py::class_<Site>(m, "Site")
+      .def("upload", &Site::upload)
+      .def_property_readonly("bytes", [](const Site& s) { return s.plan().bytes(); })
+      .def_property_readonly("input_bytes", [](const Site& s) { return s.plan().input_bytes(); })
+      .def_property_readonly("norm_at", [](const Site& s) { return s.plan().norms_at(); })
+      // First byte of the board, and bytes of a site's row.
+      .def_property_readonly("board",
+                             [](const Site& s) {
+                               const DevicePlan& plan = s.plan();
+                               return py::make_tuple(plan.board_at(), plan.board_row_bytes());
+                             })
+      .def_property_readonly("count", [](const Site& s) { return s.plan().sites(); })
       // Where results lie in the plan's memory: (first byte, how many numbers).
-      .def_property_readonly("places", [](const StepPlan& p) {
-        const DevicePlan& plan = p.device_plan();
+      .def_property_readonly("places", [](const Site& s) {
+        const DevicePlan& plan = s.plan();
         const size_t n = plan.tensors();
         py::dict out;
         out["norms"] = py::make_tuple(plan.norms_at(), plan.units());
@@ -80,22 +83,38 @@ PYBIND11_MODULE(_cuda, m) {
         out["skipped"] = py::make_tuple(plan.status_at() + offsetof(Status, skipped), 1);
         out["started"] = py::make_tuple(plan.started_at(), n);
         out["spoiled"] = py::make_tuple(plan.spoiled_at(), n);
-        if (p.absorbs()) out["taken"] = py::make_tuple(plan.taken_at(), n);
+        if (plan.absorbs()) out["taken"] = py::make_tuple(plan.taken_at(), n);
         return out;
       });
+  py::class_<StepPlan>(m, "Plan")
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
+                    const std::vector<std::string>&, const std::vector<int>&,
+                    std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
+                    const std::vector<bool>&, const py::list&, int, int, double,
+                    const std::vector<int>&, const py::object&, const std::vector<int64_t>&,
+                    const std::vector<int>&>(),
+           py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
+           py::arg("state_keys"), py::arg("rules"), py::arg("groups"), py::arg("names"),
+           py::arg("first"), py::arg("param_storage"), py::arg("by_rows"), py::arg("state_roots"),
+           py::arg("scope"), py::arg("policy"), py::arg("norm_type"), py::arg("stage_scopes"),
+           py::arg("select"), py::arg("absorbed"), py::arg("sites"))
+      .def_property_readonly("sites", &sites_of<StepPlan>)
+      .def("step", &StepPlan::step)
+      .def("begin", &StepPlan::begin)
+      .def("enqueue", &StepPlan::enqueue)
+      .def("end", &StepPlan::end)
+      .def("holds", &StepPlan::holds)
+      .def("absorb", &StepPlan::absorb);
   py::enum_<Part>(m, "Part")
       .value("WHOLE", Part::whole)
       .value("NORMS", Part::norms)
       .value("REST", Part::rest);
   py::class_<ClipPlan>(m, "ClipPlan")
-      .def(py::init<const py::list&, double>())
-      .def("upload", &ClipPlan::upload)
+      .def(py::init<const py::list&, double, const std::vector<int>&>())
+      .def_property_readonly("sites", &sites_of<ClipPlan>)
+      .def("begin", &ClipPlan::begin)
       .def("run", &ClipPlan::run)
-      .def_property_readonly("is_wide", &ClipPlan::is_wide)
-      .def_property_readonly("bytes", [](const ClipPlan& p) { return p.device_plan().bytes(); })
-      .def_property_readonly("input_bytes",
-                             [](const ClipPlan& p) { return p.device_plan().input_bytes(); })
-      .def_property_readonly("norm_at",
-                             [](const ClipPlan& p) { return p.device_plan().norms_at(); });
+      .def("written", [](const ClipPlan&, const py::list& grads) { increment_version(grads); })
+      .def_property_readonly("is_wide", &ClipPlan::is_wide);
   bind_codec(m);
 }

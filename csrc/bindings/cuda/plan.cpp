@@ -64,7 +64,8 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
                    const std::vector<bool>& first, const std::vector<int>& param_storage,
                    const std::vector<bool>& by_rows, const py::list& state_roots, int scope,
                    int policy, double norm_type, const std::vector<int>& stage_scopes,
-                   const py::object& select, const std::vector<int64_t>& absorbed)
+                   const py::object& select, const std::vector<int64_t>& absorbed,
+                   const std::vector<int>& sites)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -74,13 +75,15 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
       grads_(params.size()),
       addresses_(params.size()),
       active_(params.size()) {
+  site_of_ = sites;
   absorbs_ = !absorbed.empty();
   const size_t n = params.size();
   if (grads.size() != n || state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
       groups.size() != n || names_.size() != n || first.size() != n || param_storage.size() != n ||
-      by_rows.size() != n || (absorbs_ && absorbed.size() != n))
+      by_rows.size() != n || sites.size() != n || (absorbs_ && absorbed.size() != n))
     throw py::value_error("Plan: all lists must be as long as params");
   std::vector<Tensor> tensors(n);
+  std::vector<int> devices;
   for (size_t t = 0; t < n; ++t) {
     Tensor& out = tensors[t];
     out.rule = find_rule(rules[t]);
@@ -97,7 +100,10 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
     track(t, item(params, t), label(t));
     DLTensor d;
     shared_reader().read(item(params, t), &d, [&] { return label(t); });
-    if (device_ < 0) device_ = d.device.device_id;
+    out.site = sites[t];
+    if (out.site < 0 || out.site > static_cast<int>(devices.size()))
+      throw py::value_error("Plan: sites must be numbered as they come");
+    if (out.site == static_cast<int>(devices.size())) devices.push_back(d.device.device_id);
     shared_reader().read_form(item(grads, t), &d, [&] { return "gradient of " + label(t); });
     e.grad.assign(d);
     read_states(t, &out);
@@ -111,9 +117,9 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
   for (size_t i = 0; i < stage_scopes.size() && i < kMaxStages; ++i)
     settings.stage_scope[i] = static_cast<Scope>(stage_scopes[i]);
   if (!select.is_none()) settings.select = read_select(select);
-  check(multiprocessors(std::max(0, device_), &settings.multiprocessors), "cudaDeviceGetAttribute");
   inputs_.resize(group_sizes_.size());
-  plan_.emplace(tensors, static_cast<int>(group_sizes_.size()), settings);
+  if (devices.empty()) devices.push_back(0);
+  sites_ = make_sites(tensors, static_cast<int>(group_sizes_.size()), settings, devices);
 }
 
 void StepPlan::track(size_t /*t*/, PyObject* tensor, const std::string& what) {
@@ -145,7 +151,9 @@ void StepPlan::read_states(size_t t, Tensor* out) {
     if (state == nullptr || state == Py_None) {
       tracked_.resize(e.tracked + 1);
       e.held = 0;
+      const int site = out->site;
       *out = Tensor{out->rule, out->group};
+      out->site = site;
       out->storage = ParamStorage::plain;
       return;
     }
@@ -201,11 +209,6 @@ void StepPlan::read_layouts(size_t t, bool by_rows, Tensor* out) {
   out->rows = &cut.shape;
 }
 
-void StepPlan::upload(uintptr_t memory, uintptr_t stream) {
-  memory_ = reinterpret_cast<char*>(memory);
-  check(cuda::upload(*plan_, memory_, reinterpret_cast<void*>(stream)), "upload");
-}
-
 bool StepPlan::same_lists(const py::list& param_lists) const {
   if (param_lists.size() < group_sizes_.size()) return false;
   size_t t = 0;
@@ -252,7 +255,8 @@ bool StepPlan::unmoved(size_t begin, size_t end) const {
 bool StepPlan::read_gradient(size_t t) {
   DLTensor d;
   const Signature& form = entries_[t].grad;
-  const auto fits = [&] { return form.same_form(d) && d.device.device_id == device_; };
+  const int device = sites_[static_cast<size_t>(site_of_[t])].device();
+  const auto fits = [&] { return form.same_form(d) && d.device.device_id == device; };
   // See the CPU module's Plan::may_be_lazy.
   const auto may_be_lazy = [&] {
     return d.dtype.code == kDLComplex || d.ndim == 0 || d.strides[d.ndim - 1] != 1 ||
@@ -319,16 +323,11 @@ void StepPlan::note_written() {
   written_for_ = active_;
 }
 
-bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
-                    const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
-                    uintptr_t stream) {
-  if (memory_ == nullptr) throw std::logic_error("Plan.step: upload() comes first");
-  if (!same_lists(param_lists)) return false;
-  const auto release = [this](void*) {
-    for (py::object& grad : grads_) grad = py::object();
-  };
-  const std::unique_ptr<void, decltype(release)> guard(this, release);
-  if (!gather()) return false;
+bool StepPlan::begin(const py::list& param_lists) { return same_lists(param_lists) && gather(); }
+
+int StepPlan::enqueue(size_t site, int phase, const py::list& hypers, const py::list& clips,
+                      const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
+                      uintptr_t stream) {
   for (size_t g = 0; g < inputs_.size(); ++g)
     inputs_[g] = group_of(py::reinterpret_borrow<py::tuple>(hypers[g]),
                           py::reinterpret_borrow<py::tuple>(clips[g]));
@@ -336,13 +335,30 @@ bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const p
   numbers.unscale = 1.0;
   numbers.grad_scale = float_at(grad_scale, "grad_scale");
   numbers.found_inf = float_at(found_inf, "found_inf");
-  check(cuda::step(*plan_, memory_, reinterpret_cast<void*>(inputs), addresses_.data(),
-                   inputs_.data(), numbers, reinterpret_cast<void*>(stream)),
+  const Site& here = sites_.at(site);
+  check(cuda::step(here.plan(), here.memory(), reinterpret_cast<void*>(inputs), addresses_.data(),
+                   inputs_.data(), numbers, reinterpret_cast<void*>(stream), Part::whole, phase),
         "launch");
+  return sites_.size() == 1 ? 1 : here.plan().phases(inputs_.data());
+}
+
+void StepPlan::end(bool done) {
+  for (py::object& grad : grads_) grad = py::object();
+  if (!done) return;
   increment_version(written_);
   for (size_t t = 0; t < entries_.size(); ++t)
     if (active_[t] && known(t, 0).impl != nullptr) direct_->count_write(&known(t, 0).impl);
-  return true;
+}
+
+bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
+                    const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
+                    uintptr_t stream) {
+  bool done = false;
+  const auto finish = [this, &done](void*) { end(done); };
+  const std::unique_ptr<void, decltype(finish)> guard(this, finish);
+  if (!begin(param_lists)) return false;
+  enqueue(0, 0, hypers, clips, grad_scale, found_inf, inputs, stream);
+  return done = true;
 }
 
 bool StepPlan::find_one(size_t t) {
@@ -359,13 +375,14 @@ bool StepPlan::holds(size_t t) {
 
 void StepPlan::absorb(size_t t, const py::tuple& hyper, const py::tuple& clip, uint32_t once,
                       uintptr_t stream) {
-  if (memory_ == nullptr) throw std::logic_error("Plan.absorb: upload() comes first");
   const auto release = [this, t](void*) { grads_[t] = py::object(); };
   const std::unique_ptr<void, decltype(release)> guard(this, release);
   if (!absorbs_ || !find_one(t))
     throw std::logic_error("Plan.absorb: holds() comes first, and says so");
   const Intake gradient{addresses_[t], static_cast<int32_t>(t), once, group_of(hyper, clip)};
-  check(cuda::absorb(*plan_, memory_, gradient, reinterpret_cast<void*>(stream)), "launch");
+  const Site& here = sites_.front();
+  check(cuda::absorb(here.plan(), here.memory(), gradient, reinterpret_cast<void*>(stream)),
+        "launch");
 }
 
 }  // namespace pysmooth::cuda

@@ -1,4 +1,4 @@
-// What does not change from step to step, for parameters on one GPU.
+// What does not change from step to step, for parameters on GPUs.
 //
 // As the CPU module's Plan: a step re-reads gradient addresses, compares the rest with what it
 // knows, and reports itself stale when something else changed. Memory is the caller's, in torch
@@ -8,36 +8,43 @@
 #pragma once
 
 #include <deque>
-#include <optional>
 
+#include "bindings/cuda/site.h"
 #include "bindings/direct.h"
 #include "bindings/row_cut.h"
 #include "bindings/tensor_reader.h"
-#include "cuda/launch.h"
 
 namespace pysmooth::cuda {
 
 class StepPlan {
  public:
   // `grads`: a tensor of the form that each parameter's gradient will have. States are all there
-  // or, for a parameter that never had a gradient, all missing.
+  // or, for a parameter that never had a gradient, all missing. `sites`: at which device each is.
   StepPlan(const py::list& params, const py::list& grads, const py::list& state_dicts,
            const py::list& state_keys, const std::vector<std::string>& rules,
            const std::vector<int>& groups, std::vector<std::string> names,
            const std::vector<bool>& first, const std::vector<int>& param_storage,
            const std::vector<bool>& by_rows, const py::list& state_roots, int scope, int policy,
            double norm_type, const std::vector<int>& stage_scopes, const py::object& select,
-           const std::vector<int64_t>& absorbed);
+           const std::vector<int64_t>& absorbed, const std::vector<int>& sites);
 
-  const DevicePlan& device_plan() const { return *plan_; }
-  bool absorbs() const { return absorbs_; }
-  void upload(uintptr_t memory, uintptr_t stream);
+  std::vector<Site>& sites() { return sites_; }
 
-  // Enqueues a step; false: stale, and nothing happened. `hypers` holds numbers, and tensors on the
-  // device for those that kernels are to read there. `inputs`: input_bytes() of device memory.
+  // Enqueues a step, where there is one site; false: stale, and nothing happened. `hypers` holds
+  // numbers, and tensors on the device for those that kernels are to read there. `inputs`:
+  // input_bytes() of memory there.
   bool step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
             const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
             uintptr_t stream);
+  // The same where there are several: begin(), which takes the gradients or says that the plan is
+  // stale; for each phase, at every site, enqueue(), which says how many phases there are; and
+  // end() in any case.
+  bool begin(const py::list& param_lists);
+  int enqueue(size_t site, int phase, const py::list& hypers, const py::list& clips,
+              const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
+              uintptr_t stream);
+  // Lets gradients go and, if the step is `done`, tells autograd what was written.
+  void end(bool done);
 
   // Where gradients are absorbed: whether all that belongs to parameter t is as the plan has it,
   // its gradient included; then, enqueues what takes that in. `once`: hyper-parameters, as bits,
@@ -84,10 +91,10 @@ class StepPlan {
   std::deque<Layout> layouts_;
   std::deque<pysmooth::RowCut> rows_;
   std::vector<size_t> group_sizes_;
-  std::optional<DevicePlan> plan_;
-  int device_ = -1, most_states_ = 0;
+  std::vector<Site> sites_;
+  std::vector<int> site_of_;
+  int most_states_ = 0;
   bool absorbs_ = false;
-  char* memory_ = nullptr;
   // Of the step: kept alive until all is enqueued.
   std::vector<py::object> grads_;
   std::vector<const void*> addresses_;
@@ -97,7 +104,5 @@ class StepPlan {
 
 // Index of a rule by name in the kernels' table.
 int find_rule(const std::string& name);
-// Raises RuntimeError for a code of CUDA's that is an error.
-void check(int error, const char* what);
 
 }  // namespace pysmooth::cuda
