@@ -24,6 +24,7 @@ from pysmooth.distributed import (
     compressed_hook,
 )
 from pysmooth.distributed.handshake import MismatchError, shake_hands
+from pysmooth.distributed.kept import new_slot
 from pysmooth.distributed.method import Context, Slot
 
 TOP = compressors.TopK(ratio=0.1)
@@ -137,6 +138,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
         (lambda s: s["states"][name].pop("steps"), "steps"),
         (lambda s: s["states"].pop(name), name),
         (lambda s: s.update(rank=5), "rank 5"),
+        (lambda s: s.update(part=(1, 2)), "is of part 1 of 2 .* needs that of part 0 of 1"),
         (lambda s: s.pop("world_size"), "world_size"),
     ):
         saved = state.state_dict()
@@ -147,6 +149,22 @@ def test_states_that_do_not_fit_are_refused() -> None:
             state.load_state_dict(saved)
         assert state.steps == 1
         assert all(s.states[k] is v for s in state._slots for k, v in before[s.name].items())
+
+
+def test_parameters_that_no_message_could_carry() -> None:
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"parameter 'w' has 2\*\*32 elements or more"):
+        new_slot("w", 0, w, 2**32)
+    with pytest.raises(TypeError, match="parameter 'w' is complex"):
+        new_slot("w", 0, nn.Parameter(torch.ones(3, dtype=torch.complex64)), 3)
+
+
+def test_a_parameter_without_a_learning_rate_is_named() -> None:
+    """EF14's residual is in the parameter's units: the hook asks the optimizer."""
+    ddp, opt, _, _ = hooked(EF14(TOP), sgd)
+    del opt.param_groups[0]["params"][0]
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' is not in the optimizer"):
+        losses(ddp, 0).backward()
 
 
 def test_an_overflow_stays_out_of_the_residual() -> None:

@@ -458,3 +458,13 @@ def test_clipping_in_place_with_random_strides(
     owner = p.grad._base
     if owner is not None and gap > 1:  # the gaps still hold what they held
         assert int((owner == 55.0).sum()) == owner.numel() - x.numel()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_overlap_that_spans_as_much_as_it_has_elements(backend: Any) -> None:
+    """Eight from the first to the last: 3 and 4 are there twice, 2 and 5 never."""
+    p = Parameter(torch.zeros(8).as_strided((2, 2, 2), (3, 3, 1)))
+    p.grad = torch.ones(2, 2, 2)
+    with pytest.raises(ValueError, match="overlaps itself"):
+        pysmooth.ClipSGD([p], 0.1, backend=backend).step()
+    assert not p.any()
