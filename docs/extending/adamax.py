@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..engine.backends import Backend
 from ..engine.recipe import Recipe
 from ._base import FusedOptimizer
-from ._clip import Backend, Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
+from ._clip import Clip, NonFinite, Norm, ScopeName, check_clip, clip_spec
 from ._precision import Precision
 from ._validate import check_number
 from .adam import check_betas

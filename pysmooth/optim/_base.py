@@ -29,7 +29,7 @@ from ..engine.recipe import (
 )
 from ..engine.state import fill_state
 from ._hooks import GradientHooks
-from ._known import KnownRecipes, keepable
+from ._known import KeepsRecipes
 from ._loading import Load
 from ._managed import refuse_managed, refuse_zero
 from ._names import TAKES_NAMES, set_names
@@ -57,7 +57,7 @@ def check_scope(scope: str) -> Scope:
     return _SCOPES[check_choice("scope", scope, _SCOPES)]
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(KeepsRecipes, torch.optim.Optimizer):
     """A torch optimizer whose step is a recipe, run by the engine of a backend.
 
     A subclass gives `recipe(group)`, which turns one parameter group into numbers, and
@@ -84,15 +84,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     # What the parameters do not say about how a model is spread over processes.
     sharding: Sharding | None = None
     policies: tuple[str, ...] = ("propagate", "skip", "raise")
-    # Whether `recipe(group)` depends on nothing but the group: it is then not called again while
-    # the group is as it was. Not inherited by a class with a `recipe` of its own.
-    groups_say_all = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A recipe that a subclass changes may look at more than the group."""
-        super().__init_subclass__(**kwargs)
-        if "recipe" in cls.__dict__ and "groups_say_all" not in cls.__dict__:
-            cls.groups_say_all = False
 
     def __init__(
         self,
@@ -116,7 +107,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step_supports_amp_scaling = check_choice("amp", amp, _AMP) == "fused"
         self._backend = backend
         self._engine: Engine | None = None
-        self._known: KnownRecipes | None = None
         self._skipped = 0
         self._norm_in_backward = False
         self._hooks: GradientHooks | None = None
@@ -151,18 +141,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """How coordinates are selected, for rules that do: numbers as in csrc/cpu/select.h."""
         return None
 
-    def recipes(self) -> list[Recipe]:
-        """The steps of all groups, with how their parameters are kept.
-
-        The same list as in the last step where nothing has changed.
-        """
-        known, groups = self._known, self.param_groups
-        if known is not None and known.hold(groups):
-            return known.recipes
-        made = [self._recipe(self._readable(group)) for group in groups]
-        keeps = self.groups_say_all and keepable(groups)
-        self._known = KnownRecipes(groups, made) if keeps else None
-        return made
+    def _made(self, group: dict[str, Any]) -> Recipe:
+        return self._recipe(self._readable(group))
 
     def _readable(self, group: dict[str, Any]) -> dict[str, Any]:
         if isinstance(self._engine, DeviceEngine) and self._engine.reads(self.late_lr(group)):

@@ -19,6 +19,38 @@ _FIXED = (float, int, bool, str, type(None), torch.dtype)
 _APART = ("params", "param_names")
 
 
+class KeepsRecipes:
+    """The part of an optimizer that has recipes made, or knows that they would be the same."""
+
+    # Whether a group's recipe depends on nothing but the group: it is then not made again while
+    # the group is as it was. Not inherited by a class with a `recipe` of its own.
+    groups_say_all = False
+    param_groups: list[dict[str, Any]]
+    _known: KnownRecipes | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A recipe that a subclass changes may look at more than the group."""
+        super().__init_subclass__(**kwargs)
+        if "recipe" in cls.__dict__ and "groups_say_all" not in cls.__dict__:
+            cls.groups_say_all = False
+
+    def recipes(self) -> list[Recipe]:
+        """The steps of all groups, with how their parameters are kept.
+
+        The same list as in the last step where nothing has changed.
+        """
+        known, groups = self._known, self.param_groups
+        if known is not None and known.hold(groups):
+            return known.recipes
+        made = [self._made(group) for group in groups]
+        keeps = self.groups_say_all and keepable(groups)
+        self._known = KnownRecipes(groups, made) if keeps else None
+        return made
+
+    def _made(self, group: dict[str, Any]) -> Recipe:
+        raise NotImplementedError
+
+
 class KnownRecipes:
     """The recipes of groups whose values are the very objects that they were made of."""
 
