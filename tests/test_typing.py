@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def really(module: Any) -> dict[str, Any]:
         if inspect.isclass(value):
             members = getattr(value, "__members__", None) or vars(value)
             for inner, method in members.items():
+                if isinstance(method, types.WrapperDescriptorType):
+                    continue  # the `__init__` of a class that only the module makes
                 if inner in DUNDERS or not inner.startswith("_"):
                     found[f"{name}.{inner}"] = method
     return found
