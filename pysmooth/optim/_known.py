@@ -6,6 +6,7 @@ saves microseconds there, which is what a small model's step consists of.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from operator import is_
 from typing import Any
@@ -47,8 +48,9 @@ class KeepsRecipes:
         self._known = KnownRecipes(groups, made) if keeps else None
         return made
 
+    @abstractmethod
     def _made(self, group: dict[str, Any]) -> Recipe:
-        raise NotImplementedError
+        """A group's recipe, anew."""
 
 
 class KnownRecipes:
