@@ -139,7 +139,7 @@ METHODS = {
             ((0, 2), (2, 1)),
             _optimizer(lambda p: pysmooth.ClipSGD(p.params, p.lr, momentum=0.9, clip="agc")),
             {rivals.EAGER: Written(written.agc_momentum, 1).eager},
-            compiled=Written(written.agc_momentum, 1).compiled,
+            compiled=Written(written.agc_momentum_whole, 1).compiled,
             clips=True,
             states=1,
             models=(),

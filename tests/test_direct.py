@@ -91,6 +91,13 @@ def negative_strided() -> tuple[Tensor, Tensor]:
     return grad, torch.tensor([-2.0, 1.0])
 
 
+def negative_dense() -> tuple[Tensor, Tensor]:
+    """Both parts in turn, with the sign that `.imag` left behind."""
+    grad = torch.tensor([1 + 2j, 3 - 1j]).conj().imag.as_strided((4,), (1,), 0)
+    assert grad.is_neg()
+    return grad, grad.resolve_neg()
+
+
 def zero_dim() -> tuple[Tensor, Tensor]:
     return torch.tensor(3.0), torch.tensor(3.0)
 
@@ -114,7 +121,7 @@ def subclass() -> tuple[Tensor, Tensor]:
 
 
 STRANGE: list[Strange] = [
-    *(conjugate, negative, negative_strided, zero_dim, unit_sizes, backwards_bf16, subclass)
+    *(conjugate, negative, negative_strided, negative_dense, zero_dim, unit_sizes, backwards_bf16, subclass)
 ]
 
 

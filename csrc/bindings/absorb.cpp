@@ -40,7 +40,7 @@ int64_t Plan::absorbed(size_t t) const {
 
 int Plan::absorb(size_t t, const py::tuple& hyper, const py::tuple& clip, int threads) {
   if (t >= entries_.size()) throw py::index_error("Plan.absorb: there is no such parameter");
-  if (!unmoved(t, t + 1, true)) return static_cast<int>(Outcome::stale);
+  if (!unmoved(t)) return static_cast<int>(Outcome::stale);
   Slot& slot = pipeline_.slots[t];
   const auto free_gradient = [&] {
     if (PyObject_SetAttrString(param_list_[t], "grad", Py_None) != 0) throw py::error_already_set();

@@ -71,6 +71,9 @@ bool Direct::find() {
       !get("aoti_torch_new_tensor_handle", &new_handle_) ||
       !get("aoti_torch_delete_tensor_object", &delete_handle_))
     return false;
+  if (!get("_ZN2at6native6is_negERKNS_6TensorE", &is_neg_) ||
+      !get("_ZN2at6native7is_conjERKNS_6TensorE", &is_conj_))
+    is_neg_ = nullptr;
 
   const auto number = [&](const std::string& name, int32_t* out) {
     int32_t (*ask)() = nullptr;
@@ -139,6 +142,15 @@ bool Direct::agrees() const {
   return true;
 }
 
+bool Direct::agrees_on_lazy() const {
+  const py::object plain = py::module_::import("torch").attr("zeros")(
+      1, py::arg("dtype") = py::module_::import("torch").attr("complex64"));
+  const py::object conj = plain.attr("conj")(), neg = conj.attr("imag");
+  const void* const impls[] = {cdata_of(plain), cdata_of(conj), cdata_of(neg)};
+  return !is_neg_(&impls[0]) && !is_conj_(&impls[0]) && !is_neg_(&impls[1]) &&
+         is_conj_(&impls[1]) && is_neg_(&impls[2]) && !is_conj_(&impls[2]);
+}
+
 const Direct* Direct::get() {
   // Leaked on purpose: the interpreter may be gone before static destructors run.
   static const Direct* const found = []() -> const Direct* {
@@ -147,6 +159,7 @@ const Direct* Direct::get() {
     auto direct = std::make_unique<Direct>();
     try {
       if (!direct->find() || !direct->agrees()) return nullptr;
+      if (direct->is_neg_ != nullptr && !direct->agrees_on_lazy()) direct->is_neg_ = nullptr;
       if (PYSMOOTH_DEVICE != kDLCPU) direct->device_ = direct->other_device_;
       return direct.release();
     } catch (const std::exception&) {  // a torch that has other names for things

@@ -53,29 +53,43 @@ class Direct {
   // False for a tensor that is not strided, not on this module's device, or of no dtype known here.
   // Sizes and strides are torch's own.
   bool read(Handle tensor, DLTensor* out) const {
-    int32_t device = 0;
-    if (get_device_(tensor, &device) != 0 || device != device_ || !peek(tensor, out)) return false;
-    out->device = {PYSMOOTH_DEVICE, 0};
-    if (PYSMOOTH_DEVICE != kDLCPU && get_index_(tensor, &out->device.device_id) != 0) return false;
-    return out->data != nullptr;
+    out->data = data_of(tensor);
+    return out->data != nullptr && read_device(tensor, out) && read_form(tensor, out);
   }
-
   // The same of a tensor on any device, which is not told, and of one without memory.
   bool peek(Handle tensor, DLTensor* out) const {
-    int32_t layout = 0, dtype = 0;
+    return strided(tensor) && read_form(tensor, out) && get_data_(tensor, &out->data) == 0;
+  }
+  // Null for a tensor that is not strided (which torch would complain about on stderr), or has no
+  // memory.
+  void* data_of(Handle tensor) const {
+    void* out = nullptr;
+    return strided(tensor) && get_data_(tensor, &out) == 0 ? out : nullptr;
+  }
+  // False for a tensor that is not on this module's device.
+  bool read_device(Handle tensor, DLTensor* out) const {
+    int32_t device = 0;
+    if (get_device_(tensor, &device) != 0 || device != device_) return false;
+    out->device = {PYSMOOTH_DEVICE, 0};
+    return PYSMOOTH_DEVICE == kDLCPU || get_index_(tensor, &out->device.device_id) == 0;
+  }
+  // Of a strided tensor: all but where it is.
+  bool read_form(Handle tensor, DLTensor* out) const {
+    int32_t dtype = 0;
     int64_t ndim = 0;
-    if (get_layout_(tensor, &layout) != 0 || layout != strided_ || get_dtype_(tensor, &dtype) != 0)
-      return false;
-    if (dtype < 0 || dtype >= kDtypes || dtypes_[static_cast<size_t>(dtype)].lanes == 0)
-      return false;
-    if (get_dim_(tensor, &ndim) != 0 || get_sizes_(tensor, &out->shape) != 0 ||
-        get_strides_(tensor, &out->strides) != 0 || get_data_(tensor, &out->data) != 0)
+    if (get_dtype_(tensor, &dtype) != 0 || dtype < 0 || dtype >= kDtypes ||
+        dtypes_[static_cast<size_t>(dtype)].lanes == 0 || get_dim_(tensor, &ndim) != 0 ||
+        get_sizes_(tensor, &out->shape) != 0 || get_strides_(tensor, &out->strides) != 0)
       return false;
     out->ndim = static_cast<int32_t>(ndim);
     out->dtype = dtypes_[static_cast<size_t>(dtype)];
     out->byte_offset = 0;
     return true;
   }
+
+  // Whether torch negates or conjugates what is in memory when it reads it, where tells_lazy().
+  bool tells_lazy() const { return is_neg_ != nullptr; }
+  bool lazy(Handle tensor) const { return is_neg_(tensor) || is_conj_(tensor); }
 
   // Tells autograd of a write.
   void count_write(Handle tensor) const {
@@ -94,8 +108,13 @@ class Direct {
   template <class T>
   using Getter = int32_t (*)(Handle tensor, T* out);
 
+  bool strided(Handle tensor) const {
+    int32_t layout = 0;
+    return get_layout_(tensor, &layout) == 0 && layout == strided_;
+  }
   bool find();
   bool agrees() const;
+  bool agrees_on_lazy() const;
   bool agrees_on(pybind11::handle tensor, Handle by, DLDataType dtype) const;
 
   // Where in a tensor's object its TensorImpl is: the first field, perhaps behind a flag. What
@@ -104,6 +123,8 @@ class Direct {
   PyTypeObject *tensor_type_ = nullptr, *parameter_type_ = nullptr;
   const void* (*grad_)(const void* impl) = nullptr;
   void (*bump_version_)(Handle tensor) = nullptr;
+  bool (*is_neg_)(Handle tensor) = nullptr;  // null: not to be had; then is_conj_ as well
+  bool (*is_conj_)(Handle tensor) = nullptr;
   Getter<bool> is_defined_ = nullptr;
   Getter<int32_t> get_layout_ = nullptr, get_device_ = nullptr, get_index_ = nullptr,
                   get_dtype_ = nullptr;

@@ -147,15 +147,16 @@ class Call {
     p.always_norm = true;
     p.skip_unit_coef = true;  // no clip: every coefficient is 1, so apply does nothing
     set_coef(1.0);
-    run_released(&p, threads, [&] { return collect(each); });
+    Collecting gather(this, each);
+    run_released(&p, threads, &gather);
   }
 
+  // Takes the gradients that `each` takes.
   template <class Each>
-  bool collect(Each each) {
+  void collect(Each each) {
     each();
     list_.pipeline.cut_chunks();
     if (!keeps_gil(list_.pipeline)) list_.hold();
-    return true;
   }
 
   void take(py::object grad) {
@@ -193,7 +194,7 @@ class Call {
     p.always_norm = false;
     p.skip_unit_coef = false;
     set_coef(coef);
-    run_released(&p, threads, [this] { return collect([] {}); });
+    run_collected(threads);
     note_written([&](size_t t) { return p.slots[t].active; });
   }
 
@@ -206,7 +207,7 @@ class Call {
     p.groups[0].clip.mode = ClipMode::agc;
     p.groups[0].clip.max_norm = factor;
     p.groups[0].clip.eps = eps;
-    run_released(&p, threads, [this] { return collect([] {}); });
+    run_collected(threads);
     p.groups[0].clip = {};
     note_written([&](size_t t) { return p.slots[t].active && p.coefs[t] != 1.0; });
   }
@@ -219,6 +220,24 @@ class Call {
   }
 
  private:
+  template <class Each>
+  class Collecting final : public Gather {
+   public:
+    Collecting(Call* call, Each each) : call_(call), each_(each) {}
+    bool begin() override {
+      call_->collect(each_);
+      return true;
+    }
+
+   private:
+    Call* const call_;
+    Each each_;
+  };
+  // With the gradients that are there already.
+  void run_collected(int threads) {
+    Collecting gather(this, [] {});
+    run_released(&list_.pipeline, threads, &gather);
+  }
   template <class Of>
   void note_written(Of was) {
     py::list written;

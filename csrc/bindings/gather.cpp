@@ -3,7 +3,8 @@
 //
 // One kind of question for many tensors, then the next kind: asking all of them about one tensor
 // and then about the next takes half as long again, because torch's code for each fills the caches
-// of instructions and branches.
+// of instructions and branches. Most questions need no Python object, and are asked by all threads,
+// while the one that holds the GIL waits for them.
 
 #include <algorithm>
 
@@ -36,112 +37,80 @@ bool Plan::unchanged(const py::list& param_lists) const {
   return true;
 }
 
-Plan::Tracked Plan::track(PyObject* tensor, const DLTensor& told) const {
-  Tracked out{tensor, direct_ == nullptr ? nullptr : direct_->impl_of_plain(tensor), {}};
+Plan::Tracked Plan::track(PyObject* tensor, const DLTensor& told) {
+  Tracked out;
+  out.tensor = tensor;
+  out.impl = direct_ == nullptr ? nullptr : direct_->impl_of_plain(tensor);
   DLTensor seen;
-  if (out.impl != nullptr && direct_->read(&out.impl, &seen)) {
-    out.form.assign(seen);
-  } else {
+  if (out.impl == nullptr || !direct_->read(&out.impl, &seen)) {
     out.impl = nullptr;
-    out.form.assign(told);
+    seen = told;
   }
+  out.data = seen.data;
+  out.form = forms_.of(seen);
   return out;
 }
 
 bool Plan::same(size_t t, int k) const {
   const Tracked& x = known(entries_[t], k);
   DLTensor d;
-  if (x.impl != nullptr)
-    return direct_->impl_of(x.tensor) == x.impl && direct_->read(&x.impl, &d) && x.form.same(d);
-  shared_reader().read(x.tensor, &d,
-                       [&] { return (k == 0 ? "" : "a state of ") + what("parameter", t); });
-  return x.form.same(d);
+  if (x.impl != nullptr) {
+    if (direct_->impl_of(x.tensor) != x.impl || !direct_->read(&x.impl, &d)) return false;
+  } else {
+    shared_reader().read(x.tensor, &d,
+                         [&] { return (k == 0 ? "" : "a state of ") + what("parameter", t); });
+  }
+  return d.data == x.data && x.form->same_form(d);
 }
 
-bool Plan::unmoved(size_t begin, size_t end, bool all) const {
-  const auto asked = [&](size_t t, int k) {
-    const Slot& slot = pipeline_.slots[t];
-    // Accumulated norms are written for tensors without gradient too.
-    return (all || slot.active || slot.norm_sq != nullptr) && k <= entries_[t].states_held;
-  };
-  for (size_t t = begin; t < end; ++t)
-    if (asked(t, 0) && (entries_[t].states_held != entries_[t].expected_states || !same(t, 0)))
-      return false;
-  for (int k = 1; k <= most_states_; ++k) {
-    // A state's object is alive if its dict still holds it.
-    for (size_t t = begin; t < end; ++t) {
-      if (!asked(t, k)) continue;
-      const Entry& e = entries_[t];
-      if (PyDict_GetItemWithError(e.state_dict, e.keys[k - 1]) != known(e, k).tensor) return false;
-    }
-    for (size_t t = begin; t < end; ++t)
-      if (asked(t, k) && !same(t, k)) return false;
-  }
+bool Plan::asked(size_t t, int k) const {
+  const Slot& slot = pipeline_.slots[t];
+  // Accumulated norms are written for tensors without gradient too.
+  return (slot.active || slot.norm_sq != nullptr) && k <= entries_[t].states_held;
+}
+
+// A state's object is alive if its dict still holds it.
+bool Plan::holds_states(size_t t) const {
+  const Entry& e = entries_[t];
+  for (int k = 1; k <= e.states_held; ++k)
+    if (PyDict_GetItemWithError(e.state_dict, e.keys[k - 1]) != known(e, k).tensor) return false;
   return true;
 }
 
-bool Plan::find_gradient(size_t t) {
-  Slot& slot = pipeline_.slots[t];
-  slot.summed = false;
-  if (pipeline_.absorbs) {
-    slot.absorbed = slot.active = slot.numel > 0 && absorbed(t) > 0;
-    slot.layout = shapes_[t].own_layout.linear() ? nullptr : &shapes_[t].own_layout;
-    return true;
-  }
-  Entry& e = entries_[t];
-  const Tracked& param = known(e, 0);
-  const bool sums = e.sums != nullptr && trusts_sums_;  // which know a gradient by its object
-  e.grad = nullptr;
-  if (param.impl != nullptr && !sums) {
-    if (direct_->impl_of(param.tensor) != param.impl) return false;
-    e.grad = direct_->grad_of(param.impl);
-    slot.active = e.grad != nullptr && slot.elements > 0;
-    if (e.grad != nullptr) prefetch_impl(*e.grad);
-  } else {
-    grads_[t] = grad_of_(param.tensor);
-    slot.active = !grads_[t].is_none() && slot.elements > 0;
-  }
+bool Plan::unmoved(size_t t) const {
+  const Entry& e = entries_[t];
+  if (e.states_held != e.expected_states || !same(t, 0) || !holds_states(t)) return false;
+  for (int k = 1; k <= e.states_held; ++k)
+    if (!same(t, k)) return false;
   return true;
 }
 
 // Lazy conjugates and negatives ride on complex tensors and on the strided views of their parts; of
-// those only a view of one element looks dense (as_strided on a negated view could make others, and
-// is on its own). Asking every gradient would cost as much as reading it.
+// those only a view of one element looks dense (as_strided on a negated view could make others).
+// This is where torch cannot be asked directly: through Python it would cost as much as reading.
 bool Plan::may_be_lazy(size_t t) const {
   const Slot& slot = pipeline_.slots[t];
   return slot.layout != nullptr || slot.numel == 1 ||
-         entries_[t].grad_form.dtype.code == kDLComplex;
+         entries_[t].grad_form->dtype.code == kDLComplex;
 }
 
-void Plan::learn_if_new(size_t t, const DLTensor& grad) {
-  const Entry& e = entries_[t];
-  if (!e.grad_known || !e.grad_form.same_form(grad)) learn_gradient(t, grad);
-}
-
+// By its Python object.
 void Plan::read_gradient(size_t t) {
   Entry& e = entries_[t];
   Slot& slot = pipeline_.slots[t];
   DLTensor d;
-  bool seen = false;
-  if (e.grad != nullptr && !(e.grad_known && may_be_lazy(t)) && direct_->read(e.grad, &d)) {
-    learn_if_new(t, d);
-    seen = !may_be_lazy(t);
-  }
-  if (!seen) {
-    if (e.grad != nullptr) grads_[t] = grad_of_(param_list_[t]);
-    e.grad = nullptr;
-    const auto read = [&] {
-      shared_reader().read(grads_[t].ptr(), &d, [&] { return what("gradient of parameter", t); });
-      learn_if_new(t, d);
-    };
+  const auto read = [&] {
+    shared_reader().read(grads_[t].ptr(), &d, [&] { return what("gradient of parameter", t); });
+    if (e.grad_form == nullptr || !e.grad_form->same_form(d)) learn_gradient(t, d);
+  };
+  read();
+  const void* const impl = direct_ == nullptr ? nullptr : direct_->impl_if_exact(grads_[t].ptr());
+  if (impl != nullptr && direct_->tells_lazy() ? direct_->lazy(&impl)
+                                               : may_be_lazy(t) && has_lazy_bits(grads_[t].ptr())) {
+    grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
     read();
-    if (may_be_lazy(t) && has_lazy_bits(grads_[t].ptr())) {
-      grads_[t] = grads_[t].attr("resolve_conj")().attr("resolve_neg")();
-      read();
-    }
   }
   slot.grad = d.data;
-  __builtin_prefetch(slot.grad);
   if (e.sums != nullptr && trusts_sums_ && slot.rows == nullptr) find_sums(t, d);
 }
 
@@ -152,33 +121,126 @@ void Plan::find_sums(size_t t, const DLTensor& grad) {
   if (kept == Kept::tampered) trusts_sums_ = false;
 }
 
-bool Plan::gather() {
-  constexpr size_t kBlock = 128;  // stays in L2 from one question to the next
-  constexpr size_t kAhead = 8;
-  bool all_active = true;
-  for (size_t begin = 0; begin < entries_.size(); begin += kBlock) {
-    const size_t end = std::min(entries_.size(), begin + kBlock);
-    for (size_t t = begin; t < end; ++t) {
-      if (t + kAhead < entries_.size()) {
-        const Tracked& later = known(entries_[t + kAhead], 0);
-        __builtin_prefetch(later.tensor);
-        prefetch_impl(later.impl);
-      }
-      if (!find_gradient(t)) return false;
-      all_active = all_active && pipeline_.slots[t].active;
+bool Plan::begin() {
+  for (size_t t = 0; t < entries_.size(); ++t) states_there_[t] = holds_states(t);
+  return true;
+}
+
+// Here and in check(), which any thread may run, are tensors that can be asked without Python's
+// objects, and gradients of a form that is known; the others are left to finish(). An address is
+// of one device: what has not moved is where it was.
+void Plan::look(size_t begin, size_t end) {
+  for (size_t t = begin; t < end; ++t) {
+    const Tracked& param = known(entries_[t], 0);
+    __builtin_prefetch(param.tensor);
+    prefetch_impl(param.impl);
+  }
+  for (size_t t = begin; t < end; ++t) {
+    Entry& e = entries_[t];
+    Slot& slot = pipeline_.slots[t];
+    const Tracked& param = known(e, 0);
+    const bool sums = e.sums != nullptr && trusts_sums_;  // which know a gradient by its object
+    left_[t] = param.impl == nullptr || sums || pipeline_.absorbs;
+    slot.summed = false;
+    e.grad = nullptr;
+    if (left_[t]) continue;
+    if (direct_->impl_of(param.tensor) != param.impl) {
+      stale_ = true;
+      return;
     }
-    // First what the plan knows: a gradient is judged against a parameter that is still the same.
-    if (!unmoved(begin, end, false)) return false;
-    for (size_t t = begin; t < end; ++t)
-      if (pipeline_.slots[t].active && !pipeline_.absorbs) read_gradient(t);
+    e.grad = direct_->grad_of(param.impl);
+    slot.active = e.grad != nullptr && slot.elements > 0;
+    if (e.grad != nullptr) prefetch_impl(*e.grad);
+    if (!slot.active) some_inactive_ = true;
+  }
+  const auto looked_at = [this](size_t t) { return !left_[t] && asked(t, 0); };
+  // First what the plan knows: a gradient is judged against a parameter that is still the same.
+  for (size_t t = begin; t < end; ++t)
+    if (looked_at(t) && direct_->data_of(&known(entries_[t], 0).impl) != known(entries_[t], 0).data)
+      stale_ = true;
+  for (size_t t = begin; t < end; ++t)
+    if (looked_at(t) && pipeline_.slots[t].active)
+      pipeline_.slots[t].grad = direct_->data_of(entries_[t].grad);
+  DLTensor d;
+  for (size_t t = begin; t < end; ++t) {
+    const Entry& e = entries_[t];
+    const Tracked& param = known(e, 0);
+    if (looked_at(t) && (e.states_held != e.expected_states ||
+                         !direct_->read_form(&param.impl, &d) || !param.form->same_form(d)))
+      stale_ = true;
+  }
+  for (size_t t = begin; t < end; ++t) {
+    const Entry& e = entries_[t];
+    const Slot& slot = pipeline_.slots[t];
+    if (left_[t] || !slot.active) continue;
+    __builtin_prefetch(slot.grad);
+    left_[t] = e.grad_form == nullptr || slot.grad == nullptr ||
+               !direct_->read_device(e.grad, &d) || !direct_->read_form(e.grad, &d) ||
+               !e.grad_form->same_form(d) ||
+               (direct_->tells_lazy() ? direct_->lazy(e.grad) : may_be_lazy(t));
+  }
+}
+
+void Plan::check(size_t begin, size_t end) {
+  for (int k = 1; k <= most_states_ && !stale_; ++k) {
+    for (size_t t = begin; t < end; ++t) {
+      if (left_[t] || !asked(t, k)) continue;
+      const Tracked& state = known(entries_[t], k);
+      if (!states_there_[t]) stale_ = true;
+      left_[t] = state.impl == nullptr;
+      __builtin_prefetch(state.tensor);
+      prefetch_impl(state.impl);
+    }
+    if (stale_) return;
+    const auto looked_at = [this, k](size_t t) { return !left_[t] && asked(t, k); };
+    for (size_t t = begin; t < end; ++t) {
+      const Tracked& state = known(entries_[t], k);
+      if (looked_at(t) && (direct_->impl_of(state.tensor) != state.impl ||
+                           direct_->data_of(&state.impl) != state.data))
+        stale_ = true;
+    }
+    if (stale_) return;
+    DLTensor d;
+    for (size_t t = begin; t < end; ++t) {
+      const Tracked& state = known(entries_[t], k);
+      if (looked_at(t) && (!direct_->read_form(&state.impl, &d) || !state.form->same_form(d)))
+        stale_ = true;
+    }
+  }
+}
+
+bool Plan::finish() {
+  if (stale_) return false;
+  for (size_t t = 0; t < entries_.size(); ++t) {
+    if (!left_[t]) continue;
+    Slot& slot = pipeline_.slots[t];
+    entries_[t].grad = nullptr;
+    if (pipeline_.absorbs) {
+      slot.absorbed = slot.active = slot.numel > 0 && absorbed(t) > 0;
+      slot.layout = shapes_[t].own_layout.linear() ? nullptr : &shapes_[t].own_layout;
+    } else {
+      grads_[t] = grad_of_(param_list_[t]);
+      slot.active = !grads_[t].is_none() && slot.elements > 0;
+    }
+    if (!slot.active) some_inactive_ = true;
+    if (asked(t, 0) && !unmoved(t)) return false;
+    if (slot.active && !pipeline_.absorbs) read_gradient(t);
   }
   // Whoever wrote to one gradient behind torch's back may have written to others.
   if (!trusts_sums_)
     for (Slot& slot : pipeline_.slots) slot.summed = false;
-  if (!all_active || !all_active_) list_written();
-  all_active_ = all_active;
+  if (some_inactive_ || !all_active_) list_written();
+  all_active_ = !some_inactive_;
   if (!keeps_gil(pipeline_)) hold();
   return true;
+}
+
+// Autograd is told of the others by list_written().
+void Plan::wrote(size_t begin, size_t end) {
+  for (size_t t = begin; t < end; ++t) {
+    const Tracked& param = known(entries_[t], 0);
+    if (pipeline_.slots[t].active && param.impl != nullptr) direct_->count_write(&param.impl);
+  }
 }
 
 // Other threads may replace what nobody has a reference to, once they get the GIL.
@@ -206,16 +268,6 @@ void Plan::list_written() {
     if (pipeline_.slots[t].active && known(entries_[t], 0).impl == nullptr)
       written_.append(py::handle(param_list_[t]));
   for (const py::handle root : state_roots_) written_.append(root);
-}
-
-void Plan::count_written() {
-  increment_version(written_);
-  for (const Handle param : held_params_) direct_->count_write(param);
-  if (!held_params_.empty()) return;
-  for (size_t t = 0; t < entries_.size(); ++t) {
-    const Tracked& param = known(entries_[t], 0);
-    if (pipeline_.slots[t].active && param.impl != nullptr) direct_->count_write(&param.impl);
-  }
 }
 
 }  // namespace pysmooth

@@ -28,7 +28,9 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
       sums_(sums),
       names_(std::move(names)),
       entries_(params.size()),
-      grads_(params.size()) {
+      grads_(params.size()),
+      states_there_(params.size()),
+      left_(params.size()) {
   const size_t n = params.size();
   if (state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
       groups.size() != n || names_.size() != n || first.size() != n || low_states.size() != n ||
@@ -53,10 +55,10 @@ Plan::Plan(const py::list& params, const py::list& state_dicts, const py::list& 
     const auto name = [&] { return what("parameter", t); };
     DLTensor d;
     shared_reader().read(param, &d, name);
-    e.tracked = tracked_.size();
+    e.tracked = static_cast<uint32_t>(tracked_.size());
     tracked_.push_back(track(param, d));
     RealView& view = shapes_.emplace_back().view;
-    view = RealView::of(tracked_.back().form, name());
+    view = RealView::of(*tracked_.back().form, name());
     if (has_lazy_bits(param))
       throw py::value_error(name() +
                             " has its conjugate or negative bit set; pass a resolved copy");
@@ -137,9 +139,9 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
   if (static_cast<int>(keys.size()) != expected)
     throw py::value_error("rule '" + std::string(rule.name) + "' has " + std::to_string(expected) +
                           " states, not " + std::to_string(keys.size()));
-  e.expected_states = expected;
+  e.expected_states = static_cast<int16_t>(expected);
   most_states_ = std::max(most_states_, expected);
-  for (int k = 0; k < expected; ++k) e.keys[k] = keys[static_cast<size_t>(k)].ptr();
+  e.keys = &PyTuple_GET_ITEM(keys.ptr(), 0);
   for (const py::handle key : keys) {
     PyObject* const state = PyDict_GetItemWithError(e.state_dict, key.ptr());
     if (state == nullptr || state == Py_None) {
@@ -154,7 +156,7 @@ void Plan::read_states(size_t t, const py::tuple& keys, int low) {
     DLTensor d;
     shared_reader().read(state, &d, name);
     tracked_.push_back(track(state, d));
-    const RealView view = RealView::of(tracked_.back().form, name());
+    const RealView view = RealView::of(*tracked_.back().form, name());
     if (e.states_held >= tensors) {
       read_number(t, e.states_held - tensors, view, d.data, name());
       ++e.states_held;
@@ -187,12 +189,12 @@ void Plan::check_aliasing() {
   for (size_t t = 0; t < entries_.size(); ++t) {
     const Entry& e = entries_[t];
     regions.push_back(
-        Region::of(known(e, 0).form.data, shapes_[t].view, static_cast<int>(labels.size())));
+        Region::of(known(e, 0).data, shapes_[t].view, static_cast<int>(labels.size())));
     labels.push_back(what("parameter", t));
     for (int k = 1; k <= e.states_held; ++k) {
-      const Signature& form = known(e, k).form;
-      views.push_back(RealView::of(form, "state"));
-      regions.push_back(Region::of(form.data, views.back(), static_cast<int>(labels.size())));
+      views.push_back(RealView::of(*known(e, k).form, "state"));
+      regions.push_back(
+          Region::of(known(e, k).data, views.back(), static_cast<int>(labels.size())));
       labels.push_back("a state of " + what("parameter", t));
     }
   }
@@ -208,7 +210,7 @@ std::vector<const int64_t*> Plan::walked(size_t t, const int64_t* grad,
   std::vector<const int64_t*> strides{shapes_[t].view.strides.data(), grad};
   const Entry& e = entries_[t];
   for (int k = 1; k <= e.states_held && k <= tensor_states(t); ++k) {
-    states->push_back(RealView::of(known(e, k).form, "state"));
+    states->push_back(RealView::of(*known(e, k).form, "state"));
     strides.push_back(states->back().strides.data());
   }
   if (pipeline_.slots[t].storage == ParamStorage::master)
@@ -222,9 +224,9 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
   Shape& s = shapes_[t];
   Slot& slot = pipeline_.slots[t];
   const std::string name = what("gradient of parameter", t);
-  e.grad_known = false;
-  e.grad_form.assign(grad);
-  const RealView view = RealView::of(e.grad_form, name);
+  e.grad_form = nullptr;
+  const Form* const form = forms_.of(grad);
+  const RealView view = RealView::of(*form, name);
   if (view.shape != s.view.shape)
     throw py::value_error(name + " does not have the parameter's shape");
   slot.grad_dtype = view.dtype;
@@ -242,7 +244,7 @@ void Plan::learn_gradient(size_t t, const DLTensor& grad) {
   if (s.rows != nullptr) s.rows->of_grad(view, strides, name);
   slot.layout = s.layout.linear() ? nullptr : &s.layout;
   slot.grad_layout = s.grad_layout.linear() ? nullptr : &s.grad_layout;
-  e.grad_known = true;
+  e.grad_form = form;
 }
 
 void Plan::set_group(size_t g, const py::tuple& hyper, const py::tuple& clip) {
@@ -265,13 +267,14 @@ int Plan::step(const py::list& param_lists, const py::list& hypers, const py::li
     set_group(g, py::reinterpret_borrow<py::tuple>(hypers[g]),
               py::reinterpret_borrow<py::tuple>(clips[g]));
   trusts_sums_ = trusts_sums && needs_reduce(pipeline_);
+  stale_ = some_inactive_ = false;  // here: others look() while this thread is in begin()
   const auto release = [](Plan* self) { self->let_go(); };
   const std::unique_ptr<Plan, decltype(release)> guard(this, release);
-  const Outcome outcome = run_released(&pipeline_, threads, [this] { return gather(); });
+  const Outcome outcome = run_released(&pipeline_, threads, this);
   if (exchange_) exchange_->rethrow();
   if (outcome == Outcome::applied) {
     applied_ = true;
-    count_written();
+    increment_version(written_);
     if (pipeline_.absorbs) forget_absorbed();
   }
   return static_cast<int>(outcome);

@@ -5,18 +5,20 @@
 // with what it knows, and reports itself stale when something else changed.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <memory>
 
 #include "bindings/backward_sums.h"
 #include "bindings/direct.h"
 #include "bindings/exchange.h"
+#include "bindings/forms.h"
 #include "bindings/row_cut.h"
 #include "cpu/run.h"
 
 namespace pysmooth {
 
-class Plan {
+class Plan final : private Gather {
  public:
   Plan(const py::list& params, const py::list& state_dicts, const py::list& state_keys,
        const std::vector<std::string>& rules, const std::vector<int>& groups,
@@ -57,17 +59,17 @@ class Plan {
   struct Tracked {               // a parameter or a state, and what it was when the plan was made
     PyObject* tensor = nullptr;  // a parameter's is owned by params_; a state's is looked up first
     const void* impl = nullptr;  // behind `tensor`, if it still is; null: not to be asked directly
-    Signature form;
+    const void* data = nullptr;
+    const Form* form = nullptr;  // in forms_
   };
   struct Entry {
-    PyObject* state_dict = nullptr;       // owned by state_dicts_
-    BackwardSums* sums = nullptr;         // owned by sums_; null: none are taken
-    PyObject* keys[kMaxStates + 3] = {};  // owned by state_keys_; numbers come last
-    size_t tracked = 0;                   // into tracked_: the parameter, then its states
-    Handle grad = nullptr;                // in this step, where it is asked directly
-    int expected_states = 0, states_held = 0;
-    bool grad_known = false;
-    Signature grad_form;
+    PyObject* state_dict = nullptr;   // owned by state_dicts_
+    PyObject* const* keys = nullptr;  // of a tuple of state_keys_; numbers come last
+    BackwardSums* sums = nullptr;     // owned by sums_; null: none are taken
+    Handle grad = nullptr;            // in this step, where it is asked directly
+    const Form* grad_form = nullptr;  // in forms_; null: not known yet
+    uint32_t tracked = 0;             // into tracked_: the parameter, then its states
+    int16_t expected_states = 0, states_held = 0;
   };
   // Cold: read when a plan is built or a gradient changes its form.
   struct Shape {
@@ -84,11 +86,17 @@ class Plan {
   int tensor_states(size_t t) const;  // the rule's, and the parameter's companion
   void learn_gradient(size_t t, const DLTensor& grad);
   bool unchanged(const py::list& param_lists) const;
-  bool gather();  // false: stale
+  // Gather.
+  bool begin() override;
+  size_t tensors() const override { return entries_.size(); }
+  void look(size_t begin, size_t end) override;
+  void check(size_t begin, size_t end) override;
+  bool finish() override;
+  void wrote(size_t begin, size_t end) override;
+
   void hold();
   void let_go();
   void list_written();
-  void count_written();
   void forget_absorbed();
   void check_aliasing();
   // Of tensor t and its states, k = 0 for the parameter itself.
@@ -100,13 +108,13 @@ class Plan {
                                      std::deque<RealView>* states) const;
   void learn_own_layout(size_t t);
   int64_t absorbed(size_t t) const;
-  // Whether parameters and states that take part (or all) are where and what they were.
-  Tracked track(PyObject* tensor, const DLTensor& told) const;
+  // Whether tensors that take part are where and what they were.
+  Tracked track(PyObject* tensor, const DLTensor& told);
+  bool asked(size_t t, int k) const;
   bool same(size_t t, int k) const;
-  bool unmoved(size_t begin, size_t end, bool all) const;
-  bool find_gradient(size_t t);  // false: stale
+  bool holds_states(size_t t) const;
+  bool unmoved(size_t t) const;
   bool may_be_lazy(size_t t) const;
-  void learn_if_new(size_t t, const DLTensor& grad);
   void read_gradient(size_t t);
   void find_sums(size_t t, const DLTensor& grad);
 
@@ -114,6 +122,7 @@ class Plan {
   AttributeGetter grad_of_{"grad"};
   std::vector<std::string> names_;
   std::vector<PyObject*> param_list_;  // params_, as C pointers
+  Forms forms_;
   std::vector<Entry> entries_;
   std::vector<Tracked> tracked_;
   std::deque<Shape> shapes_;
@@ -123,6 +132,9 @@ class Plan {
   std::vector<Handle> held_grads_, held_params_;
   std::vector<size_t> group_sizes_;
   int most_states_ = 0;
+  // Of the step that is being gathered. A byte for each tensor: threads write neighbours.
+  std::vector<unsigned char> states_there_, left_;
+  std::atomic<bool> stale_{false}, some_inactive_{false};
   bool all_active_ = false;
   bool trusts_sums_ = false;
   bool applied_ = false;

@@ -16,28 +16,54 @@ inline bool keeps_gil(const Pipeline& pipeline) {
   return pipeline.chunks.total() < int64_t{1} << 20;
 }
 
-// `gather` may throw; what it throws comes out here, once all threads are done.
-template <class Collect>
-Outcome run_released(Pipeline* pipeline, int threads, Collect gather) {
-  std::optional<pybind11::gil_scoped_release> released;
-  std::exception_ptr thrown;
-  const auto careful = [&] {
-    try {
-      if (!gather()) return false;
-      if (!keeps_gil(*pipeline)) released.emplace();
+// A gather whose begin() and finish() may throw: keeps what they throw, and lets go of the GIL
+// after them. What others look at meanwhile is safe: the thread that holds the GIL waits for them.
+class Released final : public Gather {
+ public:
+  Released(const Pipeline& pipeline, Gather* gather) : pipeline_(pipeline), gather_(gather) {}
+
+  bool begin() override {
+    return careful([this] { return gather_->begin(); });
+  }
+  size_t tensors() const override { return gather_->tensors(); }
+  void look(size_t begin, size_t end) override { gather_->look(begin, end); }
+  void check(size_t begin, size_t end) override { gather_->check(begin, end); }
+  bool finish() override {
+    return careful([this] {
+      if (!gather_->finish()) return false;
+      if (!keeps_gil(pipeline_)) released_.emplace();
       return true;
+    });
+  }
+  void wrote(size_t begin, size_t end) override { gather_->wrote(begin, end); }
+
+  void rethrow() {
+    released_.reset();
+    if (thrown_) std::rethrow_exception(thrown_);
+  }
+
+ private:
+  template <class Body>
+  bool careful(Body body) {
+    if (thrown_) return false;
+    try {
+      return body();
     } catch (...) {
-      thrown = std::current_exception();
+      thrown_ = std::current_exception();
       return false;
     }
-  };
-  Outcome outcome;
-  if (pipeline->chunks.total() < kSerialElements)
-    outcome = careful() ? run_step(pipeline, threads) : Outcome::stale;
-  else
-    outcome = run_step(pipeline, threads, careful);
-  released.reset();
-  if (thrown) std::rethrow_exception(thrown);
+  }
+  const Pipeline& pipeline_;
+  Gather* const gather_;
+  std::optional<pybind11::gil_scoped_release> released_;
+  std::exception_ptr thrown_;
+};
+
+// What `gather` throws comes out here, once all threads are done.
+inline Outcome run_released(Pipeline* pipeline, int threads, Gather* gather) {
+  Released careful(*pipeline, gather);
+  const Outcome outcome = run_step(pipeline, threads, &careful);
+  careful.rethrow();
   return outcome;
 }
 

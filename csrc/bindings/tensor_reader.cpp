@@ -53,8 +53,7 @@ bool enabled = true;
 
 }  // namespace
 
-void Signature::assign(const DLTensor& t) {
-  data = t.data;
+void Form::assign(const DLTensor& t) {
   dtype = t.dtype;
   ndim = t.ndim;
   if (ndim > kInline) more = std::make_unique<int64_t[]>(2 * static_cast<size_t>(ndim));
@@ -63,7 +62,7 @@ void Signature::assign(const DLTensor& t) {
   std::copy_n(t.strides, ndim, out + ndim);
 }
 
-RealView RealView::of(const Signature& s, const std::string& what) {
+RealView RealView::of(const Form& s, const std::string& what) {
   RealView out;
   const bool is_complex = s.dtype.code == kDLComplex;
   const int bits = is_complex ? s.dtype.bits / 2 : s.dtype.bits;

@@ -23,12 +23,10 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What is cached of a tensor, to notice that it moved or changed. Plain data in one piece: a step
-// compares thousands of these, and after a backward pass every cache line counts.
-struct Signature {
+// What a tensor is, wherever it lies.
+struct Form {
   static constexpr int kInline = 4;
 
-  void* data = nullptr;
   DLDataType dtype = {};
   int32_t ndim = -1;
   int64_t dims[2 * kInline] = {};  // shape, then strides; tensors of more dimensions go to `more`
@@ -37,12 +35,22 @@ struct Signature {
   const int64_t* shape() const { return ndim <= kInline ? dims : more.get(); }
   const int64_t* strides() const { return shape() + ndim; }
   void assign(const DLTensor& t);
-  bool same_form(const DLTensor& t) const {  // all but the address
+  bool same_form(const DLTensor& t) const {
     if (t.ndim != ndim || t.dtype.code != dtype.code || t.dtype.bits != dtype.bits) return false;
     const int64_t* const known = shape();
     for (int d = 0; d < ndim; ++d)
       if (t.shape[d] != known[d] || t.strides[d] != known[ndim + d]) return false;
     return true;
+  }
+};
+
+// What is cached of a tensor, to notice that it moved or changed.
+struct Signature : Form {
+  void* data = nullptr;
+
+  void assign(const DLTensor& t) {
+    data = t.data;
+    Form::assign(t);
   }
   bool same(const DLTensor& t) const { return t.data == data && same_form(t); }
 };
@@ -53,7 +61,7 @@ struct RealView {
   int64_t numel = 1;
   std::vector<int64_t> shape, strides;
 
-  static RealView of(const Signature& s, const std::string& what);
+  static RealView of(const Form& s, const std::string& what);
 };
 
 class TensorReader {

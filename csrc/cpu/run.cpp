@@ -175,6 +175,49 @@ void finalize(Pipeline* p, const RuleInfo* rules, Reduction kind) {
   if (p->accumulates) accumulate(p, rules, squares);
 }
 
+// In blocks, which stay in a core's cache from one kind of question to the next.
+constexpr size_t kTensorBlock = 64;
+
+bool gather_alone(Gather* gather) {
+  if (!gather->begin()) return false;
+  const size_t count = gather->tensors();
+  for (size_t t = 0; t < count; t += kTensorBlock) {
+    gather->look(t, std::min(t + kTensorBlock, count));
+    gather->check(t, std::min(t + kTensorBlock, count));
+  }
+  return gather->finish();
+}
+
+// A team's way through a Gather: blocks of tensors are handed out as threads ask for them, because
+// the calling thread comes late, and sleeping ones later.
+class Questions {
+ public:
+  // By all threads, up to Gather::finish.
+  void ask(Gather* gather, bool* good) {
+#pragma omp master
+    *good = gather->begin();
+    run(&looked_, gather, [gather](size_t a, size_t b) { gather->look(a, b); });
+#pragma omp barrier
+    run(&checked_, gather, [gather](size_t a, size_t b) { gather->check(a, b); });
+#pragma omp barrier
+  }
+  void tell(Gather* gather) {
+    run(&told_, gather, [gather](size_t a, size_t b) { gather->wrote(a, b); });
+  }
+
+ private:
+  template <class Body>
+  static void run(std::atomic<size_t>* next, const Gather* gather, Body body) {
+    const size_t count = gather->tensors();
+    for (;;) {
+      const size_t begin = next->fetch_add(kTensorBlock, std::memory_order_relaxed);
+      if (begin >= count) return;
+      body(begin, std::min(begin + kTensorBlock, count));
+    }
+  }
+  std::atomic<size_t> looked_{0}, checked_{0}, told_{0};
+};
+
 // Once per group what would otherwise be done for every chunk.
 void derive_groups(Pipeline* p, const RuleInfo* rules) {
   for (Group& group : p->groups) group.step = 0.0;
@@ -278,20 +321,23 @@ void Pipeline::cut_chunks() {
   size_rows(this);
 }
 
-Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
+Outcome run_step(Pipeline* p, int threads, Gather* gather) {
   const KernelTable& table = kernels();
   const Reduction kind = reduction_of(p->norm_type);
   p->reduced = needs_reduce(*p);
-  if (in_forked_child() || (!gather && p->chunks.total() < kSerialElements)) threads = 1;
-  threads = std::max(1, threads);
-
   p->failed = false;
+  threads = in_forked_child() ? 1 : std::max(1, threads);
+  const bool many = gather->tensors() >= kManyTensors;
+  const auto serial = [&] { return !many && p->chunks.total() < kSerialElements; };
+  const bool inside = threads > 1 && !serial();  // gathers while the pool wakes up
+  if (!inside && !gather_alone(gather)) return Outcome::stale;
+  if (serial()) threads = 1;
+
   const auto refused = [p] {
     return p->failed || (p->reduced && p->nonfinite && asks_first(p->policy));
   };
   bool gathered = true;
   if (threads == 1) {
-    if (gather && !gather()) return Outcome::stale;
     derive_groups(p, table.rules);
     if (p->reduced) {
       for (int64_t i = 0; i < p->chunks.size(); ++i) reduce_chunk(p, table, kind, i);
@@ -305,16 +351,19 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
     }
     if (!refused())
       for (int64_t i = 0; i < p->chunks.size(); ++i) apply_chunk(p, table.rules, i);
+    if (!refused()) gather->wrote(0, gather->tensors());
   } else {
     std::optional<Schedule> schedule;
+    Questions questions;
     // One parallel region for everything. The pool may give fewer threads than asked for, so shares
     // are walked with a stride of the threads that are really there.
 #pragma omp parallel num_threads(threads)
     {
       const int team = omp_get_num_threads();
+      if (inside && many) questions.ask(gather, &gathered);
 #pragma omp master
       {
-        gathered = !gather || gather();
+        if (inside) gathered = many ? gathered && gather->finish() : gather_alone(gather);
         if (gathered) {
           derive_groups(p, table.rules);
           prepare_stages(p, table, threads);
@@ -340,6 +389,7 @@ Outcome run_step(Pipeline* p, int threads, const Gather& gather) {
         if (!refused())
           for (int share = omp_get_thread_num(); share < threads; share += team)
             schedule->run(share, kApplyPass, [&](int64_t i) { apply_chunk(p, table.rules, i); });
+        if (!refused()) questions.tell(gather);
       }
     }
   }

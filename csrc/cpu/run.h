@@ -148,15 +148,31 @@ struct Pipeline {
   Staged staged;
 };
 
-// Called once, by the calling thread, before anything else; false ends the step as stale. It fills
-// in the slots' gradients, and the chunks where those are not known before. It must not throw.
-using Gather = std::function<bool()>;
+// What a step asks of its tensors before it starts. It fills in the slots' gradients, and the
+// chunks where those are not known before. Asking takes longer than the step where tensors are
+// small, so all threads share it. Nothing here may throw; false ends the step as stale.
+class Gather {
+ public:
+  virtual ~Gather() = default;
+  // The calling thread's own part, while others already look().
+  virtual bool begin() = 0;
+  // Of how many tensors look() and those below are to be called, in ranges, on any thread.
+  virtual size_t tensors() const { return 0; }
+  virtual void look(size_t /*begin*/, size_t /*end*/) {}
+  // After begin(), and after look() for these tensors.
+  virtual void check(size_t /*begin*/, size_t /*end*/) {}
+  // The calling thread again, when all that is done.
+  virtual bool finish() { return true; }
+  // The step was applied.
+  virtual void wrote(size_t /*begin*/, size_t /*end*/) {}
+};
 
-// Runs one step. With a gather the pool is woken first, and gathering hides the time this takes:
-// threads that sleep need some 50 microseconds. A caller that has little to do, and knows it,
-// gathers by itself; a step of few elements then stays on its thread.
-Outcome run_step(Pipeline* pipeline, int threads, const Gather& gather = nullptr);
+// Runs one step. The pool is woken first where there is work for it, and gathering hides the time
+// this takes: threads that sleep need some 50 microseconds. A step of few tensors and elements, as
+// far as the chunks tell before it is gathered, stays on its thread.
+Outcome run_step(Pipeline* pipeline, int threads, Gather* gather);
 constexpr int64_t kSerialElements = 16384;
+constexpr size_t kManyTensors = 512;  // asked by all threads; fewer are not worth its barriers
 
 // Whether a step reads the gradients first, for norms or to see if all of them are finite.
 bool needs_reduce(const Pipeline& pipeline);

@@ -17,8 +17,10 @@ void load_run(C* out, const T* in, int64_t stride, int64_t n) {
   int64_t i = 0;
   if constexpr (kInVectors<C, T>)
     if (stride == 1)
-      for (; i + lanes_of<C> <= n; i += lanes_of<C>)
+      for (; i + lanes_of<C> <= n; i += lanes_of<C>) {
+        prefetch_ahead(in + i);  // of the next run: no prefetcher follows across the kernel
         vector_io<C>::store(out + i, vector_io<C>::load(in + i));
+      }
   if constexpr (std::is_same_v<C, T>)
     if (stride == 1) {
       if (i < n) vector_io<C>::store(out + i, load_some(in + i, static_cast<int>(n - i)));
