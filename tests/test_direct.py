@@ -121,7 +121,16 @@ def subclass() -> tuple[Tensor, Tensor]:
 
 
 STRANGE: list[Strange] = [
-    *(conjugate, negative, negative_strided, negative_dense, zero_dim, unit_sizes, backwards_bf16, subclass)
+    *(
+        conjugate,
+        negative,
+        negative_strided,
+        negative_dense,
+        zero_dim,
+        unit_sizes,
+        backwards_bf16,
+        subclass,
+    )
 ]
 
 
