@@ -100,7 +100,7 @@ def agc_momentum_whole(
         rows = tuple(range(1, p.dim())) if p.dim() > 1 else None
         norm = torch.linalg.vector_norm(p, dim=rows).clamp(min=1e-3)
         coefs.append((0.01 * norm / torch.linalg.vector_norm(g, dim=rows)).clamp(max=1.0).view(-1))
-    split = torch.cat(coefs).split([c.numel() for c in coefs])
+    split = torch.split(torch.cat(coefs), [c.numel() for c in coefs])
     for p, g, m, c in zip(params, grads, states[0], split, strict=True):
         m.mul_(0.9).add_(g * c.view(-1, *(1,) * (p.dim() - 1)))
         p.sub_(lr * m)
