@@ -180,8 +180,8 @@ wheels: $(VENV)/built ## Build sdist and wheel into dist/, look into the wheel, 
 build: $(VENV)/built ## Build the extension and install the package in .venv, editable
 
 .PHONY: gpu
-gpu: ## On a machine with a GPU: build with what is installed, GPU tests, GPU benchmarks
-	$(if $(STEPS),STEPS=$(STEPS)) $(PYTHON) bench/gpu.py
+gpu: ## On a machine with a GPU: build with what is installed, GPU tests, GPU benchmarks (10 minutes; STEPS=, BUDGET=)
+	$(if $(STEPS),STEPS=$(STEPS)) $(if $(BUDGET),BUDGET=$(BUDGET)) $(PYTHON) bench/gpu.py
 
 .PHONY: clean
 clean: ## Remove everything that was built, .venv included

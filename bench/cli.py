@@ -17,7 +17,7 @@ from .methods import DTYPES, METHODS
 from .models import MODELS
 from .page.cli import report
 from .papers.cli import papers
-from .suite import Options, run_suite, set_threads
+from .suite import Keep, Options, run_suite, set_threads
 
 app = typer.Typer(add_completion=False)
 app.command()(aggregate)
@@ -92,12 +92,20 @@ def run(
 
 def execute(options: Options, out_dir: Path) -> None:
     """Runs the suite, prints the report, writes the files and names them."""
+    from .report import write_json
+
+    def keep(results: dict[str, Any]) -> None:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(results, out_dir)
+
     console = Console()
-    write_files(measured(options, console), out_dir, console)
+    write_files(measured(options, console, keep), out_dir, console)
 
 
-def measured(options: Options, console: Console) -> dict[str, Any]:
-    """Runs the suite, and prints the report."""
+def measured(
+    options: Options, console: Console, keep: Keep = lambda results: None
+) -> dict[str, Any]:
+    """Runs the suite, and prints the report; keep() gets what there is after every race."""
     from .report import print_report
 
     if not console.is_terminal:
@@ -105,7 +113,7 @@ def measured(options: Options, console: Console) -> dict[str, Any]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        results = run_suite(options, lambda text: progress.update(task, description=text))
+        results = run_suite(options, lambda text: progress.update(task, description=text), keep)
     print_report(results, console)
     return results
 

@@ -1,20 +1,26 @@
 """`make gpu`: build, GPU tests, GPU benchmarks, with nothing but what is installed.
 
 Needs torch with CUDA, nvcc, pybind11, ninja, setuptools, pytest, hypothesis, rich, typer, jinja2
-and matplotlib, and no network. Every part has a time limit; if one fails, that is written down and
-the next one runs. The log, all results and a summary go to the folder named by $OUT, else to
-bench/results/gpu; a short table comes last. STEPS=build,tests,... runs some parts only.
+and matplotlib, and no network. What matters most comes first. Every part has a time limit, and all
+of them together $BUDGET seconds, else 570: what there is no time for is not begun. If a part fails,
+that is written down and the next one runs. The log, all results and a summary go to the folder
+named by $OUT, else to bench/results/gpu, after every part, and results of a benchmark after every
+race; a short table comes last. STEPS=build,tests,... runs some parts only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from types import MappingProxyType
+from typing import Any, NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
@@ -22,7 +28,18 @@ PYTHON = [sys.executable, "-m"]
 RIVALS = "torch foreach,torch fused,torch fused with masters,eager in place,torch.compile"
 RIVALS += ",Triton per parameter"
 RIVALS += ",flashoptim,apex fused,TransformerEngine fused"  # where they are installed
-USUAL = "clip_sgd_momentum,clip_adamw,signum,clip_grad_norm (clipped)"
+MOMENTUM, ADAMW = "clip_sgd_momentum", "clip_adamw"
+BUDGET = 570.0
+LAST_WORDS = 8.0  # that a part has when it was told to end
+
+
+class Part(NamedTuple):
+    """A command, seconds that it may take, and fewer than which it is not begun with."""
+
+    command: list[str]
+    most: float
+    least: float = 0.0
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 def _bench(models: str, methods: str, rivals: str = RIVALS, dtype: str = "fp32") -> list[str]:
@@ -31,49 +48,75 @@ def _bench(models: str, methods: str, rivals: str = RIVALS, dtype: str = "fp32")
     return [*PYTHON, "pysmooth.bench", *options, *chosen]
 
 
-# Command, and seconds that it may take. Large models have a process each: memory is short.
-PARTS: dict[str, tuple[list[str], float]] = {
-    "build": (
-        [*PYTHON, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."],
-        420,
+# Large models have a process each: memory is short. Small ones once more, every step as several
+# launches where it is one.
+PARTS: dict[str, Part] = {
+    "build": Part(
+        [*PYTHON, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."], 180
     ),
-    "doctor": ([*PYTHON, "pysmooth.doctor"], 60),
-    "tests": ([*PYTHON, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"], 300),
-    "small": (_bench("resnet50,many-tiny", USUAL), 150),
-    "gpt2": (
-        _bench("gpt2-124m", f"{USUAL},clip_adagrad,ef_sgd-scaled-sign,ef_sgd-top-k,ef21-top-k"),
-        240,
+    "doctor": Part([*PYTHON, "pysmooth.doctor"], 20),
+    "tests": Part(
+        [*PYTHON, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"], 120, 20
     ),
-    "llama": (_bench("llama-3.2-1b", "clip_sgd_momentum"), 120),
-    "llama-adamw": (_bench("llama-3.2-1b", "clip_adamw", "torch fused"), 120),
-    "llama-bf16": (
-        _bench("llama-3.2-1b", "clip_sgd_momentum,clip_adamw", "torch fused", "bf16"),
-        120,
+    "small": Part(_bench("resnet20,resnet50,many-tiny", f"{MOMENTUM},{ADAMW}"), 75, 20),
+    "gpt2": Part(_bench("gpt2-124m", f"{MOMENTUM},{ADAMW}"), 90, 25),
+    "llama": Part(_bench("llama-3.2-1b", MOMENTUM, "torch fused,torch foreach"), 45, 20),
+    "launches": Part(
+        _bench("resnet20,many-tiny", f"{MOMENTUM},{ADAMW}", "torch fused"),
+        *(40, 15),
+        {"PYSMOOTH_CUDA_SINGLE": "0"},
     ),
-    "llama-8b": (_bench("llama-3-8b", "clip_sgd_momentum", "torch fused", "bf16"), 150),
+    "top-k": Part(_bench("gpt2-124m", "ef_sgd-top-k,ef21-top-k", "eager in place"), 45, 20),
+    "llama-adamw": Part(_bench("llama-3.2-1b", ADAMW, "torch fused"), 45, 20),
+    "llama-bf16": Part(
+        _bench("llama-3.2-1b", f"{MOMENTUM},{ADAMW}", "torch fused", "bf16"), 60, 20
+    ),
+    "gpt2-more": Part(
+        _bench("gpt2-124m", "signum,clip_adagrad,ef_sgd-scaled-sign,clip_grad_norm (clipped)"),
+        *(90, 25),
+    ),
+    "llama-8b": Part(_bench("llama-3-8b", MOMENTUM, "torch fused", "bf16"), 60, 25),
 }
 
 
-def run(name: str, command: list[str], seconds: float, log: TextIO) -> str:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Lets it say what it has so far, then ends it and all that it has started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=LAST_WORDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(name: str, part: Part, seconds: float, log: TextIO) -> str:
     """Runs one part from the checkout's root, its output kept, its end shown; says how it went."""
-    print(f"== {name}: {' '.join(command)}", flush=True)
+    print(f"== {name}: {' '.join(part.command)}", flush=True)
     defaults = {"PYSMOOTH_CUDA": "1", "PYSMOOTH_CUDA_ARCHS": "90"}
-    environment = {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**defaults, **os.environ, **part.environment, "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
     own = WORK / f"{name}.log"
     with own.open("w") as kept:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=kept, stderr=subprocess.STDOUT
+            part.command,
+            cwd=ROOT,
+            env=environment,
+            stdout=kept,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = process.wait(timeout=seconds)
             how = "ok" if code == 0 else f"FAILED with exit code {code}"
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             how = f"FAILED: not done after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                _end(process)
     text = own.read_text()
-    log.write(f"== {name}: {' '.join(command)}\n{text}\n{how}\n\n")
+    log.write(f"== {name}: {' '.join(part.command)}\n{text}\n{how}\n\n")
     log.flush()
     print("\n".join(text.splitlines()[-25:]), flush=True)
     return f"{how}, {time.monotonic() - began:.0f} s"
@@ -106,29 +149,38 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Runs the parts; the exit code is 1 if one failed."""
+    """Runs the parts; the exit code is 1 if one failed, or was not begun."""
+    # Where this one was told to ignore it, so would its parts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ends = time.monotonic() + float(os.environ.get("BUDGET") or BUDGET)
     out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu").resolve()
     for folder in (out, WORK):
         folder.mkdir(parents=True, exist_ok=True)
     went: dict[str, str] = {}
-    lines: list[str] = []
     measured: dict[str, Any] = {}
+    lines: list[str] = []
+    summary: list[str] = []
     with (out / "log.txt").open("w") as log:
         for name in os.environ.get("STEPS", ",".join(PARTS)).split(","):
-            command, seconds = PARTS[name]
+            part = PARTS[name]
             written = WORK / name / "results.json"
-            if "pysmooth.bench" in command:
+            measures = "pysmooth.bench" in part.command
+            if measures:
                 written.unlink(missing_ok=True)
-                command = [*command, "--out", str(written.parent)]
-            went[name] = run(name, command, seconds, log)
-            if "pysmooth.bench" in command and written.is_file():
+                part = part._replace(command=[*part.command, "--out", str(written.parent)])
+            left = ends - time.monotonic() - LAST_WORDS
+            if left < part.least:
+                went[name] = f"NOT BEGUN: {max(0.0, left):.0f} s left"
+            else:
+                went[name] = run(name, part, min(part.most, max(0.0, left)), log)
+            if measures and written.is_file():
                 measured[name] = json.loads(written.read_text())
-                lines += table(measured[name])
+                lines += [f"{name}:", *table(measured[name])]
                 (out / "results.json").write_text(json.dumps(measured, indent=1) + "\n")
-    lines += [f"{name:12} {how}" for name, how in went.items()]
-    (out / "summary.txt").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
-    return int(any("FAILED" in how for how in went.values()))
+            summary = [*lines, *(f"{name:12} {how}" for name, how in went.items())]
+            (out / "summary.txt").write_text("\n".join(summary) + "\n")
+    print("\n" + "\n".join(summary))
+    return int(any(how.startswith(("FAILED", "NOT BEGUN")) for how in went.values()))
 
 
 if __name__ == "__main__":

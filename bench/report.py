@@ -141,5 +141,6 @@ def _figures(results: dict[str, Any], console: Console) -> None:
 def write_json(results: dict[str, Any], out_dir: Path, name: str = "results.json") -> Path:
     """Everything that was measured, for machines."""
     path = out_dir / name
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    return path
+    whole = path.with_suffix(".part")  # nobody finds half a file
+    whole.write_text(json.dumps(results, indent=1) + "\n")
+    return whole.replace(path)

@@ -31,6 +31,7 @@ from .models import MODELS, numel
 from .timing import Timed, device_clock, interleave, ratio, ratio_quartiles
 
 Progress = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 # Large models of these are not compiled in a default run: clip_sgd_momentum shows what it is like.
 LEFT_TO_MOMENTUM = ("clip_sgd", "clip_adagrad", "clip_adamw", "signum")
@@ -83,8 +84,13 @@ def empty_results(device: str) -> dict[str, Any]:
     }
 
 
-def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
-    """The chosen parts, in the order of their importance to a reader."""
+def run_suite(
+    options: Options, progress: Progress, keep: Keep = lambda results: None
+) -> dict[str, Any]:
+    """The chosen parts, in the order of their importance to a reader.
+
+    keep() is called with what there is after every race: somebody may end this at any time.
+    """
     began = time.perf_counter()
 
     def left() -> float:
@@ -104,7 +110,7 @@ def run_suite(options: Options, progress: Progress) -> dict[str, Any]:
             progress(f"host cost: {model}")
             results["host"].append(host.per_tensor(model, MODELS[model](), options.device))
     if "speed" in parts:
-        _speed(results, options, left, progress)
+        _speed(results, options, left, progress, keep)
     if "numerics" in parts:
         progress("numerics against float64")
         results["numerics"] = numerics.compare(options.methods, options.device)
@@ -133,10 +139,23 @@ def _selects(options: Options) -> bool:
 
 
 def _speed(
-    results: dict[str, Any], options: Options, left: Callable[[], float], progress: Progress
+    results: dict[str, Any],
+    options: Options,
+    left: Callable[[], float],
+    progress: Progress,
+    keep: Keep,
 ) -> None:
     """The races of all methods on all models, and the bandwidth beside those of the last."""
     results["left_out"] += packages.left_out(options.device)
+
+    def look_at_bandwidth() -> None:
+        progress("bandwidth")
+        size = numel(MODELS[options.models[-1]]())
+        results["bandwidth"] = measure_bandwidth(size, options)
+
+    on_cpu = options.device == "cpu"
+    if not on_cpu:  # a second, and races mean little without it
+        look_at_bandwidth()
     for model in options.models:
         for name in options.methods:
             usual = METHODS[name].models
@@ -147,8 +166,9 @@ def _speed(
             results["rows"].append(row)
             if "first_step" in row:
                 results["first_step"].append(row.pop("first_step"))
-    progress("bandwidth")
-    results["bandwidth"] = measure_bandwidth(numel(MODELS[options.models[-1]]()), options)
+            keep(results)
+    if on_cpu:
+        look_at_bandwidth()
 
 
 def measure(

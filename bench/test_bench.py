@@ -21,7 +21,6 @@ from . import (
     backward,
     bandwidth,
     end_to_end,
-    gpu,
     numerics,
     packages,
     rivals,
@@ -289,42 +288,6 @@ def test_a_small_run_writes_the_whole_report(tmp_path: Path) -> None:
         assert row["backend"] in ("cpu", "eager")
         assert all(math.isfinite(c["ratio"]) for c in row["contestants"])
     assert data["environment"]["torch"] == torch.__version__
-
-
-def test_a_part_of_make_gpu_that_fails_or_hangs_is_written_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    python = [sys.executable, "-c"]
-    parts = {
-        "fails": ([*python, "print('why'); raise SystemExit(3)"], 30.0),
-        "hangs": ([*python, "import time; time.sleep(60)"], 0.5),
-        "works": ([*python, "print('done')"], 30.0),
-    }
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(gpu, "WORK", tmp_path / "work")
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    assert gpu.main() == 1
-    summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert "FAILED with exit code 3" in summary
-    assert "FAILED: not done after 0 s" in summary
-    assert "ok, 0 s" in summary
-    assert "why" in (tmp_path / "out" / "log.txt").read_text()
-    assert capsys.readouterr().out.endswith(summary)
-
-
-def test_the_table_of_make_gpu(tmp_path: Path) -> None:
-    options = Options(methods=["clip_sgd_momentum"], models=["many-tiny"], rivals=["torch fused"])
-    options.end_to_end_seconds, options.rounds, options.seconds = 0.0, 1, 5.0
-    results = run_suite(options, lambda _: None)
-    (row,) = results["rows"]
-    line, host = gpu.table(results)
-    assert line.startswith("many-tiny     clip_sgd_momentum  fp32  cpu ")
-    assert f"torch fused {row['contestants'][1]['ratio']:.2f}" in line
-    assert "of copy -" in line
-    assert "2000 fresh gradients" in host
-    row["parameters"] = 10**9
-    row["contestants"][0]["median_ms"] = 24.0  # 24 GB in 24 ms
-    assert "of copy 0.50" in gpu.table({**results, "bandwidth": {"copy": 2000.0}})[0]
 
 
 def test_cost_of_a_clip_in_backward() -> None:
