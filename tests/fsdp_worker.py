@@ -126,6 +126,22 @@ def resumed(found: dict[str, Any], mesh: DeviceMesh | None) -> None:
         found[f"resumed {name}"] = same and other.state.steps == 3
 
 
+def moved(found: dict[str, Any]) -> None:
+    """A state of another number of ranks: the method begins anew, as in a new job."""
+    for name in ("ef14 sign, momentum", "ef21 full"):
+        job, fresh = Job(METHODS[name], None), Job(METHODS[name], None)
+        for step in range(2):
+            job.step(step)
+        saved = job.state.state_dict() | {"world_size": 1 + dist.get_world_size()}
+        job.state.load_state_dict(saved)
+        for p, q in zip(fresh.model.parameters(), job.model.parameters(), strict=True):
+            p.to_local().detach().copy_(q.to_local().detach())
+        for both in (job, fresh):
+            both.step(2)
+        same = all(map(torch.equal, job.params(), fresh.params()))
+        found[f"moved {name}"] = same and (job.state.steps, fresh.state.steps) == (3, 1)
+
+
 def void_steps(found: dict[str, Any], mesh: DeviceMesh | None, hybrid: str = "") -> None:
     """A NaN on one rank, in its first rows alone; and a backward that no step follows."""
     job, calm = Job(EF14(TOP), mesh, hybrid=hybrid), Job(EF14(TOP), mesh, hybrid=hybrid)
@@ -209,6 +225,10 @@ def refused(found: dict[str, Any], mesh: DeviceMesh) -> None:
     told("both", lambda: _both(mesh))
     told("both, the wrong way round", lambda: _both(mesh, scatter_first=False))
     told("unused", lambda: _unused(line))
+    told("replaced", lambda: _thawed(line))
+    told("divided", lambda: _set(lambda m: m.set_gradient_divide_factor(2.0)))
+    told("sums", lambda: _set(lambda m: m.set_force_sum_reduction_for_comms(True)))
+    told("other ranks", lambda: _other_ranks(mesh, line))
     told("mismatch", lambda: Job(EF14(compressors.TopK(ratio=0.1 if first else 0.2)), None).step(0))
 
 
@@ -230,6 +250,30 @@ def _unused(mesh: DeviceMesh) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     compress_reduce_scatter(model, optimizer, DSignSGD())
     model(torch.ones(2, 6)).sum().backward()
+
+
+def _thawed(mesh: DeviceMesh) -> None:
+    """A parameter that begins to train after the hook was made."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[0].weight.requires_grad_(False)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    compress_reduce_scatter(model, optimizer, DSignSGD())
+    model[0].weight.requires_grad_(True)
+    model(torch.ones(2, 6)).sum().backward()
+
+
+def _set(how: Callable[[Any], None]) -> None:
+    job = Job(DSignSGD(), None)
+    how(job.model)
+    job.step(0)
+
+
+def _other_ranks(mesh: DeviceMesh, line: DeviceMesh) -> None:
+    model = make_model()
+    fully_shard(model[3], mesh=mesh["inner"])  # type: ignore[index]
+    fully_shard(model, mesh=line)
+    compress_reduce_scatter(model, torch.optim.SGD(model.parameters(), lr=LR), DSignSGD())
 
 
 def _both(mesh: DeviceMesh, *, scatter_first: bool = True) -> None:
@@ -270,6 +314,7 @@ def run(rank: int, ranks: int, port: int, folder: str) -> None:
             for kind, how in (("all-reduce", mesh), ("reduce-scatter", None)):
                 for task in (resumed, void_steps, accumulated):
                     task(found[kind], how)
+            moved(found["reduce-scatter"])
             for kind, which in hybrids.items():
                 trained(found[kind], mesh, ["ef14 top-k", "ef21 full"], which)
                 void_steps(found[kind], mesh, which)

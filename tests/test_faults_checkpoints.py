@@ -116,3 +116,20 @@ def test_checkpoint_of_a_torch_twin_lacks_what_torch_lacks(norm: Any) -> None:
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.25
     advance(optimizer, mine, rows[1:])
+
+
+@every_backend
+def test_a_checkpoint_of_no_step_is_one(backend: str) -> None:
+    """torch's Adagrad has states, and counts 0, before its first step."""
+    params, twins = make_params(SHAPES), make_params(SHAPES)
+    rows = record_grads(params, 2)
+    theirs = torch.optim.Adagrad(twins, lr=0.5, lr_decay=0.1)
+    saved = theirs.state_dict()
+    assert float(saved["state"][0]["step"]) == 0.0
+    optimizer = pysmooth.Adagrad(params, lr=0.5, lr_decay=0.1, backend=backend)
+    optimizer.load_state_dict(saved)
+    for row in rows:
+        advance(optimizer, params, [row])
+        advance(theirs, twins, [row])
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q)

@@ -153,6 +153,11 @@ def test_what_is_kept(kind: str, four: Found) -> None:
         close(*found["accumulated"])
 
 
+@pytest.mark.parametrize("name", ["ef14 sign, momentum", "ef21 full"])
+def test_another_number_of_ranks_begins_anew(name: str, four: Found) -> None:
+    assert all(rank["reduce-scatter"][f"moved {name}"] for rank in four)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -182,6 +187,10 @@ def test_void_steps(kind: str, four: Found) -> None:
         ("both, the wrong way round", "ValueError: call compress_reduce_scatter before"),
         ("overlap", r"ValueError: process_group has ranks \[0, 1, 2, 3\] in common"),
         ("unused", "RuntimeError: FSDP module '' reduces 56 numbers.* some got no gradient"),
+        ("replaced", "ValueError: a parameter of FSDP module '' was replaced, or began to require"),
+        ("divided", "ValueError: FSDP module .* has a gradient divide factor"),
+        ("sums", "ValueError: FSDP module .* was told to reduce by sums alone"),
+        ("other ranks", "ValueError: modules are sharded over different process groups"),
         ("mismatch", "MismatchError: ranks disagree: method is .*0.1.* rank 0 .*0.2"),
     ],
 )

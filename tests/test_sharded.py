@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sharded import agreed, cut, meshes, run, values, whole
 from sharded_swap import there_and_back
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import pysmooth
@@ -114,6 +114,46 @@ def _clips_agree() -> None:
     partial = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()])
     with pytest.raises(ValueError, match="gradient 0 is a DTensor with placement P"):
         pysmooth.get_total_norm([partial])
+
+
+def _thin_and_complex() -> None:
+    """A mesh dimension of one process cuts nothing; complex numbers have norms of their own."""
+    mesh = init_device_mesh("cpu", (4, 1), mesh_dim_names=("rows", "columns"))
+    gen = torch.Generator().manual_seed(5)
+    value = torch.randn(10, 3, generator=gen, dtype=torch.complex64)
+    for norm_type in (2.0, 1.0, 3.0, math.inf):
+        for t in (value, value.real.contiguous()):
+            placed = distribute_tensor(t.clone(), mesh, [Shard(0), Shard(1)])
+            norm = pysmooth.get_total_norm([placed], norm_type)
+            expected = torch.linalg.vector_norm(t, norm_type)
+            torch.testing.assert_close(norm, expected.to(norm.dtype), rtol=1e-6, atol=0)
+            assert agreed(norm)
+
+
+def _elsewhere() -> None:
+    """Two processes hold a tensor; the other two are told that they do not."""
+    half = DeviceMesh("cpu", [0, 1])
+    t = distribute_tensor(torch.ones(8, 2), half, [Shard(0)])
+    if dist.get_rank() < 2:
+        assert float(pysmooth.get_total_norm([t])) == 4.0
+    else:
+        with pytest.raises(ValueError, match="gradient 0 is a DTensor on a mesh that this process"):
+            pysmooth.get_total_norm([t])
+
+
+def _a_state_that_is_taken_away() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    p = distribute_tensor(torch.ones(8, 3), mesh, [Shard(0)]).requires_grad_()
+    q = torch.ones(8, 3).requires_grad_()
+    pair = [(pysmooth.AdamW([x], 0.1, max_norm=1.0), x) for x in (p, q)]
+    for step in range(3):
+        for optimizer, x in pair:
+            g = torch.full((8, 3), 1.0 + step)
+            x.grad = distribute_tensor(g, mesh, [Shard(0)]) if x is p else g
+            if step == 2:
+                del optimizer.state[x]["exp_avg"]
+            optimizer.step()
+    torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=1e-6, atol=1e-7)
 
 
 def _gradients_are_placed() -> None:
@@ -273,6 +313,10 @@ def _refusals() -> None:
         "the eager backend takes no DTensor",
         lambda p: pysmooth.ClipSGD(p, 0.1, max_norm=1.0, backend="eager"),
     )
+    p = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]).requires_grad_()
+    p.grad = torch.ones(8, 8)
+    with pytest.raises(ValueError, match="has a gradient that is not a DTensor"):
+        pysmooth.ClipSGD([p], 0.1).step()
     with pytest.raises(ValueError, match="compress must be one of"):
         set_sharding(
             pysmooth.ClipSGD([torch.ones(2, requires_grad=True)], 0.1),
@@ -310,5 +354,6 @@ def _copies() -> None:
 
 def test_four_processes(tmp_path: Path) -> None:
     """All cases that need nothing but a process group, in one start of four processes."""
-    cases = (_steps_agree, _clips_agree, _gradients_are_placed, _nonfinite, _stages)
-    run(4, str(tmp_path / "store"), *cases, _top_k, _refusals, _copies, there_and_back)
+    cases = (_steps_agree, _clips_agree, _thin_and_complex, _elsewhere, _gradients_are_placed)
+    more = (_nonfinite, _a_state_that_is_taken_away, _stages, _top_k, _refusals, _copies)
+    run(4, str(tmp_path / "store"), *cases, *more, there_and_back)
