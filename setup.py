@@ -51,7 +51,7 @@ CXXFLAGS = [
 KERNELS = {"reduce", "source", "apply", "staging", "draw", "probe", "codec", "aggregate"}
 # Kernels that take longest to compile; vectors are written out in them, so -O3 adds a fifth to that
 # and nothing to their speed.
-SLOW = {"source", "reduce"}
+SLOW = {"source", "reduce", "apply"}
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -218,7 +218,7 @@ class NinjaBuild(build_ext):
         objects = []
         for source in self.bindings(work):
             objects.append(f"{source.stem}.o")
-            lines.append(f"build {objects[-1]}: compile {escape(source)}")
+            lines += [f"build {objects[-1]}: compile {escape(source)}", "  isa = -O2"]
         # What takes longest comes first, or one core would have it to itself in the end.
         for source in sorted(CSRC.glob("cpu/*.cpp"), key=lambda s: (s.stem not in SLOW, s.stem)):
             levels = ISA_FLAGS if source.stem in KERNELS else {"baseline": []}
