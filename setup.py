@@ -232,18 +232,16 @@ class NinjaBuild(build_ext):
         return lines
 
     def bindings(self, work: Path) -> list[Path]:
-        """What binds the CPU module; but for development, where files change, in two pieces.
+        """What binds the CPU module; but for development, where files change, in one piece.
 
         Every file that uses pybind11 compiles the same four seconds of it.
         """
         sources = sorted(CSRC.glob("bindings/*.cpp"))
         if self.editable_mode:
             return sources
-        pieces = []
-        for i, part in enumerate((sources[::2], sources[1::2])):
-            pieces.append(work / f"bindings{i}.cpp")
-            pieces[-1].write_text("".join(f'#include "{source}"\n' for source in part))
-        return pieces
+        whole = work / "bindings.cpp"
+        whole.write_text("".join(f'#include "{source}"\n' for source in sources))
+        return [whole]
 
     def cuda_lines(self, target: Path) -> list[str]:
         """build.ninja for the CUDA module: it links the runtime statically, and no libcuda."""

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/address.h"
 #include "cpu/aggregate.h"
 
 namespace pysmooth {
@@ -18,11 +19,6 @@ namespace py = pybind11;
 namespace {
 
 using Addresses = std::vector<uintptr_t>;
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
-}
 
 Clients clients_of(const Addresses& addresses, bool wide, const double* weights,
                    std::vector<const void*>* data) {

@@ -2,17 +2,13 @@
 
 #include <vector>
 
+#include "bindings/address.h"
 #include "bindings/plan.h"
 #include "core/random.h"
 #include "cpu/codec.h"
 
 namespace pysmooth {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
-}
 
 SignMessages messages_of(uintptr_t first, int64_t stride, int ranks, uintptr_t scales,
                          std::vector<const uint8_t*>* bits) {

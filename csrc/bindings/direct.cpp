@@ -17,7 +17,7 @@ namespace {
 
 namespace py = pybind11;
 
-bool enabled = true;
+bool direct_enabled = true;
 
 constexpr std::pair<const char*, DLDataType> kKinds[] = {
     {"float32", {kDLFloat, 32, 1}},     {"float64", {kDLFloat, 64, 1}},
@@ -166,10 +166,10 @@ const Direct* Direct::get() {
       return nullptr;
     }
   }();
-  return enabled ? found : nullptr;
+  return direct_enabled ? found : nullptr;
 }
 
-void Direct::enable(bool value) { enabled = value; }
+void Direct::enable(bool value) { direct_enabled = value; }
 
 const void* Direct::impl_of_plain(PyObject* tensor) const {
   const void* const impl = impl_if_exact(tensor);

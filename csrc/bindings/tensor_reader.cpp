@@ -49,7 +49,7 @@ constexpr const char* kDeviceName = PYSMOOTH_DEVICE == kDLCPU ? "cpu" : "cuda";
                     (PYSMOOTH_DEVICE == kDLCPU ? "CPU" : "GPU"));
 }
 
-bool enabled = true;
+bool dlpack_enabled = true;
 
 }  // namespace
 
@@ -139,10 +139,10 @@ TensorReader& shared_reader() {
   // Leaked on purpose: the interpreter may be gone before static destructors run.
   static auto* const with_dlpack = new TensorReader(true);
   static auto* const without = new TensorReader(false);
-  return enabled ? *with_dlpack : *without;
+  return dlpack_enabled ? *with_dlpack : *without;
 }
 
-void set_dlpack_enabled(bool value) { enabled = value; }
+void set_dlpack_enabled(bool value) { dlpack_enabled = value; }
 
 bool has_lazy_bits(PyObject* tensor) {
   const py::handle t(tensor);
