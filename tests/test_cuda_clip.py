@@ -92,18 +92,27 @@ def test_the_cpu_backends_bits(
 
 
 @pytest.mark.usefixtures("on_cuda")
-def test_a_call_launches_and_waits_for_nothing() -> None:
-    """put, reduce, prepare, apply; put and reduce for a norm alone. Gradients are new each time."""
-    pysmooth.clip_grad_norm_(with_grads(make_grads()), 1.0)
+@pytest.mark.parametrize("single", [False, True])
+def test_a_call_launches_and_waits_for_nothing(single: bool) -> None:
+    """put, reduce, prepare, apply, or all in one; put and reduce for a norm alone.
+
+    Gradients are new each time.
+    """
+    emulated.module().set_single_launch(single)
+    try:
+        pysmooth.clip_grad_norm_(with_grads(make_grads()), 1.0)
+    finally:
+        emulated.module().set_single_launch(None)
+    clips = 1 if single else 4
     for seed in range(3):
         params, grads = with_grads(make_grads(seed=seed)), make_grads(seed=seed)
         before = emulated.calls()
         with NoReads():
             a = cuda_clip.clip([p.grad for p in params if p.grad is not None], 1.0, 2.0, False)
-        assert emulated.calls() == before._replace(launches=before.launches + 4)
+        assert emulated.calls() == before._replace(launches=before.launches + clips)
         with NoReads():
             b = cuda_clip.total_norm(grads, 2.0)
-        assert emulated.calls() == before._replace(launches=before.launches + 6)
+        assert emulated.calls() == before._replace(launches=before.launches + clips + 2)
         assert torch.equal(a, b)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,7 +42,7 @@ pytestmark = [
 
 
 @every_variant
-def test_the_cpu_backends_bits(entry: Entry, kwargs: Kwargs) -> None:
+def test_the_cpu_backends_bits(entry: Entry, kwargs: Kwargs, single: bool) -> None:
     """Parameters, states and norms, though gradients come and go."""
     ours, theirs = make_params(), make_params()
     rows: list[list[Any]] = [list(row) for row in record_grads(ours, 4)]
@@ -93,26 +94,36 @@ def test_rules_are_the_cpu_backends() -> None:
 
 # ---- host calls ----------------------------------------------------------------------------------
 
-LAUNCHES: list[tuple[Any, Kwargs, int]] = [
+# One after the other; and where all of them but those beyond `put, reduce, prepare, apply` can be
+# one.
+LAUNCHES: list[tuple[Any, Kwargs, int, int]] = [
     # put, reduce, prepare, apply
-    (ClipSGD, {"max_norm": 1.0, "momentum": 0.9}, 4),
-    (AdamW, {"max_norm": 1.0, "nonfinite": "skip"}, 4),
+    (ClipSGD, {"max_norm": 1.0, "momentum": 0.9}, 4, 1),
+    (AdamW, {"max_norm": 1.0, "nonfinite": "skip"}, 4, 1),
     # norms of rows, and coefficients of these
-    (ClipSGD, {"clip": "agc", "momentum": 0.9}, 6),
+    (ClipSGD, {"clip": "agc", "momentum": 0.9}, 6, 6),
     # no norm
-    (ClipSGD, {"momentum": 0.9}, 3),
+    (ClipSGD, {"momentum": 0.9}, 3, 1),
     # one pass more, with a prepare of its own
-    (pysmooth.EFSGD, {"compressor": pysmooth.ScaledSign()}, 6),
+    (pysmooth.EFSGD, {"compressor": pysmooth.ScaledSign()}, 6, 6),
     # a sample, its filter, digits of the threshold, the selected ones
-    (pysmooth.EFSGD, {"compressor": pysmooth.TopK(ratio=0.01)}, 14),
+    (pysmooth.EFSGD, {"compressor": pysmooth.TopK(ratio=0.01)}, 14, 14),
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["launches", "single"])
+def single(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether steps are one launch where they can be."""
+    emulated.module().set_single_launch(request.param)
+    yield request.param
+    emulated.module().set_single_launch(None)
+
+
 @pytest.mark.usefixtures("late")
-@pytest.mark.parametrize(("make", "kwargs", "launches"), LAUNCHES)
+@pytest.mark.parametrize(("make", "kwargs", "several", "one"), LAUNCHES)
 @pytest.mark.parametrize("count", [1, 40])
 def test_a_step_launches_and_waits_for_nothing(
-    make: Any, kwargs: Kwargs, launches: int, count: int
+    make: Any, kwargs: Kwargs, several: int, one: int, count: int, single: bool
 ) -> None:
     """However many tensors: so many launches, no copy, no wait. Gradients are new every time."""
     params = make_params([(5003,), (7, 5)] * count)
@@ -120,6 +131,7 @@ def test_a_step_launches_and_waits_for_nothing(
     rows = record_grads(params, 3)
     set_grads(params, rows[0])
     optimizer.step()
+    launches = one if single else several
     for row in rows[1:]:
         set_grads(params, row)
         before = emulated.calls()
@@ -128,7 +140,7 @@ def test_a_step_launches_and_waits_for_nothing(
         assert emulated.calls() == before._replace(launches=before.launches + launches)
 
 
-def test_all_gradient_addresses_fit() -> None:
+def test_all_gradient_addresses_fit(single: bool) -> None:
     """More of them than one launch can carry."""
     params = [Parameter(torch.full((3,), float(i))) for i in range(9000)]
     optimizer = ClipSGD(params, lr=1.0, backend="cuda")
@@ -137,7 +149,7 @@ def test_all_gradient_addresses_fit() -> None:
             p.grad = p.detach().clone()
         before = emulated.calls()
         optimizer.step()
-    assert emulated.calls().launches == before.launches + 5  # three puts
+    assert emulated.calls().launches == before.launches + (4 if single else 5)  # three puts
     assert all(not p.any() for p in params)
 
 
@@ -282,7 +294,7 @@ def test_an_estimate_that_starts_as_the_gradient_takes_no_bad_one() -> None:
 # ---- graphs --------------------------------------------------------------------------------------
 
 
-def test_replays_and_other_steps_do_not_disturb_each_other() -> None:
+def test_replays_and_other_steps_do_not_disturb_each_other(single: bool) -> None:
     """A graph keeps its gradients' addresses and its numbers, whatever steps come between."""
     params, twins = make_params(), make_params()
     ours = AdamW(params, lr=0.1, max_norm=1.0, backend="cuda")
@@ -320,7 +332,7 @@ def test_replays_and_other_steps_do_not_disturb_each_other() -> None:
 
 @pytest.mark.usefixtures("late")
 @every_unwaiting_entry
-def test_a_learning_rate_on_the_device_is_read_there(entry: Entry) -> None:
+def test_a_learning_rate_on_the_device_is_read_there(entry: Entry, single: bool) -> None:
     """Nobody waits to know it, and a replay finds what is there by then."""
     params, twins = make_params(), make_params()
     lr = torch.tensor(0.1)
@@ -392,6 +404,56 @@ def test_a_capture_needs_a_step_before_it() -> None:
     with Capture(), pytest.raises(BackendError, match="run the same step once before"):
         optimizer.step()
     assert not optimizer.state
+
+
+# ---- when a step is one launch -------------------------------------------------------------------
+
+
+@pytest.fixture
+def device() -> Iterator[Any]:
+    """Sets what the device says of itself: multiprocessors, blocks of each, L2 cache, flag."""
+    yield emulated.kernels().runtime_device
+    emulated.kernels().runtime_device(132, 1, 50 << 20, 1)
+
+
+def launches_of_a_step(params: list[Parameter]) -> int:
+    optimizer = AdamW(params, 0.1, max_norm=1.0, backend="cuda")
+    before = 0
+    for row in record_grads(params, 2):
+        set_grads(params, row)
+        before = emulated.calls().launches
+        optimizer.step()
+    return emulated.calls().launches - before
+
+
+def test_a_step_is_one_launch_where_it_fits_in_the_cache(device: Any) -> None:
+    params = make_params([(1000,), (24,)])
+    needs = 1024 * 4 * 4  # parameter, gradient, two states
+    for cache, launches in ((needs, 1), (needs - 1, 4)):
+        device(132, 1, cache, 1)
+        assert launches_of_a_step(params) == launches
+    emulated.module().set_single_launch(True)
+    try:
+        assert launches_of_a_step(params) == 1
+        device(132, 1, 1 << 20, 0)  # it takes no cooperative launches
+        assert launches_of_a_step(params) == 4
+    finally:
+        emulated.module().set_single_launch(None)
+
+
+def test_as_many_blocks_as_are_on_the_device_at_the_same_time(device: Any) -> None:
+    """One that holds two blocks gets two: CUDA refuses more. Its neighbours stay as they were."""
+    shapes = [(5003,)] * 7
+    for multiprocessors, resident in ((1, 2), (2, 1), (1, 1)):
+        device(multiprocessors, resident, 50 << 20, 1)
+        params, twins = make_params(shapes), make_params(shapes)
+        assert launches_of_a_step(params) == 1
+        optimizer = AdamW(twins, 0.1, max_norm=1.0, backend="cpu")
+        for row in record_grads(twins, 2):
+            set_grads(twins, row)
+            optimizer.step()
+        assert_same_bits(params, twins)
+    assert emulated.kernels().runtime_current_device() == 0
 
 
 # ---- choice --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from simt.emulated import Run, step
 from torch import Tensor
 
 SCALING = [name for name, rule in INFO.items() if rule.scales]
-QSGD = 3.0
+SCALED_SIGN, QSGD = 1.0, 3.0
 # Less than a thread's group, than a row, than a run; a run, and several.
 BLOCKS = (1, 2, 4, 16, 32, 64, 128, 1024, 2048, 4096, 32768)
 SIZES = (0, 1, 31, 64, 100, 1023, 2049, 12345, 40001)
@@ -51,6 +51,13 @@ def test_every_rule_and_block(rule: str, block: int) -> None:
     most = 300 if block < 8 else 50_000  # what the emulation has time for
     slots = [make_slot(rule, (n,)) for n in SIZES if n < most]
     assert_same(slots, blocks_of(rule, block, order=2, resident=2), steps=2)
+
+
+@every_rule
+@pytest.mark.parametrize("block", [16, 256])
+def test_scales_that_are_means_of_magnitudes(rule: str, block: int) -> None:
+    slots = [make_slot(rule, (n,)) for n in (1, 31, 100, 2049)]
+    assert_same(slots, blocks_of(rule, block, hyper={"compressor": SCALED_SIGN}))
 
 
 @every_rule

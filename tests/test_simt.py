@@ -16,6 +16,8 @@ NAMES = [
     *("tree/out_of_room", "warp", "warp/lane_left_out", "warp/early_exit", "warp/beyond"),
     *("last", "last/no_fence_before", "last/no_fence_after", "last/no_barrier"),
     *("last/plain_ticket", "last/everybody", "grid", "grid/no_barrier"),
+    *("grid/no_second_barrier", "grid/a_block_leaves", "grid/a_thread_leaves"),
+    *("grid/different_barriers", "grid/not_cooperative"),
     *("odd", "odd/plain_addition", "edge/read_behind", "edge/read_before"),
     *("edge/write_behind", "edge/write_before"),
 ]
@@ -24,6 +26,8 @@ PLAIN = {
     *("tree/unfilled", "tree/no_first_barrier", "tree/no_inner_barrier", "tree/no_last_barrier"),
     *("tree/divergent_barrier", "tree/different_barriers", "tree/out_of_room"),
     *("warp/lane_left_out", "warp/early_exit", "warp/beyond", "grid/no_barrier"),
+    *("grid/no_second_barrier", "grid/a_block_leaves", "grid/a_thread_leaves"),
+    *("grid/different_barriers", "grid/not_cooperative"),
     *("edge/read_behind", "edge/read_before", "edge/write_behind", "edge/write_before"),
 }
 
@@ -64,6 +68,8 @@ def test_planted_bugs_are_found(planted: ctypes.CDLL, name: str) -> None:
 def test_what_is_wrong_is_said(planted: ctypes.CDLL) -> None:
     assert "lines" in run(planted, "tree/different_barriers", 0, 1, False, 1)
     assert "deadlock" in run(planted, "warp/early_exit", 0, 1, False, 1)
+    assert "deadlock" in run(planted, "grid/a_block_leaves", 0, 1, False, 1)
+    assert "not cooperative" in run(planted, "grid/not_cooperative", 0, 1, False, 1)
     assert "race: thread" in run(planted, "last/no_fence_before", 0, 1, True, 1)
     assert "out of bounds" in run(planted, "edge/read_behind", 0, 1, False, 1)
     assert "4 bytes before" in run(planted, "edge/write_before", 0, 1, False, 1)

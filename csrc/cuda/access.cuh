@@ -403,15 +403,6 @@ struct Constants {
         take(*reinterpret_cast<const GradientIn<C>*>(p.take)) {}
 };
 
-// The warp's item of a launch; its tensor is -1 where there is nothing to do.
-PYSMOOTH_DEVICE Item item_of(const View& plan, const Work& work) {
-  const int64_t i = warp_number();
-  Item out{-1, 0};
-  if (i < work.count) out = work.items[i];
-  if (out.tensor >= 0 && plan.grads[out.tensor] == nullptr) out.tensor = -1;
-  return out;
-}
-
 // How many groups of every operand are under way at once, per thread: some 256 bytes; half of that
 // where numbers take more registers than what is loaded.
 constexpr int bits_in(unsigned set) { return set == 0 ? 0 : 1 + bits_in(set & (set - 1u)); }

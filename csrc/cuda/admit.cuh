@@ -7,7 +7,7 @@
 // host does not see replays.
 #pragma once
 
-#include "cuda/prepare.cuh"
+#include "cuda/begin.cuh"
 #include "cuda/reduce.cuh"
 
 PYSMOOTH_KERNELS_BEGIN

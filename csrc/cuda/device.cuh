@@ -13,6 +13,10 @@
 #define PYSMOOTH_SHARED(Type, name) __shared__ Type name
 #define PYSMOOTH_UNROLL _Pragma("unroll")
 #define PYSMOOTH_ROLLED _Pragma("unroll 1")
+// A parameter of a kernel that stays where it was put, though functions are told its address.
+#define PYSMOOTH_IN_PLACE __grid_constant__
+// All blocks of the launch meet.
+#define PYSMOOTH_SYNC_GRID() cooperative_groups::this_grid().sync()
 #else
 #include "simt.h"
 #define PYSMOOTH_SHARED(Type, name) \
@@ -20,9 +24,12 @@
   Type& name = *static_cast<Type*>(simt::shared(&name##_key, sizeof(Type)))
 #define PYSMOOTH_UNROLL
 #define PYSMOOTH_ROLLED
+#define PYSMOOTH_IN_PLACE
+#define PYSMOOTH_SYNC_GRID() simt::sync_grid(__LINE__)
 #endif
 
 #define PYSMOOTH_DEVICE __device__ __forceinline__
+#define PYSMOOTH_APART __device__ __attribute__((noinline))
 #define PYSMOOTH_KERNEL __global__ void __launch_bounds__(pysmooth::cuda::kThreads, 1)
 
 PYSMOOTH_KERNELS_BEGIN
@@ -52,12 +59,16 @@ PYSMOOTH_DEVICE int64_t warp_number() {
   return static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
 }
 
-PYSMOOTH_DEVICE void sync_grid() {
-#if defined(__CUDACC__)
-  cooperative_groups::this_grid().sync();
-#else
-  simt::sync_grid(__LINE__);
-#endif
+// Item `i` of a launch; its tensor is -1 where there is nothing to do.
+PYSMOOTH_DEVICE Item item_at(const View& plan, const Work& work, int64_t i) {
+  Item out{-1, 0};
+  if (i < work.count) out = work.items[i];
+  if (out.tensor >= 0 && plan.grads[out.tensor] == nullptr) out.tensor = -1;
+  return out;
+}
+// The warp's, where there is one each.
+PYSMOOTH_DEVICE Item item_of(const View& plan, const Work& work) {
+  return item_at(plan, work, warp_number());
 }
 
 // ---- 16-bit formats: by instruction where there is one; tests compare bits with all NaN alike

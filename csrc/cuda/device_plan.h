@@ -15,6 +15,7 @@
 
 #include "core/param_storage.h"
 #include "core/rows.h"
+#include "cuda/kernels.h"
 #include "cuda/plan.h"
 
 namespace pysmooth::cuda {
@@ -66,6 +67,13 @@ struct Launch {
   bool meets = false;  // what follows waits for what the other devices have to tell
 };
 
+// A whole step in one launch (single.cuh).
+struct Single {
+  SingleKernel kernel;
+  int blocks;
+  Work reducing, applying;
+};
+
 class DevicePlan {
  public:
   DevicePlan(const std::vector<Tensor>& tensors, int groups, const Settings& settings);
@@ -87,6 +95,15 @@ class DevicePlan {
                                int phase = 0) const;
   int phases(const GroupInput* groups, Part part = Part::whole) const;
   View view(void* device, const void* inputs, const GroupInput* groups) const;
+
+  // The kernel that does a whole step alone; null where steps have more to them than a clip by the
+  // Euclidean norm and one rule's apply. It does not run before it is known how many of its blocks
+  // are on the device at the same time; with 0 it never does.
+  SingleKernel single_kernel() const;
+  void run_single(int resident_blocks) { resident_blocks_ = resident_blocks; }
+  bool is_single(Part part) const { return resident_blocks_ > 0 && part == Part::whole; }
+  Single single(void* device, const GroupInput* groups) const;
+  int64_t streamed_bytes() const;  // that a step touches of parameters, gradients and states
 
   size_t board_at() const { return at_.board; }
   size_t board_row_bytes() const {
@@ -177,6 +194,7 @@ class DevicePlan {
   int sample_lines_ = 0;
   int64_t candidates_ = 0;
   int digits_ = 0;  // of the longest threshold
+  int resident_blocks_ = 0;
   size_t bytes_ = 0;
   struct {
     size_t entries, layouts, group_first, partial_first, items, started, status, arrived, nonfinite;

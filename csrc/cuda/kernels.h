@@ -23,6 +23,17 @@ constexpr int kFewWords = 480, kManyWords = 4000;
 template <int kWords>
 using PutKernel = void (*)(uint64_t* at, int words, Payload<kWords> payload);
 
+// The same in a launch that has more to do. `words`: 0 where there is nothing to write. With a
+// kernel's other parameters it stays below the 4 KB that every driver takes.
+constexpr int kCarriedWords = 384;
+struct Carried {
+  uint64_t* at;
+  int words;
+  Payload<kCarriedWords> payload;
+};
+static_assert(sizeof(View) + 2 * sizeof(Work) + sizeof(Carried) <= 4096);
+using SingleKernel = void (*)(View plan, Work reducing, Work applying, Carried carried);
+
 struct KernelTable {
   Kernel reduce[kReductions];
   Kernel row_sums, row_coefs;
@@ -31,6 +42,7 @@ struct KernelTable {
   Kernel publish, conclude[kReductions], conclude_pass;
   Kernel source[kRules][kMaxStages][kAccesses];
   Kernel apply[kRules][kAccesses];
+  SingleKernel single[kRules][kAccesses];  // of rules that have no pass before apply
   // Of rules that absorb: what takes a gradient in, and pass 0 where the states have it.
   AbsorbKernel admit;
   Kernel take_in[kRules][kAccesses], absorbed[kRules][kAccesses];

@@ -36,7 +36,64 @@ cudaError_t launch(View* view, Launch* one, void* stream) {
                           stream_of(stream));
 }
 
+// The step's numbers, in launches of their own.
+cudaError_t put_inputs(void* inputs, const std::vector<char>& bytes, cudaStream_t stream) {
+  char* const to = static_cast<char*>(inputs);
+  return bytes.size() <= 8 * kFewWords
+             ? put<kFewWords>(kernels().put_few, to, bytes.data(), bytes.size(), stream)
+             : put<kManyWords>(kernels().put_many, to, bytes.data(), bytes.size(), stream);
+}
+
+// In one launch, which takes the step's numbers along if they are few.
+cudaError_t launch_single(Single one, View view, void* inputs, const std::vector<char>& bytes,
+                          cudaStream_t stream) {
+  Carried carried;
+  carried.at = static_cast<uint64_t*>(inputs);
+  carried.words = static_cast<int>((bytes.size() + 7) / 8);
+  if (carried.words <= kCarriedWords) {
+    std::memcpy(carried.payload.word, bytes.data(), bytes.size());
+  } else {
+    const cudaError_t error = put_inputs(inputs, bytes, stream);
+    if (error != cudaSuccess) return error;
+    carried.words = 0;
+  }
+  void* arguments[] = {&view, &one.reducing, &one.applying, &carried};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(one.kernel),
+                                     dim3(static_cast<unsigned>(one.blocks)), dim3(kThreads),
+                                     arguments, 0, stream);
+}
+
+// Of a kernel that is launched cooperatively, how many blocks are on the device at the same time.
+// CUDA says that of the current device only.
+cudaError_t count_resident(SingleKernel kernel, int device, int* blocks) {
+  int before = 0, each = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &each, reinterpret_cast<const void*>(kernel), kThreads, 0);
+  const cudaError_t back = cudaSetDevice(before);
+  if (error == cudaSuccess) error = back;
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  *blocks = each * processors;
+  return error;
+}
+
 }  // namespace
+
+int allow_single(DevicePlan* plan, int device, SingleLaunch when) {
+  const SingleKernel kernel = plan->single_kernel();
+  if (kernel == nullptr || when == SingleLaunch::never) return cudaSuccess;
+  int cooperates = 0, cache = 0, blocks = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
+  if (error != cudaSuccess || cooperates == 0) return error;
+  if (when == SingleLaunch::in_cache && plan->streamed_bytes() > cache) return cudaSuccess;
+  error = count_resident(kernel, device, &blocks);
+  if (error == cudaSuccess) plan->run_single(blocks);
+  return error;
+}
 
 int upload(const DevicePlan& plan, void* device, void* stream) {
   const std::vector<char> image = plan.image();
@@ -48,12 +105,10 @@ int step(const DevicePlan& plan, void* device, void* inputs, const void* const* 
          const GroupInput* groups, const StepInput& numbers, void* stream, Part part, int phase) {
   if (part != Part::rest && phase == 0) {
     const std::vector<char> bytes = plan.inputs(grads, groups, numbers);
-    char* const to = static_cast<char*>(inputs);
-    const cudaError_t error =
-        bytes.size() <= 8 * kFewWords
-            ? put<kFewWords>(kernels().put_few, to, bytes.data(), bytes.size(), stream_of(stream))
-            : put<kManyWords>(kernels().put_many, to, bytes.data(), bytes.size(),
-                              stream_of(stream));
+    if (plan.is_single(part))
+      return launch_single(plan.single(device, groups), plan.view(device, inputs, groups), inputs,
+                           bytes, stream_of(stream));
+    const cudaError_t error = put_inputs(inputs, bytes, stream_of(stream));
     if (error != cudaSuccess) return error;
   }
   View view = plan.view(device, inputs, groups);

@@ -20,6 +20,12 @@
 
 namespace pysmooth::cuda {
 
+// Whether a step is one cooperative launch, where its kernel can do it (DevicePlan::single_kernel)
+// and the device takes such launches: never; where all that a step touches fits in the L2 cache; or
+// always. Asks the device once, so that steps need not.
+enum class SingleLaunch { never, in_cache, always };
+int allow_single(DevicePlan* plan, int device, SingleLaunch when);
+
 int upload(const DevicePlan& plan, void* device, void* stream);
 
 // `grads`: of each tensor, null for one that sits out; `groups`: one per group. Host memory, read

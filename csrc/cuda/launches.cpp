@@ -164,6 +164,35 @@ std::vector<Launch> DevicePlan::all_launches(void* device, const GroupInput* gro
   return out;
 }
 
+SingleKernel DevicePlan::single_kernel() const {
+  if (classes_.size() != 1 || cuts_[0].apply.count == 0 || rows_.count > 0 || settings_.absorbs ||
+      settings_.sites > 1 || reduction_of(settings_.norm_type) != Reduction::sum_squares)
+    return nullptr;
+  return kernels().single[classes_[0].rule][classes_[0].access];
+}
+
+Single DevicePlan::single(void* device, const GroupInput* groups) const {
+  const std::vector<Launch> all = all_launches(device, groups, Part::whole);
+  Single out{single_kernel(), 1, {}, all.back().work};
+  if (reduces(groups)) out.reducing = all.front().work;
+  for (const Launch& one : all) out.blocks = std::max(out.blocks, one.blocks);
+  out.blocks = std::min(out.blocks, resident_blocks_);
+  return out;
+}
+
+int64_t DevicePlan::streamed_bytes() const {
+  int64_t out = 0;
+  for (const Tensor& tensor : tensors_) {
+    const RuleFacts& rule = facts(tensor.rule);
+    int64_t each = itemsize(tensor.param_dtype);
+    if (rule.reads_grad) each += itemsize(tensor.grad_dtype);
+    for (int k = 0; k < rule.states + (has_companion(tensor.storage) ? 1 : 0); ++k)
+      each += itemsize(tensor.state_dtype[k]);
+    out += each * tensor.numel;
+  }
+  return out;
+}
+
 std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups, Part part,
                                          int phase) const {
   std::vector<Launch> all = all_launches(device, groups, part);

@@ -199,29 +199,31 @@ __device__ void reduce_item(const View& plan, const Item& item, const void* grad
   }
 }
 
+// The same, however the gradient is stored.
+template <Reduction kind>
+PYSMOOTH_DEVICE void reduce_any(const View& plan, const Item& item, double* lanes) {
+  if (item.tensor < 0) return;
+  const void* const grad = plan.grads[item.tensor];
+  switch (static_cast<DType>(plan.entries[item.tensor].dtype[1])) {
+    case DType::f32:
+      reduce_item<kind, float>(plan, item, grad, lanes);
+      break;
+    case DType::f64:
+      reduce_item<kind, double>(plan, item, grad, lanes);
+      break;
+    case DType::bf16:
+      reduce_item<kind, bf16>(plan, item, grad, lanes);
+      break;
+    case DType::f16:
+      reduce_item<kind, f16>(plan, item, grad, lanes);
+      break;
+  }
+}
+
 template <Reduction kind>
 PYSMOOTH_KERNEL reduce(View plan, Work work) {
   PYSMOOTH_SHARED(Lanes, lanes);
-  double* const mine = lanes[warp_id()][0];
-  const int64_t i = warp_number();
-  const Item item = i < work.count ? work.items[i] : Item{-1, 0};
-  const void* const grad = item.tensor < 0 ? nullptr : plan.grads[item.tensor];
-  if (grad != nullptr) {
-    switch (static_cast<DType>(plan.entries[item.tensor].dtype[1])) {
-      case DType::f32:
-        reduce_item<kind, float>(plan, item, grad, mine);
-        break;
-      case DType::f64:
-        reduce_item<kind, double>(plan, item, grad, mine);
-        break;
-      case DType::bf16:
-        reduce_item<kind, bf16>(plan, item, grad, mine);
-        break;
-      case DType::f16:
-        reduce_item<kind, f16>(plan, item, grad, mine);
-        break;
-    }
-  }
+  reduce_any<kind>(plan, item_of(plan, work), lanes[warp_id()][0]);
   if (plan.board != nullptr) return;  // conclude comes when all devices are done
   if (last_block(&plan.arrived[plan.tensors], static_cast<uint32_t>(work.blocks)))
     finalize<kind>(plan);

@@ -3,6 +3,7 @@
 #include "cuda/absorb.cuh"
 #include "cuda/apply.cuh"
 #include "cuda/kernels.h"
+#include "cuda/single.cuh"
 #include "cuda/source.cuh"
 
 namespace pysmooth::cuda {
@@ -30,6 +31,8 @@ void fill_stages([[maybe_unused]] KernelTable* table, [[maybe_unused]] int rule,
 template <class Rule, class A>
 void fill_access(KernelTable* table, int rule, Access access) {
   if constexpr (Rule::kApplies) table->apply[rule][access] = generic::apply<Rule, A>;
+  if constexpr (Rule::kApplies && Rule::kStages == 0)
+    table->single[rule][access] = generic::single<Rule, A>;
   if constexpr (Rule::kAbsorbs) {
     table->take_in[rule][access] = generic::take_in<Rule, A>;
     table->absorbed[rule][access] = generic::source<Rule, 0, A, true>;

@@ -83,6 +83,7 @@ class _Config(ctypes.Structure):
         ("absorbs", ctypes.c_int32),
         ("once", ctypes.c_uint32),
         ("sites", ctypes.c_int32),
+        ("single", ctypes.c_int32),
     ]
 
 
@@ -247,6 +248,7 @@ class Run:
     absorbs: int = 0  # gradients are taken in one by one: 1, then the step; 2, without a step
     once: int = 0  # hyper-parameters, as bits, that are 0 for all but the first of a step
     sites: int = 1  # devices
+    single: int = 0  # blocks of the one launch that the step is, if it can be; 0: it is several
     kept_out: int = 0  # gradients, or steps, that the policy refused
 
 
@@ -313,7 +315,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         setattr(config, name, getattr(run, name))
     for name in ("order", "seed", "resident", "races", "multiprocessors"):
         setattr(config, name, getattr(run, name))
-    for name in ("absorbs", "once", "sites"):
+    for name in ("absorbs", "once", "sites", "single"):
         setattr(config, name, getattr(run, name))
     config.stage_scope[: len(run.stage_scopes)] = tuple(run.stage_scopes)
     kind, scope, ratio, k, block, scaled, seed = run.select

@@ -63,6 +63,7 @@ struct Config {
   int32_t absorbs;
   uint32_t once;
   int32_t sites;
+  int32_t single;  // blocks of the one launch that a step is, where it can be; 0: it is several
 };
 
 // Device memory that mirrors memory of the host.
@@ -196,7 +197,7 @@ Settings settings_of(const Config& config) {
 class Site {
  public:
   Site(Device* device, const std::vector<Tensor>& tensors, const Settings& settings,
-       const GroupInput* groups_in, int count, const StepInput& step)
+       const GroupInput* groups_in, int count, const StepInput& step, int single)
       : plan(tensors, count, settings),
         memory(simt::allocate(plan.bytes(), 0, 0xFF)),
         groups(groups_in, groups_in + count),
@@ -213,6 +214,7 @@ class Site {
     };
     numbers.grad_scale = number(step.grad_scale);
     numbers.found_inf = number(step.found_inf);
+    if (plan.single_kernel() != nullptr) plan.run_single(single);
   }
   ~Site() {
     simt::release(memory);
@@ -246,7 +248,7 @@ class Site {
     return out;
   }
 
-  const DevicePlan plan;
+  DevicePlan plan;
   void* const memory;
   std::vector<GroupInput> groups;
   StepInput numbers;
@@ -314,7 +316,7 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
   Settings settings = settings_of(*config);
   std::deque<Site> sites;
   for (Device& device : devices) {
-    sites.emplace_back(&device, tensors, settings, groups, config->groups, *step);
+    sites.emplace_back(&device, tensors, settings, groups, config->groups, *step, config->single);
     ++settings.site;
   }
   const Site& first = sites.front();

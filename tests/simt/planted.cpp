@@ -104,16 +104,25 @@ void last(const Args& a) {
   *a.out = sum;
 }
 
-// Every block writes, all meet, every block reads its neighbour's.
-template <bool kGood>
+// Every thread writes, all meet, one adds up; all meet again before what was read is overwritten.
+enum class Grid { good, no_barrier, no_second, a_block_leaves, a_thread_leaves, different };
+
+template <Grid kBug>
 void grid(const Args& a) {
   const unsigned t = blockIdx.x * kThreads + threadIdx.x, all = gridDim.x * kThreads;
   int sum = 0;
   for (unsigned i = t; i < static_cast<unsigned>(a.n); i += all) sum += a.in[i];
   a.partial[t] = sum;
-  if (kGood) simt::sync_grid(__LINE__);
+  if (kBug == Grid::a_block_leaves && blockIdx.x == 1) return;
+  if (kBug == Grid::a_thread_leaves && t == 70) return;
+  if (kBug == Grid::different && blockIdx.x == 1)
+    simt::sync_grid(__LINE__);
+  else if (kBug != Grid::no_barrier)
+    simt::sync_grid(__LINE__);
   if (t == 0)
     for (unsigned i = 0; i < all; ++i) *a.out += a.partial[i];
+  if (kBug != Grid::no_second) simt::sync_grid(__LINE__);
+  a.partial[t] = 0;
 }
 
 // Ballots and atomics: how many are odd.
@@ -165,8 +174,13 @@ const Planted kAll[] = {
     {"last/no_barrier", last<Last::no_barrier>},
     {"last/plain_ticket", last<Last::plain_ticket>},
     {"last/everybody", last<Last::everybody>},
-    {"grid", grid<true>, true},
-    {"grid/no_barrier", grid<false>, true},
+    {"grid", grid<Grid::good>, true},
+    {"grid/no_barrier", grid<Grid::no_barrier>, true},
+    {"grid/no_second_barrier", grid<Grid::no_second>, true},
+    {"grid/a_block_leaves", grid<Grid::a_block_leaves>, true},
+    {"grid/a_thread_leaves", grid<Grid::a_thread_leaves>, true},
+    {"grid/different_barriers", grid<Grid::different>, true},
+    {"grid/not_cooperative", grid<Grid::good>},
     {"odd", odd<true>},
     {"odd/plain_addition", odd<false>},
     {"edge/read_behind", edge<Edge::read_behind>},

@@ -16,6 +16,11 @@ namespace {
 
 using namespace pysmooth::cuda;
 
+// What the device says of itself.
+struct Device {
+  int multiprocessors = 132, resident = 1, cache = 50 << 20, cooperates = 1, current = 0;
+};
+Device device;
 long launches = 0, uploads = 0, downloads = 0;
 std::map<void*, long> launches_on;
 void* last_stream = nullptr;
@@ -41,6 +46,13 @@ std::function<void()> bound(const void* kernel, void** arguments) {
   if (is(kernels().admit))
     return [view = argument<View>(arguments, 0), work = argument<Work>(arguments, 1),
             intake = argument<Intake>(arguments, 2)] { kernels().admit(view, work, intake); };
+  for (const auto& of_rule : kernels().single)
+    if (std::any_of(std::begin(of_rule), std::end(of_rule), is))
+      return [run = reinterpret_cast<SingleKernel>(const_cast<void*>(kernel)),
+              view = argument<View>(arguments, 0), reducing = argument<Work>(arguments, 1),
+              applying = argument<Work>(arguments, 2), carried = argument<Carried>(arguments, 3)] {
+        run(view, reducing, applying, carried);
+      };
   if (std::any_of(std::begin(kernels().codec), std::end(kernels().codec), is))
     return [run = reinterpret_cast<CodecKernel>(const_cast<void*>(kernel)),
             coding = argument<Coding>(arguments, 0)] { run(coding); };
@@ -49,16 +61,14 @@ std::function<void()> bound(const void* kernel, void** arguments) {
           work = argument<Work>(arguments, 1)] { run(view, work); };
 }
 
-}  // namespace
-
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
-                             size_t /*shared_bytes*/, cudaStream_t stream) {
+cudaError_t launch(const void* kernel, dim3 grid, dim3 threads, void** arguments, bool cooperative,
+                   cudaStream_t stream) {
   if (grid.x == 0 || threads.x == 0) return cudaErrorInvalidValue;
   ++launches;
   ++launches_on[stream];
   last_stream = stream;
-  const auto run = [grid, threads, once = bound(kernel, arguments)] {
-    simt::launch(grid, threads.x, false, once);
+  const auto run = [grid, threads, cooperative, once = bound(kernel, arguments)] {
+    simt::launch(grid, threads.x, cooperative, once);
   };
   if (captures) {
     captured.push_back(run);
@@ -69,6 +79,29 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void**
   return wrong.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+}  // namespace
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
+                             size_t /*shared_bytes*/, cudaStream_t stream) {
+  return launch(kernel, grid, threads, arguments, false, stream);
+}
+
+// As CUDA: a grid that is not on the device as a whole is refused.
+cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 threads,
+                                        void** arguments, size_t /*shared_bytes*/,
+                                        cudaStream_t stream) {
+  if (static_cast<int>(grid.x) > device.resident * device.multiprocessors)
+    return cudaErrorCooperativeLaunchTooLarge;
+  return launch(kernel, grid, threads, arguments, true, stream);
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* /*kernel*/,
+                                                          int /*threads*/,
+                                                          size_t /*shared_bytes*/) {
+  *blocks = device.resident;
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
   ++(kind == cudaMemcpyHostToDevice ? uploads : downloads);
@@ -77,8 +110,20 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr /*attribute*/, int /*device*/) {
-  *value = 132;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  *value = attribute == cudaDevAttrL2CacheSize         ? device.cache
+           : attribute == cudaDevAttrCooperativeLaunch ? device.cooperates
+                                                       : device.multiprocessors;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* number) {
+  *number = device.current;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int number) {
+  device.current = number;
   return cudaSuccess;
 }
 
@@ -99,6 +144,16 @@ extern "C" __attribute__((visibility("default"))) void runtime_calls(long* out) 
 extern "C" __attribute__((visibility("default"))) void* runtime_stream() { return last_stream; }
 extern "C" __attribute__((visibility("default"))) long runtime_launches_on(void* stream) {
   return launches_on[stream];
+}
+
+// What the device says of itself from now on.
+extern "C" __attribute__((visibility("default"))) void runtime_device(int multiprocessors,
+                                                                      int resident, int cache,
+                                                                      int cooperates) {
+  device = {multiprocessors, resident, cache, cooperates, 0};
+}
+extern "C" __attribute__((visibility("default"))) int runtime_current_device() {
+  return device.current;
 }
 
 // How the kernels of launches are run from now on.

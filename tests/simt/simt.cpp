@@ -49,6 +49,7 @@ struct Launch {
   unsigned threads = 0;
   dim3 grid;
   bool all_resident = false, races = false;
+  size_t at_grid = 0;  // threads that wait for the whole launch
 };
 
 Launch* now = nullptr;
@@ -280,12 +281,17 @@ void sync_block(int site) {
   wait_for(State::at_block, site, self().block->all, [] {});
 }
 
+// All threads of the launch, those of blocks that have ended too: they never come.
 void sync_grid(int site) {
   if (!now->all_resident) fail("a grid barrier in a launch that is not cooperative");
+  self().state = State::at_grid;
+  self().site = site;
+  if (++now->at_grid < size_t{now->grid.x} * now->threads) return yield();
+  now->at_grid = 0;
   std::vector<Thread*> all;
   for (const auto& block : now->resident)
     all.insert(all.end(), block->all.begin(), block->all.end());
-  wait_for(State::at_grid, site, all, [] {});
+  meet(all);
 }
 
 void sync_warp(uint32_t mask, int site) {

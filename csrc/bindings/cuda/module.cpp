@@ -1,5 +1,7 @@
 // The extension module pysmooth._cuda. It loads where there is no driver and no GPU.
 
+#include <optional>
+
 #include "bindings/cuda/clip.h"
 #include "bindings/cuda/codec.h"
 #include "bindings/cuda/plan.h"
@@ -59,6 +61,15 @@ PYBIND11_MODULE(_cuda, m) {
   Direct::get();  // while no mode of torch is on
   m.def("set_direct_enabled", &Direct::enable, py::arg("enabled"));
   m.def("uses_direct", [] { return Direct::get() != nullptr; });
+  // Plans that are made from now on: None asks how large they are.
+  m.def(
+      "set_single_launch",
+      [](std::optional<bool> single) {
+        single_launch() = !single.has_value() ? SingleLaunch::in_cache
+                          : *single           ? SingleLaunch::always
+                                              : SingleLaunch::never;
+      },
+      py::arg("single"));
   m.def("rules", &rules);
   m.def("missing", &missing);
   py::class_<Site>(m, "Site")

@@ -1,6 +1,7 @@
 #include "bindings/cuda/plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 
 #include "bindings/select_spec.h"
@@ -50,6 +51,17 @@ GroupInput group_of(const py::tuple& hyper, const py::tuple& clip) {
 
 void check(int error, const char* what) {
   if (error != 0) throw std::runtime_error(std::string("CUDA: ") + what + ": " + error_name(error));
+}
+
+SingleLaunch& single_launch() {
+  static SingleLaunch when = [] {
+    const char* const wanted = std::getenv("PYSMOOTH_CUDA_SINGLE");
+    if (wanted == nullptr || *wanted == '\0') return SingleLaunch::in_cache;
+    if (std::string(wanted) == "0") return SingleLaunch::never;
+    if (std::string(wanted) == "1") return SingleLaunch::always;
+    throw py::value_error("PYSMOOTH_CUDA_SINGLE is 0 or 1, not " + std::string(wanted));
+  }();
+  return when;
 }
 
 int find_rule(const std::string& name) {
