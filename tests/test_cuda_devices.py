@@ -30,7 +30,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pysmooth
-from pysmooth import AdamW, BackendError, ClipSGD, NonFiniteGradientError
+from pysmooth import EFSGD, AdamW, BackendError, ClipSGD, NonFiniteGradientError, TopK
 from pysmooth.engine import cuda, cuda_clip, cuda_memory
 
 pytestmark = [
@@ -251,6 +251,29 @@ def test_what_moved_on_one_device_makes_new_plans_for_all(spread: Spread) -> Non
             for optimizer in (ours, theirs):
                 optimizer.load_state_dict(optimizer.state_dict())
     assert_same_snapshot(snapshot(ours), snapshot(theirs))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (
+            lambda p: EFSGD(p, 0.1, TopK(k=3, scope="global"), backend="cuda"),
+            r"TopK\(scope='global'",
+        ),
+        (lambda p: EFSGD(p, 0.1, TopK(k=3), absorb=True, backend="cuda"), "absorb=True"),
+    ],
+)
+def test_what_sees_all_gradients_takes_one_device(
+    make: Callable[[Any], Any], what: str, spread: Spread
+) -> None:
+    params = make_params()
+    spread(params)
+    optimizer = make(params)
+    set_grads(params, record_grads(params, 1)[0])
+    with pytest.raises(BackendError, match=rf"^{what}.* takes parameters of one device; .* cpu:1"):
+        optimizer.step()
+    assert_same_bits(params, make_params())
+    assert not optimizer.state
 
 
 def test_the_triton_backend_takes_one_device() -> None:
