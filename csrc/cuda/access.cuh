@@ -78,7 +78,8 @@ struct Span {
     using Us = Team<A::kGroup>;
     const int64_t each = int64_t{rows} * kRow;
     const int64_t first = part * Us::kTeams * each + from;
-    begin = first + Us().team * each;
+    const Us me;
+    begin = first + me.team * each;
     length = clamped(entry.numel - begin, most);
     // All teams of a warp take as many turns as the first one, which has the most to do.
     const int64_t longest = clamped(entry.numel - first, most);
