@@ -64,6 +64,7 @@ if os.environ.get("PYSMOOTH_LEVELS"):
 # No contraction here either.
 NVCCFLAGS = ["-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr"]
 NVCCFLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+CUDA_BINDINGS = ("aliasing", "direct", "tensor_reader", "watch")  # that both modules have
 CUDA_PARTS = 4  # kParts in csrc/cuda/kernels.h
 
 
@@ -277,7 +278,10 @@ class NinjaBuild(build_ext):
             add("nvcc", CSRC / "cuda" / f"{name}.cu", name)
         for source in [
             *sorted(CSRC.glob("bindings/cuda/*.cpp")),
-            *(CSRC / "bindings" / f"{x}.cpp" for x in ("aliasing", "direct", "tensor_reader")),
+            *(
+                CSRC / "bindings" / f"{x}.cpp"
+                for x in ("aliasing", "direct", "tensor_reader", "watch")
+            ),
             *sorted(CSRC.glob("cuda/*.cpp")),
         ]:
             add("compile", source, f"{source.parent.name}.{source.stem}")

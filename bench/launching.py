@@ -40,7 +40,16 @@ YES(cuFuncSetCacheConfig) YES(cuModuleUnload) YES(cuDevicePrimaryCtxRelease)
 YES(cuOccupancyMaxActiveClusters) YES(cuTensorMapEncodeTiled) YES(cuTensorMapEncodeIm2col)
 static long launches;
 long pysmooth_launches(void) { return launches; }
-int cuLaunchKernelEx(void) { ++launches; return 0; }
+// Of the last launch: grid, threads, stream, the first two arguments.
+static u64 last[9];
+void pysmooth_last(u64* out) { for (int i = 0; i < 9; ++i) out[i] = last[i]; }
+typedef struct { unsigned grid[3], block[3], shared; void* stream; } Config;
+int cuLaunchKernelEx(const Config* config, void* function, void** arguments, void** more) {
+  for (int i = 0; i < 3; ++i) last[i] = config->grid[i], last[3 + i] = config->block[i];
+  last[6] = (u64)config->stream, last[7] = *(u64*)arguments[0], last[8] = *(u64*)arguments[1];
+  ++launches;
+  return 0;
+}
 int cuLaunchKernel(void) { ++launches; return 0; }
 int cuDriverGetVersion(int* v) { *v = 13000; return 0; }
 int cuDeviceGetCount(int* n) { *n = 1; return 0; }
@@ -74,7 +83,7 @@ def main() -> None:
     if _HERE not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
             sys.exit(_beneath(Path(folder)))
-    _use_driver()
+    use_driver()
     found = [_measure(name, options.rounds) for name in options.models.split(",")]
     for row in found:
         times = ", ".join(f"{name} {us:.0f}" for name, us in row["microseconds"].items())
@@ -86,6 +95,12 @@ def main() -> None:
 
 def _beneath(folder: Path) -> int:
     """This command once more, where the driver is found: linkers look when a process starts."""
+    command = [sys.executable, "-m", "pysmooth.bench.launching", *sys.argv[1:]]
+    return subprocess.run(command, env=with_driver(folder), check=False).returncode
+
+
+def with_driver(folder: Path) -> dict[str, str]:
+    """Makes the driver in a folder; the environment of a process that finds it there."""
     (folder / "driver.c").write_text(_DRIVER)
     library = folder / "libcuda.so.1"
     command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O2", "-w"]
@@ -96,15 +111,14 @@ def _beneath(folder: Path) -> int:
     places |= {"TRITON_CACHE_DIR": folder / "cache", _HERE: folder}
     env = {**os.environ, **{key: str(place) for key, place in places.items()}}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pysmooth.bench.launching", *sys.argv[1:]]
-    return subprocess.run(command, env=env, check=False).returncode
+    return env
 
 
 def _triton() -> Any:
     return importlib.import_module("triton")
 
 
-def _use_driver() -> None:
+def use_driver() -> None:
     """Triton compiles and launches for the driver; the backend takes CPU tensors for a device's."""
     nvidia = importlib.import_module("triton.backends.nvidia.driver")
     driver = object.__new__(nvidia.CudaDriver)
@@ -118,13 +132,27 @@ def _use_driver() -> None:
     vars(backends)["triton_interpreted"] = lambda: True
     engine: Any = importlib.import_module("pysmooth.engine.triton").TritonEngine
     engine.settled = lambda *_: None  # as on a GPU: nobody looks at what a step has done
-    vars(importlib.import_module("pysmooth.triton_kernels.plan"))["current_stream"] = lambda _: 0
+    for name in ("plan", "words"):
+        module = importlib.import_module(f"pysmooth.triton_kernels.{name}")
+        vars(module)["current_stream"] = lambda _: 0
 
 
-def _launches() -> int:
-    count = ctypes.CDLL(f"{os.environ[_HERE]}/libcuda.so.1").pysmooth_launches
-    count.restype = ctypes.c_long
-    return int(count())
+def _driver() -> ctypes.CDLL:
+    driver = ctypes.CDLL(f"{os.environ[_HERE]}/libcuda.so.1")
+    driver.pysmooth_launches.restype = ctypes.c_long
+    return driver
+
+
+def launches() -> int:
+    """How many launches there were so far."""
+    return int(_driver().pysmooth_launches())
+
+
+def last_launch() -> list[int]:
+    """Grid, threads, stream and the first two arguments of the last launch."""
+    out = (ctypes.c_uint64 * 9)()
+    _driver().pysmooth_last(out)
+    return list(out)
 
 
 def _measure(model: str, rounds: int) -> dict[str, Any]:
@@ -144,22 +172,37 @@ def _measure(model: str, rounds: int) -> dict[str, Any]:
         "clip_sgd_momentum": momentum.step,
         "clip_adamw": adamw.step,
         "a launch per parameter": _per_parameter(params),
+        **host_rivals(params),
     }
-    launches = {}
+    counts = {}
     for name, step in contestants.items():
         for _ in range(3):
             backward()
-            before = _launches()
+            before = launches()
             step()
-            launches[name] = _launches() - before
+            counts[name] = launches() - before
     timed = interleave(contestants, rounds=rounds, prepare=backward, seconds=30)
     return {
         "model": model,
         "tensors": len(params),
-        "launches": launches,
+        "launches": counts,
         "microseconds": {name: t.median * 1e6 for name, t in timed.items()},
         "ratio": ratio(timed["a launch per parameter"], timed["clip_sgd_momentum"]),
     }
+
+
+def host_rivals(params: list[torch.nn.Parameter]) -> dict[str, Callable[[], object]]:
+    """What torch does on the host for the same tensors, on the CPU: computing is next to nothing.
+
+    Its fused AdamW behind clip_grad_norm_; and what any step starts with, asking for gradients.
+    """
+    fused = torch.optim.AdamW(params, 1e-9, fused=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        fused.step()
+
+    return {"torch's clip, fused AdamW": step, "p.grad": lambda: [p.grad for p in params]}
 
 
 def _per_parameter(params: list[torch.nn.Parameter]) -> Callable[[], object]:

@@ -24,14 +24,17 @@ class BackwardSums:
 class Watch:
     def __init__(
         self,
+        *,
         params: list[Tensor],
         grads: list[Tensor | None],
+        state_dicts: list[dict[str, Any]],
+        state_keys: list[tuple[str, ...]],
         state: dict[Any, Any],
-        keys: list[str],
+        roots: list[Tensor],
+        aligns: bool,
     ) -> None: ...
     def look(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bytes | None: ...
-    @property
-    def all_present(self) -> bool: ...
+    def count_written(self) -> None: ...
 
 class StateSnapshot:
     def __init__(self, state: Mapping[Tensor, Any]) -> None: ...

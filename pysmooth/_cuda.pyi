@@ -44,6 +44,7 @@ class Plan:
         *,
         params: list[Tensor],
         grads: list[Tensor],
+        state: dict[Any, Any],
         state_dicts: list[dict[str, Any]],
         state_keys: list[tuple[str, ...]],
         rules: list[str],
@@ -65,7 +66,8 @@ class Plan:
     def sites(self) -> list[Site]: ...
     def step(
         self,
-        param_lists: list[list[Tensor]],
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
         hypers: Sequence[tuple[float | Tensor, ...]],
         clips: Sequence[tuple[int, float, float, float, float, float, bool]],
         grad_scale: Tensor | None,
@@ -74,7 +76,7 @@ class Plan:
         stream: int,
         /,
     ) -> bool: ...
-    def begin(self, param_lists: list[list[Tensor]], /) -> bool: ...
+    def begin(self, groups: list[dict[str, Any]], state: dict[Any, Any], /) -> bool: ...
     def enqueue(
         self,
         site: int,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pysmooth.triton_kernels import plan
 from pysmooth.triton_kernels.launch import Launch
-from pysmooth.triton_kernels.plan import Words
+from pysmooth.triton_kernels.words import Words
 
 
 class Graph:
@@ -39,7 +39,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
     """Records launches; no table may be made meanwhile."""
     graph = Graph()
     with monkeypatch.context() as patched:
-        for module in ("triton_kernels.plan", "engine.triton", "engine.triton_clip"):
+        for module in ("triton_kernels.plan", "engine.triton"):
             patched.setattr(f"pysmooth.{module}.captures", lambda _: True)
         patched.setattr(
             Launch, "__call__", lambda x, _, values=(): graph.launches.append((x, values))

@@ -105,9 +105,9 @@ def test_unchanged_addresses_are_not_sent_again(monkeypatch: pytest.MonkeyPatch)
     engine = optimizer._engine
     assert isinstance(engine, TritonEngine)
     assert engine._plan is not None
-    sent = engine._plan.words.host
+    sent = engine._plan.words.sent
     optimizer.step()
-    assert engine._plan.words.host is sent
+    assert engine._plan.words.sent is sent
     optimizer.param_groups[0]["lr"] = 0.2
     optimizer.step()
-    assert engine._plan.words.host is not sent
+    assert engine._plan.words.sent is not sent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,8 +25,6 @@ from .specs import Form, Method, apply_spec, finalize_spec, look_spec, pass_spec
 from .table import (
     BLOCK_NUMBERS,
     CHUNK,
-    GROUP_HYPER,
-    GROUP_WORDS,
     KEY_WORDS,
     MAX_DIMS,
     ROW_BLOCKS,
@@ -37,6 +35,7 @@ from .table import (
     merge_layout,
 )
 from .tuning import INTERPRETED
+from .words import NO_AMP, Words
 
 
 @dataclass
@@ -82,63 +81,6 @@ class Work(NamedTuple):
 
 Bound = tuple[list[Launch], list[Launch]]  # launches up to the constants, and from there on
 SPARES = 4  # captures that a step prepares for
-
-
-@dataclass
-class Words:
-    """What a step may bring anew: addresses of gradients, numbers of groups, AMP's two tensors.
-
-    One copy sends it, from pinned memory that torch does not reuse before the copy is done.
-    """
-
-    tensors: int
-    groups: int
-    device: torch.device
-    device_words: Tensor = field(init=False)
-    sent: tuple[Any, ...] = ()
-    host: Tensor | None = None
-    owned: bool = False  # by a graph: what is sent stays where it was sent from, for replays
-
-    def __post_init__(self) -> None:
-        self._floats = self.tensors + self.tensors % 2  # 16-byte boundaries
-        self._amp = self._floats + self.groups * GROUP_WORDS.value
-        self.device_words = torch.zeros(self._amp + 2, dtype=torch.int64, device=self.device)
-        if self.owned:
-            self.host = self._room()
-
-    def _room(self) -> Tensor:
-        pinned = self.device.type == "cuda"
-        return torch.zeros(self._amp + 2, dtype=torch.int64, pin_memory=pinned)
-
-    @property
-    def gradients(self) -> Tensor:
-        """Addresses; 0 for a tensor that sits out the step."""
-        return self.device_words[: self._floats]
-
-    @property
-    def hypers(self) -> Tensor:
-        """Rows of groups."""
-        return self.device_words[self._floats : self._amp].view(torch.float64)
-
-    @property
-    def amp(self) -> Tensor:
-        """Addresses of the loss scale and of its overflow flag; 0: none."""
-        return self.device_words[self._amp :]
-
-    def send(self, gradients: bytes, hypers: list[float], amp: tuple[int, int]) -> None:
-        """Sends what changed: all of it or, usually, nothing."""
-        news = (gradients, hypers, amp)
-        if news == self.sent:
-            return
-        host = self.host if self.owned and self.host is not None else self._room()
-        if self.tensors:
-            host[: self.tensors] = torch.frombuffer(bytearray(gradients), dtype=torch.int64)
-        host[self._floats : self._amp].view(torch.float64).copy_(
-            torch.tensor(hypers, dtype=torch.float64)
-        )
-        host[self._amp :] = torch.tensor(amp)
-        self.device_words.copy_(host, non_blocking=True)
-        self.sent, self.host = news, host
 
 
 class Plan:
@@ -390,23 +332,24 @@ class Plan:
     def run(
         self,
         gradients: bytes,
-        hypers: list[float],
-        amp: tuple[int, int] = (0, 0),
+        hypers: bytes,
+        amp: bytes = NO_AMP,
         *,
         held: Sequence[tuple[int, Tensor]] = (),
         passes: Sequence[int] = (0, 1),
-    ) -> None:
-        """One step, with these addresses and numbers.
+    ) -> bool:
+        """One step, with these addresses and numbers. Returns whether it is captured in a graph.
 
         Args:
             gradients: an address per slot, as `packed` makes them; 0: it sits out the step.
             hypers: a row per group, as `group_words` makes it.
-            amp: addresses of the loss scale and of its overflow flag; 0: none.
+            amp: addresses of the loss scale and of its overflow flag, packed; 0: none.
             held: places in `hypers` whose numbers are on the device, and these.
             passes: 0: norms and constants; 1: the update.
         """
         words, launches = self.words, self._eager
-        if captures(self.device):
+        captured = captures(self.device)
+        if captured:
             words, launches = self._for_capture()
         words.send(gradients, hypers, amp)
         for place, number in held:
@@ -419,6 +362,7 @@ class Plan:
             while len(self._spares) < SPARES:
                 spare = Words(len(self.slots), self.groups, self.device, owned=True)
                 self._spares.append((spare, self._bind(spare)))
+        return captured
 
     def _for_capture(self) -> tuple[Words, Bound]:
         """Tables that a graph will own, and launches that read them."""
@@ -433,18 +377,6 @@ class Plan:
                 launch.follow(other)
         self._captured.append(words)
         return words, launches
-
-
-def packed(addresses: Iterable[int]) -> bytes:
-    """Addresses as words."""
-    return array("q", addresses).tobytes()
-
-
-def group_words(hyper: Sequence[float], clip: Sequence[float], counts: bool) -> list[float]:
-    """A group's row: hyper-parameters, then the numbers of a ClipSpec."""
-    *numbers, maximize = clip
-    row = [*hyper, *[0.0] * (GROUP_HYPER - len(hyper)), *numbers, -1.0 if maximize else 1.0]
-    return [float(x) for x in [*row, counts]]
 
 
 def _grouped(specs: Iterable[Any]) -> list[tuple[Any, list[int]]]:

@@ -96,6 +96,10 @@ bool Direct::find() {
   const py::object tensor = torch.attr("empty")(1, py::arg("device") = "cpu");
   const void* const impl = cdata_of(tensor);
   if (impl_of(tensor.ptr()) != impl) impl_at_ += sizeof(void*);
+  const auto storage = py::cast<uintptr_t>(tensor.attr("untyped_storage")().attr("_cdata"));
+  for (size_t at = sizeof(void*); at < 64 && storage_at_ == 0; at += sizeof(void*))
+    if (std::memcmp(static_cast<const char*>(impl) + at, &storage, sizeof storage) == 0)
+      storage_at_ = at;
   if (tensor_type_->tp_basicsize < static_cast<Py_ssize_t>(impl_at_ + sizeof(void*))) return false;
   return true;
 }

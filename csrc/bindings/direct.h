@@ -91,6 +91,30 @@ class Direct {
   bool tells_lazy() const { return is_neg_ != nullptr; }
   bool lazy(Handle tensor) const { return is_neg_(tensor) || is_conj_(tensor); }
 
+  // The same, and the device, in torch's numbers.
+  bool peek_placed(Handle tensor, DLTensor* out) const {
+    int32_t type = 0;
+    if (!peek(tensor, out) || get_device_(tensor, &type) != 0 ||
+        get_index_(tensor, &out->device.device_id) != 0)
+      return false;
+    out->device.device_type = static_cast<DLDeviceType>(type);
+    return true;
+  }
+
+  // Ask for the cache lines that answers come from, of a TensorImpl or none, and of what it points
+  // to. Nothing depends on what is found there.
+  static void fetch_impl(const void* impl) {
+    if (impl == nullptr) return;
+    for (int line = 0; line < 4; ++line)
+      __builtin_prefetch(static_cast<const char*>(impl) + 64 * line);
+  }
+  void fetch_storage(const void* impl) const {
+    if (impl == nullptr || storage_at_ == 0) return;
+    const void* storage;
+    std::memcpy(&storage, static_cast<const char*>(impl) + storage_at_, sizeof storage);
+    __builtin_prefetch(storage);
+  }
+
   // Tells autograd of a write.
   void count_write(Handle tensor) const {
     try {
@@ -120,6 +144,7 @@ class Direct {
   // Where in a tensor's object its TensorImpl is: the first field, perhaps behind a flag. What
   // impl_of() finds there is what Python says when a tensor is first met, or it is not plain.
   size_t impl_at_ = sizeof(PyObject);
+  size_t storage_at_ = 0;  // where in a TensorImpl its storage is; 0: not known
   PyTypeObject *tensor_type_ = nullptr, *parameter_type_ = nullptr;
   const void* (*grad_)(const void* impl) = nullptr;
   void (*bump_version_)(Handle tensor) = nullptr;

@@ -32,6 +32,24 @@ py::list rules() {
   return out;
 }
 
+// For engines that are written in Python.
+void bind_watch(py::module_& m) {
+  py::class_<Watch>(m, "Watch")
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
+                    const py::dict&, const py::list&, bool>(),
+           py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
+           py::arg("state_keys"), py::arg("state"), py::arg("roots"), py::arg("aligns"))
+      // 64 bits each; None where anything is not as it was.
+      .def("look",
+           [](Watch& watch, const py::list& groups, const py::dict& state) -> py::object {
+             const void* const* const found = watch.look(groups, state);
+             if (found == nullptr) return py::none();
+             const size_t bytes = watch.size() * sizeof(void*);
+             return py::bytes(reinterpret_cast<const char*>(found), bytes);
+           })
+      .def("count_written", &Watch::count_written);
+}
+
 }  // namespace
 }  // namespace pysmooth
 

@@ -25,3 +25,6 @@ class Amp(NamedTuple):
             return 1.0
         # Rounded as GradScaler does it, so that a step is the same with and without unscale_().
         return float(torch.as_tensor(self.scale).double().reciprocal().float())
+
+
+NO_AMP = Amp()

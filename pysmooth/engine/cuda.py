@@ -12,15 +12,14 @@ from torch import Tensor
 from .._errors import BackendError
 from . import cuda_memory
 from .amp import Amp
-from .backends import native_module
 from .cuda_memory import PlanMemory, run_on_all, sites_of
 from .device import Told, on_device
 from .device_absorb import AbsorbingEngine
-from .recipe import ABSORBED, GRADIENT, ClipMode, ClipSpec, Recipe, needs_reduce
+from .numbers import Numbers, form_of
+from .recipe import ABSORBED, GRADIENT, ClipMode, ClipSpec, Policy, Recipe, needs_reduce
 from .state import version_roots
 
 if TYPE_CHECKING:
-    from .._cpu import StateSnapshot
     from .._cuda import Plan, RuleInfo
     from ..optim._base import FusedOptimizer
 
@@ -56,31 +55,35 @@ class CudaEngine(AbsorbingEngine):
         self._rules: Mapping[str, RuleInfo] = {rule["name"]: rule for rule in native.rules()}
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
-        self._states: StateSnapshot | None = None
         self._devices = [torch.device("cpu")]
         self._memories: list[PlanMemory] = []
+        self._given = Numbers([])
         self._numbers: dict[str, Tensor] = {}
-        self._reduces = False
+        self._ran: tuple[Policy, list[Recipe]] | None = None  # the last step, if it took norms
         self._copied = False  # gradients, into new states, for the step to come
         self._state_dicts: list[dict[str, Any]] = []  # that the plan knows, per parameter
 
-    @torch.no_grad()
+    # Not under torch.no_grad: that is for `_build` and `_run_on_all`. After a backward pass, when
+    # caches hold nothing of it, it alone takes as long as all launches.
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step, enqueued."""
         recipes = optimizer.recipes()
-        known = self._states is not None and self._states.same(optimizer.state)
-        if self._plan is None or not known or self._built_for != _form(optimizer, recipes):
+        given = self._given
+        if recipes is not given.recipes:
+            late = any(self.reads(optimizer.late_lr(g)) for g in optimizer.param_groups)
+            given = self._given = Numbers(recipes, late=late)
+        if self._built_for != _form(optimizer, given):
             self._build(optimizer, recipes, amp)
         try:
-            if not self._enqueue(optimizer, recipes, amp):
+            if not self._enqueue(optimizer, given, amp):
                 self._build(optimizer, recipes, amp)
-                if not self._enqueue(optimizer, recipes, amp):
+                if not self._enqueue(optimizer, given, amp):
                     raise RuntimeError("parameters or states changed while the step was gathered")
         except BaseException:
             if not any(memory.captures() for memory in self._memories):
                 self._settle_fresh(optimizer)
             raise
-        self._reduces = not optimizer.absorbs and needs_reduce(optimizer.policy, recipes)
+        self._ran = None if optimizer.absorbs else (optimizer.policy, recipes)
         if optimizer.absorbs:
             torch.autograd.graph.increment_version(self.forget_absorbed(optimizer))
         # Gradients that were copied into new states are kept only if the step happened, so that a
@@ -89,18 +92,31 @@ class CudaEngine(AbsorbingEngine):
             self._copied = False
             self.settled(optimizer)
 
-    def _enqueue(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> bool:
+    def _enqueue(self, optimizer: FusedOptimizer, given: Numbers, amp: Amp) -> bool:
+        plan, memories = self._plan, self._memories
+        assert plan is not None
+        groups, state = optimizer.param_groups, optimizer.state
+        if len(memories) == 1 and not given.late and amp.found_inf is None and amp.scale is None:
+            memory = memories[0]
+            if (stream := memory.ready()) is not None:
+                numbers = (given.hypers, given.clips, None, None)
+                return plan.step(groups, state, *numbers, memory.inputs_at, stream)
+        return self._run_on_all(optimizer, given, amp)
+
+    @torch.no_grad()
+    def _run_on_all(self, optimizer: FusedOptimizer, given: Numbers, amp: Amp) -> bool:
+        """The same on several devices, in captures, and with numbers that are on the device."""
         plan = self._plan
         assert plan is not None
-        lists = [group["params"] for group in optimizer.param_groups]
-        numbers = [self._numbers_at(device, optimizer, recipes, amp) for device in self._devices]
+        groups, state = optimizer.param_groups, optimizer.state
+        numbers = [self._numbers_at(d, optimizer, given.recipes, amp) for d in self._devices]
 
         def keep() -> None:
             optimizer.keep_for_graphs(self._memories[0])
             self._fresh = {}  # a replay may use the states at any time
 
         def alone(inputs: int, stream: int) -> bool:
-            return plan.step(lists, *numbers[0], inputs, stream)
+            return plan.step(groups, state, *numbers[0], inputs, stream)
 
         if len(self._memories) == 1:
             return self._memories[0].launch(alone, keep)
@@ -110,7 +126,7 @@ class CudaEngine(AbsorbingEngine):
 
         done = False
         try:
-            if plan.begin(lists):
+            if plan.begin(groups, state):
                 run_on_all(self._memories, launch, keep)
                 done = True
         finally:
@@ -156,6 +172,7 @@ class CudaEngine(AbsorbingEngine):
 
     # ---- plans ---------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe], amp: Amp) -> None:
         refuse_in_capture(torch.device(self._native.device_type))
         copies = any(recipe.initial(key) == GRADIENT for recipe in recipes for key in recipe.keys)
@@ -168,6 +185,7 @@ class CudaEngine(AbsorbingEngine):
             plan: Plan = self._native.Plan(
                 params=[m.param for m in members],
                 grads=[self.form_of(optimizer, m.param) for m in members],
+                state=optimizer.state,
                 state_dicts=state_dicts,
                 state_keys=[m.recipe.keys for m in members],
                 rules=[m.recipe.rule for m in members],
@@ -202,8 +220,7 @@ class CudaEngine(AbsorbingEngine):
             self._numbers["skipped"], self._numbers["spoiled"], self._numbers.get("taken")
         )
         self._copied = self.copies_gradients()
-        self._built_for = _form(optimizer, recipes)
-        self._states = native_module().StateSnapshot(optimizer.state)
+        self._built_for = _form(optimizer, Numbers(recipes))
 
     # ---- gradients that states take in before the step ------------------------------------------
 
@@ -223,7 +240,7 @@ class CudaEngine(AbsorbingEngine):
         if optimizer.state.get(member.param) is not self._state_dicts[place]:
             return False
         recipe = optimizer.absorbing(optimizer.param_groups[member.group], first=True)
-        known = _form_of(recipe.of(member.param)) == _form_of(member.recipe)
+        known = form_of(recipe.of(member.param)) == form_of(member.recipe)
         return known and bool(member.held) and plan.holds(place)
 
     def take_in(self, optimizer: FusedOptimizer, place: int, recipe: Recipe, once: int) -> None:
@@ -263,13 +280,16 @@ class CudaEngine(AbsorbingEngine):
         """False for rules that rewrite a single stream."""
         return bool(self._rules[rule]["reads_grad"])
 
+    def _reduced(self) -> bool:
+        return self._ran is not None and needs_reduce(*self._ran)
+
     def norms(self) -> Tensor | None:
         """Norms of the last step per scope unit; None if it took none."""
-        return self._numbers["norms"].clone() if self._reduces else None
+        return self._numbers["norms"].clone() if self._reduced() else None
 
     def coefs(self) -> Tensor | None:
         """Clip coefficients of the last step per parameter; None if it took no norms."""
-        return self._numbers["coefs"].clone() if self._reduces else None
+        return self._numbers["coefs"].clone() if self._reduced() else None
 
 
 def lacks(recipe: Recipe, rules: Container[str]) -> str | None:
@@ -286,16 +306,7 @@ def refuse_in_capture(device: torch.device) -> None:
         )
 
 
-def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
+def _form(optimizer: FusedOptimizer, given: Numbers) -> tuple[object, ...]:
     """What a plan is built for, apart from tensors."""
-    settings = (optimizer.scope, optimizer.policy, optimizer.norm_type)
-    return (len(optimizer.state), settings, *map(_form_of, recipes))
-
-
-def _form_of(recipe: Recipe) -> tuple[object, ...]:
-    return (
-        recipe.rule,
-        recipe.low_states,
-        recipe.param_storage,
-        recipe.clip.mode == ClipMode.AGC,
-    )
+    scope, policy, norm_type = optimizer.scope, optimizer.policy, optimizer.norm_type
+    return len(optimizer.state), scope, policy, norm_type, given.forms

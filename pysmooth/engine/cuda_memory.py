@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .._cuda import Site
 
 T = TypeVar("T")
+# What torch.cuda.current_stream() asks, without an object for the answer; Triton uses it, too.
+_RAW_STREAM: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class PlanMemory:
@@ -31,12 +33,14 @@ class PlanMemory:
         plan: what kernels leave to each other, and to the host.
         board: what devices tell each other, a row each; none where there is one device.
         captured: whether graphs hold launches on it.
+        inputs_at: where a step's numbers are written to, outside of captures.
     """
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self.device, self.captured = device, False
         self.plan = torch.empty(site.bytes, dtype=torch.uint8, device=device)
         self._inputs = torch.empty(site.input_bytes, dtype=torch.uint8, device=device)
+        self.inputs_at = self._inputs.data_ptr()
         at, row = site.board
         board = self.plan[at : at + site.count * row]
         self.board = board.view(site.count, row) if row else None
@@ -48,6 +52,20 @@ class PlanMemory:
         """Whether a CUDA graph is captured on the current stream."""
         with _current(self.device):
             return stream_of(self.device)[1]
+
+    def ready(self) -> int | None:
+        """The current stream, where it is that of the last launch, and nothing is captured on it.
+
+        None: some other one, or nobody can tell so quickly. launch() then does what has to be done.
+        """
+        index = self.device.index
+        if not self.plan.is_cuda:
+            stream, captures = stream_of(self.device)
+        elif _RAW_STREAM is None or index is None or torch._C._cuda_getDevice() != index:
+            return None
+        else:
+            stream, captures = _RAW_STREAM(index), torch._C._cuda_isCurrentStreamCapturing()
+        return None if captures or stream != self._stream else stream
 
     def is_free(self) -> bool:
         """Whether a launch now keeps its distance from others: as it is on their stream.

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._errors import NonFiniteGradientError
 from .amp import Amp
 from .checks import check_gradient
+from .numbers import Numbers
 from .recipe import ABSORBED, SCALARS, ClipMode, Recipe
 from .state import fill_state, new_states, version_roots
 
@@ -22,18 +23,6 @@ if TYPE_CHECKING:
 APPLIED, SKIPPED, NONFINITE, STALE = range(4)
 
 
-class _Numbers:
-    """What a step is given of recipes, and what a plan is built for, apart from tensors."""
-
-    def __init__(self, recipes: list[Recipe]) -> None:
-        self.recipes = recipes
-        self.hypers = [recipe.hyper for recipe in recipes]
-        self.clips = [recipe.clip for recipe in recipes]
-        self.forms = tuple(
-            (r.rule, r.low_states, r.param_storage, r.clip.mode == ClipMode.AGC) for r in recipes
-        )
-
-
 class NativeEngine:
     """Steps through a `Plan`, rebuilt whenever anything but a gradient's address changed."""
 
@@ -43,7 +32,7 @@ class NativeEngine:
         self._native = native
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
-        self._numbers = _Numbers([])
+        self._numbers = Numbers([])
         self._states: StateSnapshot | None = None
         self._state_dicts: list[dict[str, Any]] = []
         self._unscale = 1.0
@@ -68,7 +57,7 @@ class NativeEngine:
         groups = optimizer.param_groups
         recipes = optimizer.recipes()
         if recipes is not self._numbers.recipes:  # a list of recipes is replaced, never changed
-            self._numbers = _Numbers(recipes)
+            self._numbers = Numbers(recipes)
         hypers, clips = self._numbers.hypers, self._numbers.clips
         lists = [group["params"] for group in groups]
         threads = torch.get_num_threads()
@@ -194,7 +183,7 @@ class NativeEngine:
         self._state_dicts = state_dicts
         self._states = self._native.StateSnapshot(optimizer.state)
         self._places = {p: (i, g) for i, (p, g) in enumerate(zip(params, groups, strict=True))}
-        self._built_for = (len(optimizer.state), optimizer.hooks_held(), _Numbers(recipes).forms)
+        self._built_for = (len(optimizer.state), optimizer.hooks_held(), Numbers(recipes).forms)
         return self._plan
 
     def _allocate(

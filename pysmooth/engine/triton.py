@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from .._errors import BackendError
-from ..triton_kernels.absorption import Numbers
+from ..triton_kernels import absorption
 from ..triton_kernels.launch import captures
-from ..triton_kernels.plan import Plan, Slot, group_words, packed
+from ..triton_kernels.plan import Plan, Slot
 from ..triton_kernels.rules import RULES, rule_for
 from ..triton_kernels.selection import MOST_BLOCK
 from ..triton_kernels.specs import IN_BLOCK, NO_SELECTION, Method
 from ..triton_kernels.table import GROUP_WORDS
+from ..triton_kernels.words import NO_AMP, group_words, packed
 from .amp import Amp
 from .backends import native_module
 from .device import Member, Told, gradient_of, on_device
 from .device_absorb import AbsorbingEngine, stand_in
+from .numbers import Numbers, form_of
 from .recipe import (
     ABSORBED,
     GRADIENT,
@@ -41,6 +43,16 @@ LATE = ("cuda",)  # devices that work behind the host's back
 Form = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
+class _Given(Numbers):
+    """And as kernels read them."""
+
+    def __init__(self, recipes: list[Recipe], *, late: bool = False) -> None:
+        super().__init__(recipes, late=late)
+        self.forms = tuple(_form_of_recipe(recipe) for recipe in recipes)
+        rows = (group_words(r.hyper, r.clip, r.accumulates) for r in recipes)
+        self.words = b"".join(rows)
+
+
 class TritonEngine(AbsorbingEngine):
     """Steps through a `Plan`, rebuilt whenever anything but a gradient's address changed."""
 
@@ -50,6 +62,7 @@ class TritonEngine(AbsorbingEngine):
         super().__init__()
         self._plan: Plan | None = None
         self._built_for: tuple[object, ...] = ()
+        self._given = _Given([])
         self._states: list[list[tuple[str, Tensor, int]]] = []  # with their addresses
         self._addresses: list[int] = []
         self._forms: list[Form] = []
@@ -60,38 +73,50 @@ class TritonEngine(AbsorbingEngine):
         self._absorbed_for: list[tuple[object, ...]] = []  # what their passes were made for
         self._selections = (0, 0)  # of plans that are gone
 
-    @torch.no_grad()
+    # Without torch.no_grad, as in cuda.py: what could be recorded is done in `_gathered`.
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step: reduce where norms are needed, finalize, apply."""
         recipes = optimizer.recipes()
-        addresses, written = self._quick(optimizer, recipes)
+        given = self._given
+        if recipes is not given.recipes:
+            late = any(self.reads(optimizer.late_lr(g)) for g in optimizer.param_groups)
+            given = self._given = _Given(recipes, late=late)
+        watch, addresses = self._watch, None
+        if watch is not None and self._built_for == _form(optimizer, given):
+            addresses = watch.look(optimizer.param_groups, optimizer.state)
+        written: list[Tensor] | None = None
         if addresses is None:
-            addresses, written = self._gathered(optimizer, recipes)
+            addresses, written = self._gathered(optimizer, given)
         plan = self._plan
         assert plan is not None
-        held = [on_device(plan.device, t) for t in amp]
-        words = [
-            word
-            for recipe in recipes
-            for word in group_words(recipe.hyper, recipe.clip, recipe.accumulates)
-        ]
-        scale, found_inf = (0 if t is None else t.data_ptr() for t in held)
-        rates = [
+        numbers = NO_AMP
+        held: list[Tensor | None] = []
+        if amp.scale is not None or amp.found_inf is not None:
+            held = [on_device(plan.device, t) for t in amp]
+            numbers = packed(0 if t is None else t.data_ptr() for t in held)
+        rates = self._rates(optimizer, recipes) if given.late else []
+        captured = plan.run(addresses, given.words, numbers, held=rates)
+        if optimizer.absorbs:
+            written = self.forget_absorbed(optimizer)
+        if captured:
+            optimizer.keep_for_graphs(plan)
+            self._fresh = {}  # a replay may use the states at any time
+        if written is not None:
+            torch.autograd.graph.increment_version([*written, *self._roots])
+        elif watch is not None:
+            watch.count_written()
+        if plan.device.type == "cpu":  # the interpreter: there is nothing to wait for
+            self.settled(optimizer)
+
+    def _rates(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> list[tuple[int, Tensor]]:
+        """Learning rates that kernels read on their device, with their places in the words."""
+        return [
             (index * GROUP_WORDS.value + RULES[recipe.rule].hyper.index("lr"), self._rate(lr))
             for index, (recipe, group) in enumerate(
                 zip(recipes, optimizer.param_groups, strict=True)
             )
             if isinstance(lr := optimizer.late_lr(group), Tensor) and self.reads(lr)
         ]
-        plan.run(addresses, words, (scale, found_inf), held=rates)
-        if optimizer.absorbs:
-            written = self.forget_absorbed(optimizer)
-        if captures(plan.device):
-            optimizer.keep_for_graphs(plan)
-            self._fresh = {}  # a replay may use the states at any time
-        torch.autograd.graph.increment_version([*written, *self._roots])
-        if plan.device.type == "cpu":  # the interpreter: there is nothing to wait for
-            self.settled(optimizer)
 
     def reads(self, value: object) -> bool:
         """Whether kernels read this learning rate where it is: on the device."""
@@ -107,26 +132,14 @@ class TritonEngine(AbsorbingEngine):
             )
         return lr.detach()
 
-    def _quick(
-        self, optimizer: FusedOptimizer, recipes: list[Recipe]
-    ) -> tuple[bytes | None, list[Tensor]]:
-        """Addresses of gradients, and who has one; None where anything is not as it was."""
-        if self._watch is None or self._built_for != _form(optimizer, recipes):
-            return None, []
-        addresses = self._watch.look(optimizer.param_groups, optimizer.state)
-        if addresses is None or self._watch.all_present:
-            return addresses, self._params
-        return addresses, [p for p in self._params if p.grad is not None]
-
-    def _gathered(
-        self, optimizer: FusedOptimizer, recipes: list[Recipe]
-    ) -> tuple[bytes, list[Tensor]]:
-        """The same in Python, with a new plan where one is needed."""
-        if self._plan is None or not self._fits(optimizer, recipes):
-            self._build(optimizer, recipes)
+    @torch.no_grad()
+    def _gathered(self, optimizer: FusedOptimizer, given: _Given) -> tuple[bytes, list[Tensor]]:
+        """Addresses of gradients, and who has one, asked in Python; with a new plan if need be."""
+        if self._plan is None or not self._fits(optimizer, given):
+            self._build(optimizer, given)
         grads = self._gradients()
         if grads is None:  # of another dtype or layout than before
-            self._build(optimizer, recipes)
+            self._build(optimizer, given)
             grads = self._gradients()
             assert grads is not None
         # Kept until the step is enqueued: what was resolved lives nowhere else.
@@ -136,9 +149,9 @@ class TritonEngine(AbsorbingEngine):
 
     # ---- what a step reads ---------------------------------------------------------------------
 
-    def _fits(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> bool:
+    def _fits(self, optimizer: FusedOptimizer, given: _Given) -> bool:
         """Whether the plan is of these parameters, and all is where it was."""
-        if self._built_for != _form(optimizer, recipes):
+        if self._built_for != _form(optimizer, given):
             return False
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if len(params) != len(self._members):
@@ -176,7 +189,8 @@ class TritonEngine(AbsorbingEngine):
 
     # ---- plans ---------------------------------------------------------------------------------
 
-    def _build(self, optimizer: FusedOptimizer, recipes: list[Recipe]) -> Plan:
+    def _build(self, optimizer: FusedOptimizer, given: _Given) -> Plan:
+        recipes = given.recipes
         device = next((p.device for g in optimizer.param_groups for p in g["params"]), None)
         if device is not None and captures(device):
             raise BackendError(
@@ -205,17 +219,17 @@ class TritonEngine(AbsorbingEngine):
         self._forms = [_form_of(g) for g in grads]
         self._addresses = [m.param.data_ptr() for m in members]
         self._params = [m.param for m in members]
-        self._watch = _watch(optimizer, members)
-        self._absorbed_for = [_absorbed_for(m.recipe) for m in members] * optimizer.absorbs
         self._roots = version_roots([t for m in members for t in m.held.values()])
-        self._built_for = _form(optimizer, recipes)
+        self._watch = _watch(optimizer, members, self._roots)
+        self._absorbed_for = [_absorbed_for(m.recipe) for m in members] * optimizer.absorbs
+        self._built_for = _form(optimizer, given)
         return plan
 
     # ---- gradients that states take in before the step ------------------------------------------
 
     def build(self, optimizer: FusedOptimizer) -> None:
         """Makes a plan for gradients to be taken in."""
-        self._build(optimizer, optimizer.recipes())
+        self._build(optimizer, _Given(optimizer.recipes()))
 
     def holds(self, optimizer: FusedOptimizer, place: int) -> bool:
         """Whether the plan is right for this parameter, its states and the gradient it has."""
@@ -240,7 +254,7 @@ class TritonEngine(AbsorbingEngine):
         assert plan.absorption is not None
         lr = optimizer.param_groups[member.group].get("lr")
         rate = self._rate(lr) if isinstance(lr, Tensor) and self.reads(lr) else None
-        numbers = Numbers(recipe.hyper, once, recipe.clip.maximize, rate)
+        numbers = absorption.Numbers(recipe.hyper, once, recipe.clip.maximize, rate)
         grad = gradient_of(member.param)
         plan.absorption.take_in(place, grad.data_ptr(), numbers)
         if captures(plan.device):
@@ -295,7 +309,7 @@ def lacks(recipe: Recipe) -> str | None:
     return None
 
 
-def _watch(optimizer: FusedOptimizer, members: list[Member]) -> Watch | None:
+def _watch(optimizer: FusedOptimizer, members: list[Member], roots: list[Tensor]) -> Watch | None:
     """What tells quickly if all is where it was; None without the native module."""
     try:
         module = native_module()
@@ -307,8 +321,15 @@ def _watch(optimizer: FusedOptimizer, members: list[Member]) -> Watch | None:
         None if lacks_states or optimizer.absorbs else gradient_of(m.param)
         for m, lacks_states in zip(members, lacking, strict=True)
     ]
-    keys = dict.fromkeys(key for m in members for key in m.recipe.keys)
-    watch: Watch = module.Watch([m.param for m in members], grads, optimizer.state, list(keys))
+    watch: Watch = module.Watch(
+        params=[m.param for m in members],
+        grads=grads,
+        state_dicts=[optimizer.state.get(m.param, {}) for m in members],
+        state_keys=[tuple(m.held) for m in members],
+        state=optimizer.state,
+        roots=roots,
+        aligns=True,
+    )
     return watch
 
 
@@ -377,14 +398,15 @@ def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
     )
 
 
-def _form(optimizer: FusedOptimizer, recipes: list[Recipe]) -> tuple[object, ...]:
-    """What a plan is built for, apart from tensors."""
-    return (
-        len(optimizer.state),
-        _method(optimizer, recipes),
-        *((r.rule, r.low_states, r.param_storage, _passes(r)) for r in recipes),
-        *(r.clip.mode == ClipMode.AGC for r in recipes),
-    )
+def _form(optimizer: FusedOptimizer, given: _Given) -> tuple[object, ...]:
+    """What a plan is built for, apart from tensors: recipes, and all that `_method` looks at."""
+    settings = (optimizer.scope, optimizer.policy, optimizer.norm_type, optimizer.stage_scopes)
+    return len(optimizer.state), settings, optimizer.select_spec(), given.forms
+
+
+def _form_of_recipe(recipe: Recipe) -> tuple[object, ...]:
+    reads_first = bool(recipe.clip.mode) or recipe.accumulates
+    return (*form_of(recipe), reads_first, _passes(recipe))
 
 
 def _absorbed_for(recipe: Recipe) -> tuple[object, ...]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..reference.clip import norm_dtype
 from ..triton_kernels.how import STORED
-from ..triton_kernels.launch import captures
-from ..triton_kernels.plan import Plan, Slot, group_words, packed
+from ..triton_kernels.plan import Plan, Slot
 from ..triton_kernels.specs import Method
+from ..triton_kernels.words import group_words, packed
 from .checks import check_memory
 from .recipe import ClipMode, ClipSpec
 
@@ -57,8 +57,7 @@ def clip(tensors: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor
 def _run(plan: Plan, tensors: Sequence[Tensor], max_norm: float, part: int) -> None:
     row = group_words((1.0,), ClipSpec(ClipMode.HARD, max_norm, 1e-6), counts=False)
     addresses = packed(t.data_ptr() if t.numel() else 0 for t in tensors)
-    plan.run(addresses, row, passes=(part,))
-    if captures(plan.device) and plan not in _CAPTURED:
+    if plan.run(addresses, row, passes=(part,)) and plan not in _CAPTURED:
         _CAPTURED.append(plan)
 
 

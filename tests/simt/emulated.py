@@ -127,7 +127,7 @@ def kernels() -> ctypes.CDLL:
     plain += [(str(cuda / "messages.cu"), [])]
     bindings = ROOT / "csrc" / "bindings"
     bound = [*sorted(bindings.glob("cuda/*.cpp"))]
-    bound += [bindings / f"{name}.cpp" for name in ("aliasing", "direct", "tensor_reader")]
+    bound += [bindings / f"{name}.cpp" for name in ("aliasing", "direct", "tensor_reader", "watch")]
     plain += [(str(path), BINDING_FLAGS) for path in bound]
     lib = library("kernels", sources, plain)
     for name in ("rule_name", "rule_hyper"):

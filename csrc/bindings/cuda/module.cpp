@@ -98,17 +98,17 @@ PYBIND11_MODULE(_cuda, m) {
         return out;
       });
   py::class_<StepPlan>(m, "Plan")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
-                    const std::vector<std::string>&, const std::vector<int>&,
+      .def(py::init<const py::list&, const py::list&, const py::dict&, const py::list&,
+                    const py::list&, const std::vector<std::string>&, const std::vector<int>&,
                     std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
                     const std::vector<bool>&, const py::list&, int, int, double,
                     const std::vector<int>&, const py::object&, const std::vector<int64_t>&,
                     const std::vector<int>&>(),
-           py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state_dicts"),
-           py::arg("state_keys"), py::arg("rules"), py::arg("groups"), py::arg("names"),
-           py::arg("first"), py::arg("param_storage"), py::arg("by_rows"), py::arg("state_roots"),
-           py::arg("scope"), py::arg("policy"), py::arg("norm_type"), py::arg("stage_scopes"),
-           py::arg("select"), py::arg("absorbed"), py::arg("sites"))
+           py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state"),
+           py::arg("state_dicts"), py::arg("state_keys"), py::arg("rules"), py::arg("groups"),
+           py::arg("names"), py::arg("first"), py::arg("param_storage"), py::arg("by_rows"),
+           py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
+           py::arg("stage_scopes"), py::arg("select"), py::arg("absorbed"), py::arg("sites"))
       .def_property_readonly("sites", &sites_of<StepPlan>)
       .def("step", &StepPlan::step)
       .def("begin", &StepPlan::begin)

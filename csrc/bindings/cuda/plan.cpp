@@ -70,14 +70,14 @@ int find_rule(const std::string& name) {
   throw py::value_error("rule '" + name + "' is not known to the cuda backend");
 }
 
-StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list& state_dicts,
-                   const py::list& state_keys, const std::vector<std::string>& rules,
-                   const std::vector<int>& groups, std::vector<std::string> names,
-                   const std::vector<bool>& first, const std::vector<int>& param_storage,
-                   const std::vector<bool>& by_rows, const py::list& state_roots, int scope,
-                   int policy, double norm_type, const std::vector<int>& stage_scopes,
-                   const py::object& select, const std::vector<int64_t>& absorbed,
-                   const std::vector<int>& sites)
+StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::dict& state,
+                   const py::list& state_dicts, const py::list& state_keys,
+                   const std::vector<std::string>& rules, const std::vector<int>& groups,
+                   std::vector<std::string> names, const std::vector<bool>& first,
+                   const std::vector<int>& param_storage, const std::vector<bool>& by_rows,
+                   const py::list& state_roots, int scope, int policy, double norm_type,
+                   const std::vector<int>& stage_scopes, const py::object& select,
+                   const std::vector<int64_t>& absorbed, const std::vector<int>& sites)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -131,6 +131,13 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::list
   if (!select.is_none()) settings.select = read_select(select);
   inputs_.resize(group_sizes_.size());
   if (devices.empty()) devices.push_back(0);
+  py::list expected;
+  for (size_t t = 0; t < n; ++t) {
+    const bool has = !absorbs_ && entries_[t].held == entries_[t].expected;
+    expected.append(has ? py::object(grads[t]) : py::none());
+  }
+  watch_ = std::make_unique<Watch>(params, expected, state_dicts, state_keys, state, state_roots,
+                                   /*aligns=*/false);
   sites_ = make_sites(tensors, static_cast<int>(group_sizes_.size()), settings, devices);
 }
 
@@ -221,11 +228,12 @@ void StepPlan::read_layouts(size_t t, bool by_rows, Tensor* out) {
   out->rows = &cut.shape;
 }
 
-bool StepPlan::same_lists(const py::list& param_lists) const {
-  if (param_lists.size() < group_sizes_.size()) return false;
+bool StepPlan::same_lists(const py::list& groups) const {
+  if (groups.size() < group_sizes_.size()) return false;
   size_t t = 0;
-  for (size_t g = 0; g < param_lists.size(); ++g) {
-    PyObject* const list = item(param_lists, g);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    PyObject* const list = PyDict_GetItemString(item(groups, g), "params");
+    if (list == nullptr) return false;
     const size_t expected = g < group_sizes_.size() ? group_sizes_[g] : 0;
     if (!PyList_CheckExact(list) || static_cast<size_t>(PyList_GET_SIZE(list)) != expected)
       return false;
@@ -335,7 +343,15 @@ void StepPlan::note_written() {
   written_for_ = active_;
 }
 
-bool StepPlan::begin(const py::list& param_lists) { return same_lists(param_lists) && gather(); }
+// The watch sees at once that all is as it was. Where it is not, or cannot be told, everything is
+// asked once more, one by one, by what has words for errors.
+bool StepPlan::begin(const py::list& groups, const py::dict& state) {
+  found_ = watch_->look(groups, state);
+  watched_ = found_ != nullptr;
+  if (watched_) return true;
+  found_ = addresses_.data();
+  return same_lists(groups) && watch_->same_dicts(state) && gather();
+}
 
 int StepPlan::enqueue(size_t site, int phase, const py::list& hypers, const py::list& clips,
                       const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
@@ -348,13 +364,17 @@ int StepPlan::enqueue(size_t site, int phase, const py::list& hypers, const py::
   numbers.grad_scale = float_at(grad_scale, "grad_scale");
   numbers.found_inf = float_at(found_inf, "found_inf");
   const Site& here = sites_.at(site);
-  check(cuda::step(here.plan(), here.memory(), reinterpret_cast<void*>(inputs), addresses_.data(),
+  check(cuda::step(here.plan(), here.memory(), reinterpret_cast<void*>(inputs), found_,
                    inputs_.data(), numbers, reinterpret_cast<void*>(stream), Part::whole, phase),
         "launch");
   return sites_.size() == 1 ? 1 : here.plan().phases(inputs_.data());
 }
 
 void StepPlan::end(bool done) {
+  if (watched_) {
+    if (done) watch_->count_written();
+    return;
+  }
   for (py::object& grad : grads_) grad = py::object();
   if (!done) return;
   increment_version(written_);
@@ -362,13 +382,13 @@ void StepPlan::end(bool done) {
     if (active_[t] && known(t, 0).impl != nullptr) direct_->count_write(&known(t, 0).impl);
 }
 
-bool StepPlan::step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
-                    const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
-                    uintptr_t stream) {
+bool StepPlan::step(const py::list& groups, const py::dict& state, const py::list& hypers,
+                    const py::list& clips, const py::object& grad_scale,
+                    const py::object& found_inf, uintptr_t inputs, uintptr_t stream) {
   bool done = false;
   const auto finish = [this, &done](void*) { end(done); };
   const std::unique_ptr<void, decltype(finish)> guard(this, finish);
-  if (!begin(param_lists)) return false;
+  if (!begin(groups, state)) return false;
   enqueue(0, 0, hypers, clips, grad_scale, found_inf, inputs, stream);
   return done = true;
 }

@@ -8,38 +8,42 @@
 #pragma once
 
 #include <deque>
+#include <memory>
 
 #include "bindings/cuda/site.h"
 #include "bindings/direct.h"
 #include "bindings/row_cut.h"
 #include "bindings/tensor_reader.h"
+#include "bindings/watch.h"
 
 namespace pysmooth::cuda {
 
 class StepPlan {
  public:
   // `grads`: a tensor of the form that each parameter's gradient will have. States are all there
-  // or, for a parameter that never had a gradient, all missing. `sites`: at which device each is.
-  StepPlan(const py::list& params, const py::list& grads, const py::list& state_dicts,
-           const py::list& state_keys, const std::vector<std::string>& rules,
-           const std::vector<int>& groups, std::vector<std::string> names,
-           const std::vector<bool>& first, const std::vector<int>& param_storage,
-           const std::vector<bool>& by_rows, const py::list& state_roots, int scope, int policy,
-           double norm_type, const std::vector<int>& stage_scopes, const py::object& select,
+  // or, for a parameter that never had a gradient, all missing. `state` is the optimizer's.
+  // `sites`: at which device each is.
+  StepPlan(const py::list& params, const py::list& grads, const py::dict& state,
+           const py::list& state_dicts, const py::list& state_keys,
+           const std::vector<std::string>& rules, const std::vector<int>& groups,
+           std::vector<std::string> names, const std::vector<bool>& first,
+           const std::vector<int>& param_storage, const std::vector<bool>& by_rows,
+           const py::list& state_roots, int scope, int policy, double norm_type,
+           const std::vector<int>& stage_scopes, const py::object& select,
            const std::vector<int64_t>& absorbed, const std::vector<int>& sites);
 
   std::vector<Site>& sites() { return sites_; }
 
-  // Enqueues a step, where there is one site; false: stale, and nothing happened. `hypers` holds
-  // numbers, and tensors on the device for those that kernels are to read there. `inputs`:
-  // input_bytes() of memory there.
-  bool step(const py::list& param_lists, const py::list& hypers, const py::list& clips,
-            const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
-            uintptr_t stream);
+  // Enqueues a step of an optimizer's groups, where there is one site; false: stale, and nothing
+  // happened. `hypers` holds numbers, and tensors on the device for those that kernels are to read
+  // there. `inputs`: input_bytes() of memory there.
+  bool step(const py::list& groups, const py::dict& state, const py::list& hypers,
+            const py::list& clips, const py::object& grad_scale, const py::object& found_inf,
+            uintptr_t inputs, uintptr_t stream);
   // The same where there are several: begin(), which takes the gradients or says that the plan is
   // stale; for each phase, at every site, enqueue(), which says how many phases there are; and
   // end() in any case.
-  bool begin(const py::list& param_lists);
+  bool begin(const py::list& groups, const py::dict& state);
   int enqueue(size_t site, int phase, const py::list& hypers, const py::list& clips,
               const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
               uintptr_t stream);
@@ -70,7 +74,7 @@ class StepPlan {
   void track(size_t t, PyObject* tensor, const std::string& what);
   void read_states(size_t t, Tensor* out);
   void read_layouts(size_t t, bool by_rows, Tensor* out);
-  bool same_lists(const py::list& param_lists) const;
+  bool same_lists(const py::list& groups) const;
   const Tracked& known(size_t t, int k) const {
     return tracked_[entries_[t].tracked + static_cast<size_t>(k)];
   }
@@ -95,9 +99,12 @@ class StepPlan {
   std::vector<int> site_of_;
   int most_states_ = 0;
   bool absorbs_ = false;
+  std::unique_ptr<Watch> watch_;
+  bool watched_ = false;  // it saw this step's gradients, and all was as it was
   // Of the step: kept alive until all is enqueued.
   std::vector<py::object> grads_;
   std::vector<const void*> addresses_;
+  const void* const* found_ = nullptr;  // of this step: those, or the watch's
   std::vector<char> active_, written_for_;
   std::vector<GroupInput> inputs_;
 };
