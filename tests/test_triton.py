@@ -308,6 +308,25 @@ def test_passes_as_on_cpu(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_scale_is_the_cpus_but_for_its_float32_sums(scope: str) -> None:
+    """The CPU adds up to 32 magnitudes in a lane in float32 (docs/decisions/015); this, none."""
+    shapes = [(3 * CHUNK + 5,), (77,)]
+    gradients = record_grads(make_params(shapes), 1)[0]
+    counted = gradients if scope == "global" else gradients[:1]
+    exact = torch.cat([g.double().abs().flatten() for g in counted]).mean().item()
+    found = {}
+    for backend in ("triton", "cpu"):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        compressor = pysmooth.ScaledSign(scope=scope)  # type: ignore[arg-type]
+        optimizer = pysmooth.EFSGD(params, 1.0, compressor, backend=backend)
+        advance(optimizer, params, [gradients])
+        found[backend] = params[0].detach().abs().unique().tolist()
+    ((ours,), (theirs,)) = found["triton"], found["cpu"]
+    assert ours == pytest.approx(exact, rel=2**-23, abs=0)
+    assert theirs == pytest.approx(ours, rel=34 * 2**-24, abs=0)
+
+
 def test_a_skipped_first_step_does_not_fill_in_the_gradient() -> None:
     """EF21's estimate starts as the first gradient that counts."""
     (p,) = make_params([(4,)])

@@ -17,7 +17,8 @@ from .specs import absorb_spec, admit_spec
 from .tuning import INTERPRETED
 
 if TYPE_CHECKING:
-    from .plan import Plan, Slot, Words
+    from .plan import Plan, Slot
+    from .words import Words
 
 
 class Numbers(NamedTuple):

@@ -24,7 +24,8 @@ from .table import (
 
 if TYPE_CHECKING:
     from .launch import Spec
-    from .plan import Plan, Slot, Words
+    from .plan import Plan, Slot
+    from .words import Words
 
 
 class Rows:

@@ -22,7 +22,8 @@ from .specs import IN_ALL, IN_BLOCK, TOP_K, Form, Method, pass_how
 from .table import CHUNK, LIST, UNIT_WORDS
 
 if TYPE_CHECKING:
-    from .plan import Plan, Words, Work
+    from .plan import Plan, Work
+    from .words import Words
 
 LINES = 64  # that a program of sample takes
 MOST_BLOCK = 32768  # elements that one program selects from; smaller blocks divide it

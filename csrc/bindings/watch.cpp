@@ -67,7 +67,10 @@ void Watch::know_grad(const py::handle& grad, Member* m) const {
   m->empty = numel == 0;
   m->lazy = may_be_lazy(t, numel);
   const void* const impl = direct_ == nullptr ? nullptr : direct_->impl_if_exact(grad.ptr());
-  if (asks_directly(*m) && (impl == nullptr || !direct_->peek_placed(&impl, &t))) m->lazy = true;
+  if (asks_directly(*m) && (impl == nullptr || !direct_->peek_placed(&impl, &t))) {
+    m->param.impl = nullptr;
+    m->lazy = true;
+  }
   m->grad.assign(t);
   m->device = t.device;
   m->aligned = aligned(t.data);
@@ -103,6 +106,7 @@ bool Watch::same_grad(Member* m, const void** address) {
   if (asks_directly(*m)) {
     if (m->place == nullptr) return true;
     if (m->grad.ndim < 0 || !direct_->peek_placed(m->place, &t)) return false;
+    if (direct_->tells_lazy() && direct_->lazy(m->place)) return false;
   } else {
     const py::object grad = grad_of_(m->param.tensor);
     m->present = !grad.is_none();

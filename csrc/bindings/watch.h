@@ -52,7 +52,9 @@ class Watch {
     size_t first = 0, last = 0;  // into held_
   };
   Known known(const py::handle& tensor);
-  bool asks_directly(const Member& m) const { return m.param.impl != nullptr && !m.lazy; }
+  bool asks_directly(const Member& m) const {
+    return m.param.impl != nullptr && (!m.lazy || direct_->tells_lazy());
+  }
   void know_grad(const py::handle& grad, Member* m) const;
   bool same(const Known& x) const;
   bool same_lists(const py::list& groups) const;

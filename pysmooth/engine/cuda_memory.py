@@ -61,7 +61,7 @@ class PlanMemory:
         index = self.device.index
         if not self.plan.is_cuda:
             stream, captures = stream_of(self.device)
-        elif _RAW_STREAM is None or index is None or torch._C._cuda_getDevice() != index:
+        elif _RAW_STREAM is None or torch._C._cuda_getDevice() != index:
             return None
         else:
             stream, captures = _RAW_STREAM(index), torch._C._cuda_isCurrentStreamCapturing()
