@@ -55,7 +55,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --timeout 600 -n $(W
 
 .PHONY: test
 test: $(VENV)/checked lint tidy ## Lint, types, build with warnings as errors, all tests, wheel smoke test
-	$(MAKE) stages
+	$(MAKE) branches
 	printf '%s\n' cuda:80 cuda:90 hip:gfx942 | xargs -P $(WORKERS) -n 1 $(BIN)/python -m pysmooth.triton_kernels.compile --targets
 	.ci/wheel-smoke $(BIN)/python
 	$(MAKE) docs

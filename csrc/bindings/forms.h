@@ -17,7 +17,7 @@ class Forms {
     const auto [begin, end] = by_hash_.equal_range(hash);
     for (auto at = begin; at != end; ++at)
       if (at->second->same_form(t)) return at->second;
-    forms_.emplace_back().assign(t);
+    forms_.emplace_back().assign_form(t);
     by_hash_.emplace(hash, &forms_.back());
     return &forms_.back();
   }

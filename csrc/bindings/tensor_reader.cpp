@@ -53,7 +53,7 @@ bool dlpack_enabled = true;
 
 }  // namespace
 
-void Form::assign(const DLTensor& t) {
+void Form::assign_form(const DLTensor& t) {
   dtype = t.dtype;
   ndim = t.ndim;
   if (ndim > kInline) more = std::make_unique<int64_t[]>(2 * static_cast<size_t>(ndim));

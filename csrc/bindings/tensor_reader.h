@@ -34,7 +34,7 @@ struct Form {
 
   const int64_t* shape() const { return ndim <= kInline ? dims : more.get(); }
   const int64_t* strides() const { return shape() + ndim; }
-  void assign(const DLTensor& t);
+  void assign_form(const DLTensor& t);
   bool same_form(const DLTensor& t) const {
     if (t.ndim != ndim || t.dtype.code != dtype.code || t.dtype.bits != dtype.bits) return false;
     const int64_t* const known = shape();
@@ -50,7 +50,7 @@ struct Signature : Form {
 
   void assign(const DLTensor& t) {
     data = t.data;
-    Form::assign(t);
+    assign_form(t);
   }
   bool same(const DLTensor& t) const { return t.data == data && same_form(t); }
 };
