@@ -166,7 +166,7 @@ def test_a_bad_gradient_among_good_ones(i: int) -> None:
     p.grad = p.grad.to_sparse()
     kept = [q.detach().clone() for q in model.params]
     versions = [q._version for q in model.params]
-    with pytest.raises(ValueError, match=rf"'{i}'.*sparse|sparse"):
+    with pytest.raises(ValueError, match=rf"parameter {i}' has layout torch.sparse"):
         model.optimizer.step()
     assert all(torch.equal(q, old) for q, old in zip(model.params, kept, strict=True))
     assert versions == [q._version for q in model.params]

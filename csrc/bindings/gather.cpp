@@ -12,16 +12,6 @@
 #include "bindings/run_released.h"
 
 namespace pysmooth {
-namespace {
-
-// A TensorImpl, which its reader will find in cache.
-void prefetch_impl(const void* impl) {
-  if (impl == nullptr) return;
-  for (int line = 0; line < 4; ++line)
-    __builtin_prefetch(static_cast<const char*>(impl) + 64 * line);
-}
-
-}  // namespace
 
 bool Plan::unchanged(const py::list& param_lists) const {
   if (param_lists.size() < group_sizes_.size()) return false;
@@ -133,7 +123,7 @@ void Plan::look(size_t begin, size_t end) {
   for (size_t t = begin; t < end; ++t) {
     const Tracked& param = known(entries_[t], 0);
     __builtin_prefetch(param.tensor);
-    prefetch_impl(param.impl);
+    Direct::fetch_impl(param.impl);
   }
   for (size_t t = begin; t < end; ++t) {
     Entry& e = entries_[t];
@@ -150,7 +140,7 @@ void Plan::look(size_t begin, size_t end) {
     }
     e.grad = direct_->grad_of(param.impl);
     slot.active = e.grad != nullptr && slot.elements > 0;
-    if (e.grad != nullptr) prefetch_impl(*e.grad);
+    if (e.grad != nullptr) Direct::fetch_impl(*e.grad);
     if (!slot.active) some_inactive_ = true;
   }
   const auto looked_at = [this](size_t t) { return !left_[t] && asked(t, 0); };
@@ -189,7 +179,7 @@ void Plan::check(size_t begin, size_t end) {
       if (!states_there_[t]) stale_ = true;
       left_[t] = state.impl == nullptr;
       __builtin_prefetch(state.tensor);
-      prefetch_impl(state.impl);
+      Direct::fetch_impl(state.impl);
     }
     if (stale_) return;
     const auto looked_at = [this, k](size_t t) { return !left_[t] && asked(t, k); };
