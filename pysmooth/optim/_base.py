@@ -35,6 +35,7 @@ from ._loading import Load
 from ._managed import refuse_managed, refuse_zero
 from ._names import TAKES_NAMES, set_names
 from ._precision import check_param_storage, param_storage
+from ._told import TellsOfSteps
 from ._validate import check_choice, check_number
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_scope(scope: str) -> Scope:
     return _SCOPES[check_choice("scope", scope, _SCOPES)]
 
 
-class FusedOptimizer(KeepsRecipes, torch.optim.Optimizer):
+class FusedOptimizer(KeepsRecipes, TellsOfSteps, torch.optim.Optimizer):
     """A torch optimizer whose step is a recipe, run by the engine of a backend.
 
     A subclass gives `recipe(group)`, which turns one parameter group into numbers, and
@@ -306,55 +307,11 @@ class FusedOptimizer(KeepsRecipes, torch.optim.Optimizer):
         """The backend that runs the steps, never "auto"."""
         return self._resolve()
 
-    def last_norm(self) -> Tensor | None:
-        """The gradient norm that the last step took, before clipping.
-
-        Shape () for scope "global", (number of groups,) for "group", (number of parameters,) for
-        "tensor" (0 where there was no gradient). None if the step needed no norm: pass
-        `max_norm=float("inf")` to have it taken without clipping. The step itself waits for
-        nothing; reading the tensor may.
-        """
-        self._settle()
-        norms = self._engine.norms() if self._engine is not None else None
-        if norms is None:
-            return None
-        values = torch.as_tensor(norms, dtype=torch.float64).to(self._norm_dtype())
-        return values[0] if self.scope == Scope.GLOBAL else values
-
-    def last_clip_coef(self) -> Tensor | None:
-        """What each parameter's gradient was multiplied by in the last step; None as above.
-
-        Shape (number of parameters,), in the order of `param_groups`. For clip="agc" the smallest
-        of the tensor's rows: 1 where none was clipped.
-        """
-        self._settle()
-        coefs = self._engine.coefs() if self._engine is not None else None
-        if coefs is None:
-            return None
-        return torch.as_tensor(coefs, dtype=torch.float64).to(self._norm_dtype())
-
-    def skipped_steps(self) -> int:
-        """How many steps `nonfinite="skip"` turned into no-ops since construction."""
-        self._settle()
-        return self._skipped
-
     def keep_for_graphs(self, memory: object) -> None:
         """Called by an engine in a capture: replays use this after the engine has let it go."""
         kept = self.__dict__.setdefault("_kept_for_graphs", [])
         if all(known is not memory for known in kept):
             kept.append(memory)
-
-    def count_skipped(self) -> None:
-        """Called by an engine for every step that it turned into a no-op."""
-        self._skipped += 1
-
-    def sums_from_backward(self) -> int:
-        """For how many gradients the last step used sums that were taken in backward.
-
-        Always 0 for `norm="in_step"` and on the eager backend. Sums are not used, and the gradient
-        is read again, where it changed after backward.
-        """
-        return 0 if self._engine is None else self._engine.summed()
 
     @torch.no_grad()
     def sync_master_weights(self) -> None:
@@ -488,13 +445,6 @@ class FusedOptimizer(KeepsRecipes, torch.optim.Optimizer):
             post.remove()
 
     # ---- internals -----------------------------------------------------------------------------
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _norm_dtype(self) -> torch.dtype:
-        wide = (torch.float64, torch.complex128)
-        return torch.float64 if any(p.dtype in wide for p in self._params()) else torch.float32
 
     def _reset(self) -> None:
         """Forgets what was derived from the groups; the next step rebuilds it."""
