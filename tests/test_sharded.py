@@ -313,6 +313,11 @@ def _refusals() -> None:
         "the eager backend takes no DTensor",
         lambda p: pysmooth.ClipSGD(p, 0.1, max_norm=1.0, backend="eager"),
     )
+    chain = pysmooth.chain(pysmooth.parts.Sign(), pysmooth.parts.Clip(1.0))
+    fails(
+        "the eager backend takes no DTensor",
+        lambda p: pysmooth.compose(p, chain, 0.1, backend="eager"),
+    )
     p = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]).requires_grad_()
     p.grad = torch.ones(8, 8)
     with pytest.raises(ValueError, match="has a gradient that is not a DTensor"):

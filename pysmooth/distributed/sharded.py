@@ -338,8 +338,6 @@ def _check(
         raise ValueError(f"{name} with noise_std does not go with {what}: shards would share noise")
     compressor = getattr(optimizer, "compressor", None)
     if compressor is None:
-        if getattr(optimizer, "chain", None) is not None:
-            raise ValueError(f"{name} put together from parts does not go with {what}")
         return
     kind = type(compressor).__name__
     whole = kind in ("Identity", "ScaledSign", "HardThreshold") and compressor.scale_block is None
