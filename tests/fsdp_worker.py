@@ -225,6 +225,7 @@ def refused(found: dict[str, Any], mesh: DeviceMesh) -> None:
     told("both", lambda: _both(mesh))
     told("both, the wrong way round", lambda: _both(mesh, scatter_first=False))
     told("unused", lambda: _unused(line))
+    told("twice", lambda: _twice(line))
     told("replaced", lambda: _thawed(line))
     told("divided", lambda: _set(lambda m: m.set_gradient_divide_factor(2.0)))
     told("sums", lambda: _set(lambda m: m.set_force_sum_reduction_for_comms(True)))
@@ -244,12 +245,37 @@ class _Half(nn.Module):
         return out
 
 
+class _Halves(nn.Module):
+    """Calls a module twice, for another layer each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        self.inner.used, self.inner.unused = self.inner.unused, self.inner.used
+        out: Tensor = self.inner(x)
+        return out
+
+
 def _unused(mesh: DeviceMesh) -> None:
     model = _Half()
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     compress_reduce_scatter(model, optimizer, DSignSGD())
     model(torch.ones(2, 6)).sum().backward()
+
+
+def _twice(mesh: DeviceMesh) -> None:
+    """Its gradients come in halves, and FSDP2 fills up with zeros."""
+    model = _Halves()
+    fully_shard(model.inner, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.inner.set_reduce_scatter_unused_params(True)  # type: ignore[attr-defined]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    compress_reduce_scatter(model, optimizer, DSignSGD())
+    model(torch.ones(2, 6, requires_grad=True)).sum().backward()
 
 
 def _thawed(mesh: DeviceMesh) -> None:

@@ -187,6 +187,7 @@ def test_void_steps(kind: str, four: Found) -> None:
         ("both, the wrong way round", "ValueError: call compress_reduce_scatter before"),
         ("overlap", r"ValueError: process_group has ranks \[0, 1, 2, 3\] in common"),
         ("unused", "RuntimeError: FSDP module '' reduces 56 numbers.* some got no gradient"),
+        ("twice", "RuntimeError: FSDP module 'inner' reduces its gradients twice in one backward"),
         ("replaced", "ValueError: a parameter of FSDP module '' was replaced, or began to require"),
         ("divided", "ValueError: FSDP module .* has a gradient divide factor"),
         ("sums", "ValueError: FSDP module .* was told to reduce by sums alone"),
