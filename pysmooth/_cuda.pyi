@@ -33,6 +33,10 @@ class Site:
     @property
     def board(self) -> tuple[int, int]: ...  # where it begins; bytes of a row, 0: there is none
     @property
+    def exchanged(self) -> tuple[dict[str, int], list[int]]: ...  # where; tensors of histograms
+    @property
+    def joined(self) -> int: ...  # numbers that stages of a pipeline add up, at most
+    @property
     def count(self) -> int: ...  # of the plan's sites
     @property
     def places(self) -> dict[str, tuple[int, int]]: ...
@@ -61,6 +65,10 @@ class Plan:
         select: tuple[int, int, float, int, int, bool, int] | None,
         absorbed: list[int],  # gradients that each parameter's states hold; empty: none is absorbed
         sites: list[int],  # at which device each parameter is
+        # Of parts of larger tensors: elements of these; where the part begins, or -1; whether an
+        # empty one takes part. None: all are whole.
+        parts: list[tuple[int, int, bool]],
+        joins: bool,
     ) -> None: ...
     @property
     def sites(self) -> list[Site]: ...
@@ -89,6 +97,8 @@ class Plan:
         stream: int,
         /,
     ) -> int: ...
+    # What is to be exchanged after a phase, whether the largest is taken, numbers of units.
+    def meeting(self, phase: int, /) -> tuple[Meeting, bool, int]: ...
     def end(self, done: bool, /) -> None: ...
     def holds(self, place: int, /) -> bool: ...
     def absorb(
@@ -100,6 +110,12 @@ class Plan:
         stream: int,
         /,
     ) -> None: ...
+
+class Meeting(Enum):
+    DEVICES = 1
+    PARTS = 2
+    UNITS = 3
+    HISTOGRAMS = 4
 
 class Part(Enum):
     WHOLE = 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -15,6 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+# What takes the steps: under PYSMOOTH_EMULATED=1 the CUDA backend, on the host (tests/simt).
+BACKEND = "cuda" if os.environ.get("PYSMOOTH_EMULATED") == "1" else "cpu"
 # Uneven on 2 and 4 processes, one with fewer rows than processes (empty shards), one scalar-like.
 SHAPES = ((37, 5), (3, 7), (130,), (1,), (8, 6), (64, 40))
 
@@ -24,6 +28,11 @@ def worker(
 ) -> None:
     """Runs the cases in one process, one after the other."""
     torch.set_num_threads(1)
+    if BACKEND == "cuda":
+        from simt import emulated
+
+        sys.modules["pysmooth._cuda"] = emulated.module()
+        emulated.take_cpu_tensors(pytest.MonkeyPatch())
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     try:
         for case in cases:

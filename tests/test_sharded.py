@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sharded import agreed, cut, meshes, run, values, whole
+from sharded import BACKEND, agreed, cut, meshes, run, values, whole
 from sharded_swap import there_and_back
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -68,7 +68,7 @@ def _steps_agree() -> None:
                     p.grad = g.clone()
                 optimizer.step()
                 reference.step()
-            assert optimizer.resolved_backend == "cpu"
+            assert optimizer.resolved_backend == BACKEND
             for p, q in zip(ours, alone, strict=True):
                 error = (whole(p.detach()) - q.detach()).abs().max()
                 assert error <= BOUND * q.abs().max(), (layout, name, float(error))
@@ -357,6 +357,7 @@ def _copies() -> None:
     assert again.sharding == optimizer.sharding
 
 
+@pytest.mark.emulated
 def test_four_processes(tmp_path: Path) -> None:
     """All cases that need nothing but a process group, in one start of four processes."""
     cases = (_steps_agree, _clips_agree, _thin_and_complex, _elsewhere, _gradients_are_placed)

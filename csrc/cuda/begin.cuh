@@ -72,13 +72,16 @@ PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
   const Entry& e = plan.entries[t];
   const bool mine = is_mine(plan, t);
   if (stage < 0 && e.norm_sq != nullptr && mine) *e.norm_sq = plan.norm_sq[plan.tensors + t];
-  if (!is_active(plan, t)) return;
+  if (!is_counted(plan, t)) return;
   double hyper[kMaxHyper];
   read_hyper(plan.inputs[e.group], hyper);
   Prepared& out = plan.prepared[t];
-  if (stage < 0 && mine) begin_tensor(plan, t, hyper);
-  if (!mine) {  // enough to add up its sums, and to know that it has begun
+  const bool empty = e.numel == 0;  // a part, whose steps count as the others' do
+  if (stage < 0 && empty && e.steps != nullptr) *e.steps += 1.0f;
+  if (stage < 0 && mine && !empty) begin_tensor(plan, t, hyper);
+  if (!mine || empty) {  // enough to add up its sums, and to know that it has begun
     plan.started[t] = 1;
+    if (empty && stage == 0 && e.scale != nullptr) *e.scale = plan.scalars[t].stage[0];
     with_rule(Rules{}, e.rule, [&](auto rule) {
       for (int k = 0; k < decltype(rule)::kStages; ++k) out.sum[k] = rule.stage_sum(hyper, k);
     });
@@ -103,11 +106,13 @@ PYSMOOTH_DEVICE void prepare_tensor(const View& plan, int stage, int t) {
 
 // Whether nothing happens in this step; who is told so `writes` it down.
 PYSMOOTH_DEVICE bool begin_step(const View& plan, bool writes) {
-  const bool overflow = overflowed(plan), refused = overflow || is_refused(plan);
+  const bool overflow = overflowed(plan);
+  const bool torn = plan.parts != nullptr && plan.reduces && plan.status->torn != 0;
+  const bool refused = overflow || torn || is_refused(plan);
   if (writes) {
     plan.status->skip = refused ? 1 : 0;
     plan.status->steps += 1;
-    plan.status->skipped += refused && !overflow ? 1 : 0;
+    plan.status->skipped += refused && !overflow && !torn ? 1 : 0;
   }
   return refused;
 }

@@ -43,6 +43,8 @@ Entry DevicePlan::entry(size_t t) const {
   out.norm_sq = tensor.norm_sq;
   out.scale = tensor.scale;
   out.numel = tensor.numel;
+  out.elements = settings_.spread ? tensor.elements : tensor.numel;
+  out.counted = settings_.spread && tensor.counted ? 1 : 0;
   out.rule = tensor.rule;
   out.group = tensor.group;
   out.layout = layout_of_[t];
@@ -151,6 +153,8 @@ View DevicePlan::view(void* device, const void* inputs, const GroupInput* groups
   at(at_.incoming, &v.incoming);
   at(at_.block_scales, &v.block_scales);
   if (settings_.sites > 1) at(at_.board, &v.board);
+  if (settings_.spread) at(at_.parts, &v.parts);
+  if (settings_.joins) at(at_.joined, &v.joined);
   v.site = settings_.site;
   v.block_run = static_cast<int32_t>(pass_run());
   while (settings_.select.block >> v.block_shift > 1) ++v.block_shift;

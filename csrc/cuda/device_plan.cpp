@@ -33,6 +33,8 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     : tensors_(tensors), groups_(groups), settings_(settings) {
   if (scales_blocks() && (settings.select.block < 1 || kChunk % settings.select.block != 0))
     throw std::invalid_argument("blocks that do not divide " + std::to_string(kChunk));
+  if (settings_.spread && (settings_.sites > 1 || settings_.absorbs))
+    throw std::invalid_argument("parts of tensors lie on one device, and are not absorbed");
   if (settings_.sites > 1 && settings_.absorbs)
     throw std::invalid_argument("gradients of tensors on several devices are not absorbed");
   for (size_t t = 0; t < tensors_.size(); ++t) {
@@ -131,23 +133,29 @@ void DevicePlan::cut_units() {
     if (selects) selections_ = rule.selections;
     first_mark_.push_back(selects && rule.marks ? mark_words_ : -1);
     if (selects && rule.marks) mark_words_ += (tensor.numel + 31) / 32 * kMaxSelections;
-    if (!together) first = 0;
+    const bool jointly = selects && tensor.first_element >= 0;
+    if (!together) first = jointly ? tensor.first_element : 0;
     select_first_.push_back(first);
-    if (selects && (!together || units_.empty()))
-      units_.push_back({index, index + 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}});
+    if (selects && (!together || units_.empty())) {
+      Unit unit{};
+      unit.first_tensor = index;
+      unit.jointly = jointly ? 1 : 0;
+      units_.push_back(unit);
+    }
     unit_of_.push_back(selects ? static_cast<int32_t>(units_.size()) - 1 : -1);
     if (!selects) continue;
     Unit& unit = units_.back();
     unit.last_tensor = index + 1;
-    unit.elements += tensor.numel;
+    unit.elements += jointly ? tensor.elements : tensor.numel;
     if (tensor.param_dtype == DType::f64) unit.wide = 1;
     first += tensor.numel;
   }
   for (Unit& unit : units_) {
     while (unit.elements >> unit.place_bits != 0) ++unit.place_bits;
     unit.first_candidate = candidates_;
-    unit.room =
-        std::min(unit.elements, 2 * spec.chosen_of(unit.elements) + unit.elements / 32 + kDirect);
+    unit.room = unit.jointly != 0 ? 0
+                                  : std::min(unit.elements, 2 * spec.chosen_of(unit.elements) +
+                                                                unit.elements / 32 + kDirect);
     candidates_ += unit.room;
     const int digits = ((unit.wide != 0 ? 63 : 31) + kDigitBits - 1) / kDigitBits +
                        (unit.place_bits + kDigitBits - 1) / kDigitBits;
@@ -160,7 +168,7 @@ void DevicePlan::cut_units() {
 void DevicePlan::list_sample() {
   std::vector<std::vector<Item>> of(classes_.size());
   for (const Unit& unit : units_) {
-    if (unit.elements <= kDirect) continue;
+    if (unit.elements <= kDirect || unit.jointly != 0) continue;
     const int64_t lines = std::clamp<int64_t>(unit.elements / 128, 64, kMostLines);
     const int64_t all = unit.elements / kSampleLine;
     int t = unit.first_tensor;
@@ -290,6 +298,8 @@ void DevicePlan::cut() {
   at_.incoming = place(settings_.absorbs ? n * sizeof(void*) : 0);
   at_.block_scales = place(static_cast<size_t>(block_count_) * kBlockBytes);
   at_.board = place(static_cast<size_t>(settings_.sites) * board_row_bytes());
+  at_.parts = place(settings_.spread ? n * sizeof(PartSum) : 0);
+  at_.joined = place(settings_.joins ? joined_count() * sizeof(double) : 0);
 }
 
 size_t DevicePlan::place(size_t bytes) {

@@ -10,6 +10,7 @@
 // do not overwrite each other's.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -38,7 +39,11 @@ struct Tensor {
   const RowShape* rows = nullptr;       // null: not clipped by rows
   bool first = false;                   // no step was applied yet
   int site = 0;                         // the device that all of it lies on
-  int64_t absorbed = 0;                 // gradients that its states took in since the last step
+  int64_t elements = 0;                 // of the whole tensor, where this is a part of one
+  bool counted = false;                 // where it is an empty one: it takes part in steps
+  // Where the k largest are selected from all parts: where this one begins. -1: each by itself.
+  int64_t first_element = -1;
+  int64_t absorbed = 0;  // gradients that its states took in since the last step
 };
 
 struct Settings {
@@ -54,17 +59,26 @@ struct Settings {
   // Tensors may lie on several devices. Each has a plan of all of them, works on its own, and is
   // told of the others' between launches (board.cuh).
   int sites = 1, site = 0;
+  // Or they are parts of larger ones, over several processes, which may be stages of a pipeline
+  // as well (spread.cuh).
+  bool spread = false, joins = false;
 };
 
 // The launches of a step that are wanted: all of them, or those that take norms and, later, the
 // rest, with the same inputs.
 enum class Part { whole, norms, rest };
 
+// What has to be exchanged before the next launch: rows of the board; parts, or numbers of units,
+// to be added up, or the largest to be taken; histograms, to be added up.
+enum class Meeting { none, devices, parts, units, histograms };
+
 struct Launch {
   Kernel kernel;
   int blocks;
   Work work;
-  bool meets = false;  // what follows waits for what the other devices have to tell
+  Meeting meets = Meeting::none;
+  bool largest = false;
+  int count = 0;  // of units' numbers
 };
 
 // A whole step in one launch (single.cuh).
@@ -89,11 +103,16 @@ class DevicePlan {
 
   // Of a step with these inputs. What a launch gets beside its work is view().
   //
-  // Where tensors lie on several devices there are several phases, as many on each. Between two of
-  // them row s of the board, which site s has written, goes to the same row of all others' boards.
+  // Where tensors lie on several devices, or in several processes, there are several phases, as
+  // many on each. Between two of them comes what the first one's last launch meets for: row s of
+  // the board, which site s has written, goes to the same row of all others' boards; or parts,
+  // units or histograms are added up over processes, in place.
   std::vector<Launch> launches(void* device, const GroupInput* groups, Part part = Part::whole,
                                int phase = 0) const;
-  int phases(const GroupInput* groups, Part part = Part::whole) const;
+  int phases(const GroupInput* groups, Part part = Part::whole) const {
+    return static_cast<int>(meetings(groups, part).size()) + 1;
+  }
+  std::vector<Launch> meetings(const GroupInput* groups, Part part = Part::whole) const;
   View view(void* device, const void* inputs, const GroupInput* groups) const;
 
   // The kernel that does a whole step alone; null where steps have more to them than a clip by the
@@ -110,6 +129,16 @@ class DevicePlan {
     return settings_.sites > 1 ? tensors_.size() * sizeof(Shared) : 0;
   }
 
+  bool is_spread() const { return settings_.spread; }
+  size_t parts_at() const { return at_.parts; }    // PartSum, per tensor
+  size_t joined_at() const { return at_.joined; }  // double, joined_count()
+  size_t joined_count() const {
+    return kJoinedUnits + 2 * (tensors_.size() + static_cast<size_t>(groups_) + 1);
+  }
+  // uint64, per unit of the selection, whose tensors are selecting_tensors().
+  size_t histograms_at() const { return at_.histogram; }
+  std::vector<int> selecting_tensors() const;
+
   // What takes a gradient of tensor t into its states: the first launch gets an Intake as well, and
   // both absorbing_view().
   struct Absorption {
@@ -121,6 +150,7 @@ class DevicePlan {
   View absorbing_view(void* device) const;
 
   // Where results of the last step lie in the device memory, from its beginning.
+  size_t torn_at() const { return at_.status + offsetof(Status, torn_tensor); }
   size_t status_at() const { return at_.status; }
   size_t norms_at() const { return at_.norms; }  // double, per scope unit
   size_t coefs_at() const { return at_.coefs; }  // double, per tensor
@@ -129,7 +159,7 @@ class DevicePlan {
   size_t spoiled_at() const { return nonfinite_at() + sizeof(uint32_t) * tensors_.size(); }
   size_t started_at() const { return at_.started; }  // int32, per tensor: to be carried over
   size_t taken_at() const { return at_.taken; }      // int64, per tensor; only where it absorbs
-  size_t units() const;
+  size_t units() const { return units_of(settings_.scope); }
   size_t tensors() const { return tensors_.size(); }
   bool absorbs() const { return settings_.absorbs; }
   int sites() const { return settings_.sites; }
@@ -158,7 +188,11 @@ class DevicePlan {
   bool reduces(const GroupInput* groups) const;
   std::vector<Launch> all_launches(void* device, const GroupInput* groups, Part part) const;
   bool is_mine(size_t t) const { return tensors_[t].site == settings_.site; }
-  bool shares_pass(int stage) const;  // its sums are of several devices' tensors
+  bool shares_pass(int stage) const;  // its sums are of several devices' tensors, or of parts
+  size_t units_of(Scope scope) const;
+  bool selects_jointly() const {
+    return std::any_of(units_.begin(), units_.end(), [](const Unit& u) { return u.jointly != 0; });
+  }
   Entry entry(size_t t) const;
 
   std::vector<Tensor> tensors_;
@@ -202,7 +236,7 @@ class DevicePlan {
     size_t image;  // the image ends here; what follows needs no first value
     size_t partial, value, norms, coefs, norm_sq, unit_sum, scalars, prepared, signs;
     size_t row_sums, row_coefs, row_total, row_clipped, row_least;
-    size_t samples, histogram, candidates, marks, incoming, block_scales, board;
+    size_t samples, histogram, candidates, marks, incoming, block_scales, board, parts, joined;
   } at_{};
 };
 

@@ -13,6 +13,12 @@ PYSMOOTH_DEVICE bool is_active(const View& plan, int t) {
   return plan.grads[t] != nullptr && plan.entries[t].numel > 0;
 }
 
+// Whether a tensor's sums count: an empty part of a larger one has the sums of the others.
+PYSMOOTH_DEVICE bool is_counted(const View& plan, int t) {
+  const Entry& e = plan.entries[t];
+  return is_active(plan, t) || (e.numel == 0 && e.counted != 0);
+}
+
 // Whether a tensor lies on this device; if not, what its device has told of it.
 PYSMOOTH_DEVICE bool is_mine(const View& plan, int t) {
   return plan.board == nullptr || plan.entries[t].site == plan.site;
@@ -147,14 +153,12 @@ PYSMOOTH_DEVICE void read_hyper(const GroupInput& in, double* hyper) {
   }
 }
 
-// The squared norms that rules accumulate: see the CPU backend's run.cpp. Written are the numbers
-// before and after this step; whether they are kept is not known yet.
-PYSMOOTH_DEVICE void accumulate_norms(const View& plan, double unscale) {
-  const Units units(plan, plan.scope);
-  const auto keeps = [&](int t) { return plan.entries[t].norm_sq != nullptr; };
-  double* const sums = plan.unit_sum;
+// The squared norms that rules accumulate: see the CPU backend's run.cpp. First, those of this step
+// after the clip, per unit; negative where nobody has a gradient.
+PYSMOOTH_DEVICE void sum_clipped(const View& plan, double unscale) {
   each_unit(
-      plan, units, 0.0, [&](int t) { return keeps(t) && is_active(plan, t); },
+      plan, Units(plan, plan.scope), 0.0,
+      [&](int t) { return plan.entries[t].norm_sq != nullptr && is_counted(plan, t); },
       [&](int t) {
         if (plan.entries[t].cut >= 0)
           return plan.row_clipped[plan.row_chunks + plan.entries[t].cut];
@@ -162,7 +166,13 @@ PYSMOOTH_DEVICE void accumulate_norms(const View& plan, double unscale) {
         return coef * coef * plan.value[t];
       },
       [](double total, double x) { return total + x; },
-      [&](int u, double total, bool any) { sums[u] = any ? total : -1.0; });
+      [&](int u, double total, bool any) { plan.unit_sum[u] = any ? total : -1.0; });
+}
+
+// Written are the numbers before and after this step; whether they are kept is not known yet.
+PYSMOOTH_DEVICE void accumulate_norms(const View& plan) {
+  const Units units(plan, plan.scope);
+  const auto keeps = [&](int t) { return plan.entries[t].norm_sq != nullptr; };
   for (int t = static_cast<int>(threadIdx.x); t < plan.tensors; t += kThreads) {
     if (!keeps(t)) continue;
     const Entry& e = plan.entries[t];
@@ -175,7 +185,7 @@ PYSMOOTH_DEVICE void accumulate_norms(const View& plan, double unscale) {
         }
     const double held =
         is_mine(plan, from) ? *plan.entries[from].norm_sq : told_of(plan, from).norm_sq;
-    const double sum = sums[units.of(plan, t)];
+    const double sum = plan.unit_sum[units.of(plan, t)];
     double hyper[kMaxHyper];
     read_hyper(plan.inputs[e.group], hyper);
     double after = held;
@@ -188,10 +198,9 @@ PYSMOOTH_DEVICE void accumulate_norms(const View& plan, double unscale) {
   }
 }
 
-template <Reduction kind>
-__device__ void finalize(const View& plan) {
-  const Units units(plan, plan.scope);
-  const double unscale = unscale_of(plan);
+// Puts what was found of this step's gradients where it is kept; whether one was not finite. A
+// whole block.
+PYSMOOTH_DEVICE bool keep_nonfinite(const View& plan) {
   const bool counts = !overflowed(plan);
   PYSMOOTH_SHARED(int, nonfinite);
   if (threadIdx.x == 0) nonfinite = 0;
@@ -203,31 +212,55 @@ __device__ void finalize(const View& plan) {
     if (found != 0) atomicOr(&nonfinite, 1);
     if (found != 0 && counts) plan.nonfinite[2 * plan.tensors + t] = 1;
   }
+  __syncthreads();
+  return nonfinite != 0;
+}
+
+// finish(u, total, any) for every scope unit, with what its norm is made of.
+template <Reduction kind, class Finish>
+PYSMOOTH_DEVICE void total_units(const View& plan, Finish finish) {
   each_unit(
-      plan, units, neutral<kind>(), [&](int t) { return is_active(plan, t); },
+      plan, Units(plan, plan.scope), neutral<kind>(), [&](int t) { return is_counted(plan, t); },
       [&](int t) {
         // torch's total 0-"norm" is the 0-"norm" of the tensors' norms: how many are not zero.
         if (kind == Reduction::count_nonzero && plan.scope != Scope::tensor)
           return plan.value[t] != 0.0 ? 1.0 : 0.0;
         return plan.value[t];
       },
-      [](double total, double x) { return combined<kind>(total, x); },
-      [&](int u, double total, bool any) {
-        if (!any) total = 0.0;
-        if (kind == Reduction::sum_squares) total = std::sqrt(total);
-        if constexpr (kind == Reduction::sum_power) total = std::pow(total, 1.0 / plan.norm_type);
-        plan.norms[u] = kind == Reduction::count_nonzero ? total : total * unscale;
-      });
+      [](double total, double x) { return combined<kind>(total, x); }, finish);
+}
+
+template <Reduction kind>
+PYSMOOTH_DEVICE double norm_of(const View& plan, double total) {
+  if (kind == Reduction::sum_squares) total = std::sqrt(total);
+  if constexpr (kind == Reduction::sum_power) total = std::pow(total, 1.0 / plan.norm_type);
+  return kind == Reduction::count_nonzero ? total : total * unscale_of(plan);
+}
+
+// From norms to coefficients. A whole block.
+PYSMOOTH_DEVICE void clip_by_norms(const View& plan) {
+  const Units units(plan, plan.scope);
   for (int t = static_cast<int>(threadIdx.x); t < plan.tensors; t += kThreads) {
     const Entry& e = plan.entries[t];
     plan.coefs[t] =
-        !is_active(plan, t) ? 1.0
+        !is_counted(plan, t) ? 1.0
         : e.cut >= 0 ? plan.row_least[plan.row_chunks + e.cut]
                      : clip_coefficient(plan.inputs[e.group].clip, plan.norms[units.of(plan, t)]);
   }
-  if (threadIdx.x == 0) plan.status->nonfinite = nonfinite;
   __syncthreads();
-  if (plan.accumulates) accumulate_norms(plan, unscale);
+}
+
+template <Reduction kind>
+__device__ void finalize(const View& plan) {
+  const bool nonfinite = keep_nonfinite(plan);
+  total_units<kind>(plan, [&](int u, double total, bool any) {
+    plan.norms[u] = any ? norm_of<kind>(plan, total) : 0.0;
+  });
+  clip_by_norms(plan);
+  if (threadIdx.x == 0) plan.status->nonfinite = nonfinite ? 1 : 0;
+  if (!plan.accumulates) return;
+  sum_clipped(plan, unscale_of(plan));
+  accumulate_norms(plan);
 }
 
 PYSMOOTH_KERNELS_END

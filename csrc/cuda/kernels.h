@@ -40,6 +40,10 @@ struct KernelTable {
   Kernel prepare;
   // Between devices, where tensors lie on several.
   Kernel publish, conclude[kReductions], conclude_pass;
+  // Between processes, where tensors are parts of larger ones.
+  Kernel tell_parts, tell_pass, conclude_parts[kReductions], conclude_parts_of_pass;
+  Kernel total_parts[kReductions], conclude_units[kReductions], conclude_accumulated;
+  Kernel total_parts_of_pass, conclude_units_of_pass, take_digit_of_all;
   Kernel source[kRules][kMaxStages][kAccesses];
   Kernel apply[kRules][kAccesses];
   SingleKernel single[kRules][kAccesses];  // of rules that have no pass before apply

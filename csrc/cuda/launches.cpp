@@ -17,15 +17,23 @@ bool DevicePlan::reduces(const GroupInput* groups) const {
 
 bool DevicePlan::shares_pass(int stage) const {
   const Scope scope = settings_.stage_scope[stage];
-  return settings_.sites > 1 && (scope == Scope::global || scope == Scope::group) &&
-         std::any_of(classes_.begin(), classes_.end(),
-                     [stage](const Class& c) { return stage < facts(c.rule).stages; });
+  const bool shared =
+      settings_.spread ? scope != Scope::block
+                       : settings_.sites > 1 && (scope == Scope::global || scope == Scope::group);
+  return shared && std::any_of(classes_.begin(), classes_.end(),
+                               [stage](const Class& c) { return stage < facts(c.rule).stages; });
 }
 
-size_t DevicePlan::units() const {
-  return settings_.scope == Scope::global  ? 1
-         : settings_.scope == Scope::group ? static_cast<size_t>(groups_)
-                                           : tensors_.size();
+size_t DevicePlan::units_of(Scope scope) const {
+  return scope == Scope::global  ? 1
+         : scope == Scope::group ? static_cast<size_t>(groups_)
+                                 : tensors_.size();
+}
+
+std::vector<int> DevicePlan::selecting_tensors() const {
+  std::vector<int> out;
+  for (const Unit& unit : units_) out.push_back(unit.first_tensor);
+  return out;
 }
 
 DevicePlan::Absorption DevicePlan::absorption(size_t t) const {
@@ -68,13 +76,55 @@ std::vector<Launch> DevicePlan::all_launches(void* device, const GroupInput* gro
     const auto n = static_cast<int>(tensors_.size());
     out.push_back({table.prepare, std::max(1, (n + kThreads - 1) / kThreads), work});
   };
-  // What follows from the sums of all devices. It is not told at all where there is one.
-  const auto meet = [&](Kernel conclude, int stage) {
+  // What a plan of all of them tells of each, and waits for the others.
+  const auto tell = [&](Kernel kernel, int stage, Meeting meets, bool largest) {
     Work work{};
     work.stage = stage;
     const auto n = static_cast<int>(tensors_.size());
-    out.push_back({table.publish, std::max(1, (n + kThreads - 1) / kThreads), work, true});
-    out.push_back({conclude, 1, work});
+    out.push_back({kernel, std::max(1, (n + kThreads - 1) / kThreads), work, meets, largest});
+  };
+  const auto conclude = [&](Kernel kernel, int stage) {
+    Work work{};
+    work.stage = stage;
+    out.push_back({kernel, 1, work});
+  };
+  const auto join = [&](Scope scope, bool largest, size_t each) {
+    const bool joins = scope == Scope::global || scope == Scope::group;
+    out.back().meets = Meeting::units;
+    out.back().largest = largest;
+    out.back().count = static_cast<int>(kJoinedUnits + (joins ? each * units_of(scope) : 0));
+  };
+  // What follows from the sums of all devices, or of all processes.
+  const auto meet_norms = [&](int kind) {
+    if (settings_.sites > 1) {
+      tell(table.publish, 0, Meeting::devices, false);
+      conclude(table.conclude[kind], 0);
+    }
+    if (!settings_.spread) return;
+    const auto reduction = static_cast<Reduction>(kind);
+    const bool largest = reduction == Reduction::max_abs || reduction == Reduction::min_abs;
+    tell(table.tell_parts, kind, Meeting::parts, largest);
+    if (!settings_.joins) return conclude(table.conclude_parts[kind], 0);
+    conclude(table.total_parts[kind], 0);
+    join(settings_.scope, largest, 1);
+    conclude(table.conclude_units[kind], 0);
+    if (!accumulates_ || settings_.scope == Scope::tensor) return;
+    join(settings_.scope, false, 1);
+    conclude(table.conclude_accumulated, 0);
+  };
+  const auto meet_sums = [&](int stage) {
+    const Scope scope = settings_.stage_scope[stage];
+    if (settings_.sites > 1) {
+      tell(table.publish, stage, Meeting::devices, false);
+      conclude(table.conclude_pass, stage);
+    }
+    if (!settings_.spread) return;
+    tell(table.tell_pass, stage, Meeting::parts, false);
+    if (!settings_.joins || scope == Scope::tensor)
+      return conclude(table.conclude_parts_of_pass, stage);
+    conclude(table.total_parts_of_pass, stage);
+    join(scope, false, 2);
+    conclude(table.conclude_units_of_pass, stage);
   };
   // A block per item, for the classes of tensors that select.
   const auto selecting = [&](const KernelTable::Selecting& of, int stage, int64_t piece,
@@ -106,7 +156,7 @@ std::vector<Launch> DevicePlan::all_launches(void* device, const GroupInput* gro
   if (reduces(groups) && part != Part::rest) {
     const int kind = static_cast<int>(reduction_of(settings_.norm_type));
     add(table.reduce[kind], reduce_, 0, 0);
-    if (settings_.sites > 1) meet(table.conclude[kind], 0);
+    meet_norms(kind);
   }
   if (part == Part::norms) return out;
   prepare(-1);
@@ -139,15 +189,20 @@ std::vector<Launch> DevicePlan::all_launches(void* device, const GroupInput* gro
       blocks += out.back().blocks;
     }
     for (size_t i = first; i < out.size(); ++i) out[i].work.blocks = blocks;
-    if (shares_pass(stage)) meet(table.conclude_pass, stage);
+    if (shares_pass(stage)) meet_sums(stage);
     if (out.size() > first && settings_.stage_scope[stage] == Scope::block)
       add(table.scale_blocks, blocks_, 0, stage);
     else if (out.size() > first)
       prepare(stage);
     if (!selected_from) continue;
     if (filters)
-      for (int digit = 0; digit < digits_; ++digit)
+      for (int digit = 0; digit < digits_; ++digit) {
         selecting(table.narrow, stage, kSelectPiece, digit);
+        if (!selects_jointly()) continue;
+        out.back().meets = Meeting::histograms;
+        units(table.take_digit_of_all);
+        out.back().work.stage = digit;
+      }
     if (by_blocks)
       selecting(table.select_block, stage, spec.block, 0);
     else
@@ -166,7 +221,8 @@ std::vector<Launch> DevicePlan::all_launches(void* device, const GroupInput* gro
 
 SingleKernel DevicePlan::single_kernel() const {
   if (classes_.size() != 1 || cuts_[0].apply.count == 0 || rows_.count > 0 || settings_.absorbs ||
-      settings_.sites > 1 || reduction_of(settings_.norm_type) != Reduction::sum_squares)
+      settings_.sites > 1 || settings_.spread ||
+      reduction_of(settings_.norm_type) != Reduction::sum_squares)
     return nullptr;
   return kernels().single[classes_[0].rule][classes_[0].access];
 }
@@ -196,7 +252,7 @@ int64_t DevicePlan::streamed_bytes() const {
 std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups, Part part,
                                          int phase) const {
   std::vector<Launch> all = all_launches(device, groups, part);
-  const auto meets = [](const Launch& one) { return one.meets; };
+  const auto meets = [](const Launch& one) { return one.meets != Meeting::none; };
   auto begin = all.begin();
   for (int i = 0; i < phase; ++i) begin = std::find_if(begin, all.end(), meets) + 1;
   auto end = std::find_if(begin, all.end(), meets);
@@ -204,10 +260,11 @@ std::vector<Launch> DevicePlan::launches(void* device, const GroupInput* groups,
   return {begin, end};
 }
 
-int DevicePlan::phases(const GroupInput* groups, Part part) const {
-  const std::vector<Launch> all = all_launches(nullptr, groups, part);
-  return 1 + static_cast<int>(std::count_if(all.begin(), all.end(),
-                                            [](const Launch& one) { return one.meets; }));
+std::vector<Launch> DevicePlan::meetings(const GroupInput* groups, Part part) const {
+  std::vector<Launch> out;
+  for (const Launch& one : all_launches(nullptr, groups, part))
+    if (one.meets != Meeting::none) out.push_back(one);
+  return out;
 }
 
 }  // namespace pysmooth::cuda

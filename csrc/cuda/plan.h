@@ -35,6 +35,7 @@ struct Entry {
   double* norm_sq;  // what the rule accumulates
   double* scale;    // stage[0] of the step before
   int64_t numel;
+  int64_t elements;      // of the whole tensor, where this is a part of one
   int64_t select_first;  // where its elements begin in its selection's unit
   int64_t first_block;   // of its blocks, where these have scales of their own
   int64_t first_mark;    // into View::marks, its words of each selection; -1: nothing is marked
@@ -47,6 +48,7 @@ struct Entry {
   uint8_t dtype[kMaxOperands];
   uint8_t stochastic;  // operands that are rounded stochastically, as bits
   uint8_t storage;     // ParamStorage; a companion comes after the rule's operands
+  uint8_t counted;     // an empty part of a tensor that takes part
 };
 
 // A tensor whose gradient is clipped by rows (core/rows.h, rows.cuh).
@@ -120,11 +122,23 @@ struct Shared {
   uint32_t nonfinite, unused;
 };
 
+// What processes tell each other of a tensor that they hold parts of (spread.cuh). All is added up,
+// or the largest taken, as the reduction has it.
+struct PartSum {
+  double value;          // the part's sum
+  double flag;           // not 0: not finite. kIsNan where a maximum would lose it
+  double here, missing;  // whether the tensor takes part in this step
+};
+constexpr double kIsNan = 2.0;
+// What the stages of a pipeline tell each other: these, then numbers of units.
+enum : int { kJoinedNonfinite, kJoinedNan, kJoinedTorn, kJoinedUnits };
+
 // What is selected from together.
 struct Unit {
   int32_t first_tensor, last_tensor;   // [first, last)
   int32_t first_sample, sample_lines;  // lines of the sample; none: every value is a candidate
   int32_t wide, place_bits;            // keys of doubles; bits of an index
+  int32_t jointly;                     // with the other parts of a tensor: there is no list
   int64_t first_candidate, room;       // in the list of candidates
   // Of this step.
   int64_t elements, k;
@@ -134,11 +148,16 @@ struct Unit {
   Threshold threshold;
 };
 
+constexpr int64_t kTornElsewhere = -2;
+
 // Of a plan's last step, and of all of them.
 struct Status {
   int32_t skip;  // this step's: nothing was changed
   int32_t nonfinite;
+  int32_t torn;  // a tensor takes part in some processes only: nothing was changed, if it was seen
+                 // in time
   unsigned long long steps, skipped;  // skipped: by the policy, not by GradScaler
+  int64_t torn_tensor;  // 1 + the last such, of all steps; kTornElsewhere: in another stage
 };
 
 // Piece `part` of a tensor, for one warp. Its length is the launch's business.
@@ -190,7 +209,9 @@ struct View {
   char* block_scales;              // per block: blocks.cuh
   int32_t block_shift, block_run;  // logarithm of a block's elements; elements of a partial sum
   Status* status;
-  Shared* board;  // per device and tensor; null: all tensors lie on this device
+  Shared* board;   // per device and tensor; null: all tensors lie on this device
+  PartSum* parts;  // per tensor; null: all are whole
+  double* joined;  // kJoinedNonfinite and what follows; null: there are no stages of a pipeline
   double norm_type;
   int32_t tensors, groups;
   int32_t site;  // this device

@@ -224,7 +224,8 @@ template <Reduction kind>
 PYSMOOTH_KERNEL reduce(View plan, Work work) {
   PYSMOOTH_SHARED(Lanes, lanes);
   reduce_any<kind>(plan, item_of(plan, work), lanes[warp_id()][0]);
-  if (plan.board != nullptr) return;  // conclude comes when all devices are done
+  // What concludes comes when all devices, or processes, are done.
+  if (plan.board != nullptr || plan.parts != nullptr) return;
   if (last_block(&plan.arrived[plan.tensors], static_cast<uint32_t>(work.blocks)))
     finalize<kind>(plan);
 }

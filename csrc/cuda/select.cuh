@@ -200,6 +200,7 @@ PYSMOOTH_KERNEL narrow(View plan, Work work) {
     if (histogram[i] != 0) atomicAdd(&all[i], static_cast<unsigned long long>(histogram[i]));
   const bool global = u.last_tensor - u.first_tensor > 1;
   const int64_t blocks = global ? int64_t{work.blocks} : pieces_of(e, work);
+  if (u.jointly != 0) return;  // take_digit_of_all comes next
   if (!last_block(&plan.unit_arrived[e.unit], static_cast<uint32_t>(blocks))) return;
   take_digit(&u.threshold, digit, [&](int i) { return uint64_t{all[i]}; });
   for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += kThreads) all[i] = 0;

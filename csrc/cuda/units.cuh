@@ -14,15 +14,17 @@ PYSMOOTH_KERNEL begin_select(View plan, Work) {
   __syncthreads();
   for (int t = u.first_tensor + static_cast<int>(threadIdx.x); t < u.last_tensor; t += kThreads)
     if (is_selecting(plan, t))
-      atomicAdd(&elements, static_cast<unsigned long long>(plan.entries[t].numel));
+      atomicAdd(&elements, static_cast<unsigned long long>(u.jointly != 0 ? plan.entries[t].elements
+                                                                          : plan.entries[t].numel));
   uint64_t* const histogram = plan.histogram + int64_t{blockIdx.x} * kDigits;
   for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += kThreads) histogram[i] = 0;
   __syncthreads();
   if (threadIdx.x != 0) return;
   u.elements = static_cast<int64_t>(elements);
   u.k = plan.select.chosen_of(u.elements);
-  u.filter = 1;
-  u.complete = 1;
+  // What reaches the filter is listed; jointly nothing is.
+  u.filter = u.jointly != 0 ? ~uint64_t{0} : 1;
+  u.complete = u.jointly != 0 ? 0 : 1;
   u.candidates = 0;
   u.threshold = {0, 0, u.k, 0};
 }

@@ -32,12 +32,14 @@ class Layout:
         elements: of the whole tensor.
         device: where its local part is, and collectives run.
         in_order: whether the parts, by rank, are the whole in the order of memory.
+        begin: where this part begins then.
     """
 
     groups: tuple[Any, ...]
     elements: int
     device: torch.device
     in_order: bool = True
+    begin: int = 0
 
 
 def layout_of(tensor: Tensor, label: str) -> Layout:
@@ -64,9 +66,13 @@ def layout_of(tensor: Tensor, label: str) -> Layout:
                 "its parts are added up; redistribute it first"
             )
     plain = all(p.is_replicate() or p.is_shard(0) for p in tensor.placements)
-    return Layout(
-        tuple(groups), tensor.numel(), tensor.to_local().device, plain and len(groups) < 2
-    )
+    in_order = plain and len(groups) < 2
+    begin = 0
+    if in_order and groups:  # cut as torch.chunk does it
+        size = dist.get_world_size(groups[0])
+        rows = -(-tensor.shape[0] // size) * dist.get_rank(groups[0])
+        begin = min(rows, tensor.shape[0]) * (tensor.numel() // max(1, tensor.shape[0]))
+    return Layout(tuple(groups), tensor.numel(), tensor.to_local().device, in_order, begin)
 
 
 def is_shard(placement: Any) -> bool:
@@ -86,8 +92,8 @@ def mesh_groups(tensors: Iterable[Any]) -> list[Any]:
     return [group for ranks, group in found.items() if len(ranks) > 1]
 
 
-class Exchange:
-    """Makes sums of parts into sums of tensors, for tensors in a fixed order.
+class Peers:
+    """Who holds the other parts of which tensors, these in a fixed order.
 
     Args:
         layouts: of the tensors.
@@ -102,11 +108,35 @@ class Exchange:
         self.layouts, self.labels, self.process_group = layouts, labels, process_group
         self.device = layouts[0].device if layouts else torch.device("cpu")
         self.live: Sequence[bool] = [True] * len(layouts)  # which take part in this step
-        self.flagged: list[str] = []  # which are not finite somewhere
         self._members: dict[Any, list[int]] = {}
         for i, layout in enumerate(layouts):
             for group in layout.groups:
                 self._members.setdefault(group, []).append(i)
+
+    def groups(self) -> list[Any]:
+        """All process groups that a step's sums go over."""
+        return [*self._members, *([] if self.process_group is None else [self.process_group])]
+
+
+def torn_message(what: str) -> str:
+    """What is said of a tensor that takes part in some processes only."""
+    return f"{what} has a gradient in some processes that hold parts of it, and none in others"
+
+
+OVERFLOWS_DIFFER = (
+    "GradScaler found an overflow in some processes and none in others, because it asks those that "
+    "share the first gradient's mesh alone: use pysmooth.distributed.GradScaler"
+)
+
+
+class Exchange(Peers):
+    """Makes sums of parts into sums of tensors, on the host."""
+
+    def __init__(
+        self, layouts: Sequence[Layout], labels: Sequence[str], process_group: Any = None
+    ) -> None:
+        super().__init__(layouts, labels, process_group)
+        self.flagged: list[str] = []  # which are not finite somewhere
 
     def tensors(
         self, kind: int, sums: list[float], flags: list[float]
@@ -128,10 +158,7 @@ class Exchange:
             dist.all_reduce(packed, op=op, group=group)
             for i, (total, flag, here, missing) in zip(members, packed.tolist(), strict=True):
                 if here and missing:
-                    raise RuntimeError(
-                        f"parameter {self.labels[i]!r} has a gradient in some processes that hold "
-                        "parts of it, and none in others"
-                    )
+                    raise RuntimeError(torn_message(f"parameter {self.labels[i]!r}"))
                 nan = kind in _OPS and sign * flag >= _NAN
                 sums[i], flags[i] = (math.nan if nan else total), abs(flag)
         self.flagged = [name for name, f in zip(self.labels, flags, strict=True) if f]
@@ -164,17 +191,12 @@ class Exchange:
         Raises:
             RuntimeError: on all of them: some were not.
         """
-        groups = [*self._members, *([] if self.process_group is None else [self.process_group])]
         both = torch.tensor([float(found != 0), -float(found != 0)], device=self.device)
-        for group in groups:
+        for group in self.groups():
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
         highest, lowest = both.tolist()
         if highest != -lowest:
-            raise RuntimeError(
-                "GradScaler found an overflow in some processes and none in others, because it "
-                "asks those that share the first gradient's mesh alone: use "
-                "pysmooth.distributed.GradScaler"
-            )
+            raise RuntimeError(OVERFLOWS_DIFFER)
 
     def digits(self, t: int, histogram: list[int]) -> list[int]:
         """How many elements of tensor t have which digit."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,12 +19,11 @@ from torch import Tensor
 
 from .._errors import BackendError, NonFiniteGradientError
 from ..engine.amp import Amp
-from ..engine.recipe import SCALARS, ClipMode
+from ..engine.recipe import ELSEWHERE, SCALARS, ClipMode
 from ..optim._managed import part_here
-from .exchange import Exchange, Layout, is_shard, layout_of
+from .exchange import Exchange, Layout, Peers, is_shard, layout_of
 
 if TYPE_CHECKING:
-    from ..engine.native import NativeEngine
     from ..optim._base import FusedOptimizer
 
 Compress = Literal["per_shard", "global"]
@@ -134,7 +134,7 @@ def refuse_flattened(params: Iterable[Tensor]) -> None:
         )
 
 
-class _View:
+class View:
     """The optimizer as an engine is to see it: local parts, with states of their own."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
@@ -170,7 +170,9 @@ class _View:
         )
 
     def pull(self) -> None:
-        """Takes over gradients, and states that were changed from outside."""
+        """Takes over gradients, and what was changed from outside."""
+        for mine, group in zip(self.param_groups, self._optimizer.param_groups, strict=True):
+            mine.update((key, value) for key, value in group.items() if key != "params")
         held = self._optimizer.state
         for p, local in self.pairs:
             local.grad = None if p.grad is None else _gradient(p)
@@ -215,6 +217,23 @@ class _View:
             else:
                 held.pop(p, None)
 
+    @contextmanager
+    def mirrored(self) -> Iterator[None]:
+        """Takes states from the optimizer that are taken from here meanwhile."""
+        before = {p: set(keys) for p, keys in self.state.items()}
+        try:
+            yield
+        finally:
+            for p, local in [*self.pairs, *((p, p) for p in self.plain)]:
+                lost = before.get(local, set()) - self.state.get(local, {}).keys()
+                held = self._optimizer.state.get(p)
+                if not lost or held is None:
+                    continue
+                for key in lost:
+                    held.pop(key, None)
+                if not held:
+                    del self._optimizer.state[p]
+
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b
@@ -239,34 +258,40 @@ def _gradient(p: Any) -> Tensor:
 class ShardedEngine:
     """Runs the CPU backend on local parts, with an `Exchange` between its passes."""
 
-    def __init__(self, inner: NativeEngine, sharding: Sharding) -> None:
+    exchange_type: type[Peers] = Exchange
+
+    def __init__(self, inner: Any, sharding: Sharding) -> None:
         self.name = inner.name
         self._inner = inner
         self._sharding = sharding
-        self._view: _View | None = None
-        self._exchange: Exchange | None = None
+        self._view: View | None = None
+        self._exchange: Peers | None = None
         self._forms: tuple[object, ...] = ()
 
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
         """One fused step on all processes together."""
         view = self._ready(optimizer)
-        exchange = self._exchange
-        assert exchange is not None
-        if amp.found_inf is not None:
-            exchange.same_overflow(float(amp.found_inf))
+        assert self._exchange is not None
         view.pull()
         params = [p for ps in view.param_groups for p in ps["params"]]
-        exchange.live = [p.grad is not None for p in params]
+        self._exchange.live = [p.grad is not None for p in params]
+        try:
+            self._run(view, amp)
+        finally:
+            view.push()
+
+    def _run(self, view: View, amp: Amp) -> None:
+        exchange = cast("Exchange", self._exchange)
+        if amp.found_inf is not None:
+            exchange.same_overflow(float(amp.found_inf))
         try:
             self._inner.step(cast("FusedOptimizer", view), amp)
         except NonFiniteGradientError as error:
             names = ", ".join(repr(name) for name in exchange.flagged)
-            where = names or "a parameter of another pipeline stage"
+            where = names or ELSEWHERE
             raise NonFiniteGradientError(f"non-finite gradient in {where}") from error
-        finally:
-            view.push()
 
-    def _ready(self, optimizer: FusedOptimizer) -> _View:
+    def _ready(self, optimizer: FusedOptimizer) -> View:
         recipes = optimizer.recipes()
         forms = tuple((r.rule, r.clip.mode) for r in recipes)
         if self._view is None or forms != self._forms or not self._view.of(optimizer):
@@ -282,8 +307,8 @@ class ShardedEngine:
                 first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
                 for i, p in enumerate(group["params"], first):
                     _check(optimizer, recipe, p, layouts[i], labels[i], self._sharding.compress)
-            self._exchange = Exchange(layouts, labels, self._sharding.process_group)
-            self._view = _View(optimizer)
+            self._exchange = self.exchange_type(layouts, labels, self._sharding.process_group)
+            self._view = View(optimizer)
             self._forms = forms
             self._inner.attach(self._exchange, self._sharding.compress == "global")
         return self._view
@@ -294,7 +319,8 @@ class ShardedEngine:
 
     def selections(self) -> tuple[int, int]:
         """How many selections there were so far, and how many needed a second look."""
-        return self._inner.selections()
+        counts: tuple[int, int] = self._inner.selections()
+        return counts
 
     def summed(self) -> int:
         """No sums are taken in backward here."""
@@ -306,11 +332,13 @@ class ShardedEngine:
 
     def norms(self) -> list[float] | Tensor | None:
         """Norms of the last step per scope unit; None if it took none."""
-        return self._inner.norms()
+        norms: list[float] | Tensor | None = self._inner.norms()
+        return norms
 
     def coefs(self) -> list[float] | Tensor | None:
         """Clip coefficients of the last step per parameter; None if it took no norms."""
-        return self._inner.coefs()
+        coefs: list[float] | Tensor | None = self._inner.coefs()
+        return coefs
 
 
 def _check(
@@ -365,9 +393,14 @@ def engine_for(optimizer: FusedOptimizer, name: str, inner: Any) -> Any:
     refuse_flattened(params)
     if optimizer.sharding is None and not any(map(is_dtensor, params)):
         return inner
-    if name != "cpu":
-        raise BackendError(
-            f"the {name} backend takes no DTensor parameters and no process_group yet; the cpu "
-            "backend does"
-        )
-    return ShardedEngine(inner, optimizer.sharding or Sharding())
+    sharding = optimizer.sharding or Sharding()
+    if name == "cpu":
+        return ShardedEngine(inner, sharding)
+    if name == "cuda":
+        from .sharded_device import DeviceShardedEngine
+
+        return DeviceShardedEngine(inner, sharding)
+    raise BackendError(
+        f"the {name} backend takes no DTensor parameters and no process_group; the cpu and the "
+        "cuda backend do"
+    )

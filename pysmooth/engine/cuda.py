@@ -13,6 +13,7 @@ from .._errors import BackendError
 from . import cuda_memory
 from .amp import Amp
 from .cuda_memory import PlanMemory, run_on_all, sites_of
+from .cuda_spread import Spread, Sums
 from .device import Told, on_device
 from .device_absorb import AbsorbingEngine
 from .numbers import Numbers, form_of
@@ -33,6 +34,7 @@ NUMBERS = {
     "started": torch.int32,
     "spoiled": torch.int32,
     "taken": torch.int64,
+    "torn": torch.int64,
 }
 
 
@@ -62,6 +64,11 @@ class CudaEngine(AbsorbingEngine):
         self._ran: tuple[Policy, list[Recipe]] | None = None  # the last step, if it took norms
         self._copied = False  # gradients, into new states, for the step to come
         self._state_dicts: list[dict[str, Any]] = []  # that the plan knows, per parameter
+        self._spread: Spread | None = None  # where parameters are parts of larger ones
+
+    def attach(self, sums: Sums, jointly: bool) -> None:
+        """Has the next steps' sums go over processes; `jointly`: top-k among all parts, too."""
+        self._spread, self._built_for = Spread(sums, jointly), ()
 
     # Not under torch.no_grad: that is for `_build` and `_run_on_all`. After a backward pass, when
     # caches hold nothing of it, it alone takes as long as all launches.
@@ -72,7 +79,9 @@ class CudaEngine(AbsorbingEngine):
         if recipes is not given.recipes:
             late = any(self.reads(optimizer.late_lr(g)) for g in optimizer.param_groups)
             given = self._given = Numbers(recipes, late=late)
-        if self._built_for != _form(optimizer, given):
+        if self._spread is not None and self._spread.look():
+            self.settled(optimizer)
+        if self._built_for != self._form(optimizer, given):
             self._build(optimizer, recipes, amp)
         try:
             if not self._enqueue(optimizer, given, amp):
@@ -96,7 +105,8 @@ class CudaEngine(AbsorbingEngine):
         plan, memories = self._plan, self._memories
         assert plan is not None
         groups, state = optimizer.param_groups, optimizer.state
-        if len(memories) == 1 and not given.late and amp.found_inf is None and amp.scale is None:
+        few = not given.late and amp.found_inf is None and amp.scale is None
+        if few and len(memories) == 1 and self._spread is None:
             memory = memories[0]
             if (stream := memory.ready()) is not None:
                 numbers = (given.hypers, given.clips, None, None)
@@ -118,7 +128,8 @@ class CudaEngine(AbsorbingEngine):
         def alone(inputs: int, stream: int) -> bool:
             return plan.step(groups, state, *numbers[0], inputs, stream)
 
-        if len(self._memories) == 1:
+        spread = self._spread
+        if len(self._memories) == 1 and spread is None:
             return self._memories[0].launch(alone, keep)
 
         def launch(site: int, phase: int, inputs: int, stream: int) -> int:
@@ -127,10 +138,14 @@ class CudaEngine(AbsorbingEngine):
         done = False
         try:
             if plan.begin(groups, state):
-                run_on_all(self._memories, launch, keep)
+                run_on_all(
+                    self._memories, launch, keep, spread.meet if spread is not None else None
+                )
                 done = True
         finally:
             plan.end(done)
+        if done and spread is not None:
+            spread.after()
         return done
 
     def _numbers_at(
@@ -179,6 +194,7 @@ class CudaEngine(AbsorbingEngine):
         scale = amp.read() if copies else 1.0
         members = self.gather(optimizer, recipes, 0.0 if scale is None else scale)
         sites, devices = sites_of(m.param for m in members)
+        spread = self._spread
         state_dicts = [optimizer.state.get(m.param, {}) for m in members]
         absorbed = [state.get(ABSORBED, 0) for state in state_dicts]
         try:
@@ -202,6 +218,8 @@ class CudaEngine(AbsorbingEngine):
                 select=optimizer.select_spec(),
                 absorbed=absorbed if optimizer.absorbs else [],
                 sites=sites,
+                parts=spread.parts([m.param for m in members]) if spread is not None else [],
+                joins=spread is not None and spread.joins,
             )
             devices = devices or [torch.device("cpu")]
             memories = [PlanMemory(*pair) for pair in zip(plan.sites, devices, strict=True)]
@@ -216,11 +234,13 @@ class CudaEngine(AbsorbingEngine):
             for name, (at, count) in plan.sites[0].places.items()
         }
         self._state_dicts = state_dicts
-        self._told = Told(
-            self._numbers["skipped"], self._numbers["spoiled"], self._numbers.get("taken")
-        )
+        numbers = self._numbers
+        self._told = Told(numbers["skipped"], numbers["spoiled"], numbers.get("taken"))
+        if spread is not None:
+            self._told = self._told._replace(torn=numbers["torn"], complain=spread.sums.complain)
+            spread.use(plan, memories[0], numbers["torn"])
         self._copied = self.copies_gradients()
-        self._built_for = _form(optimizer, Numbers(recipes))
+        self._built_for = self._form(optimizer, Numbers(recipes))
 
     # ---- gradients that states take in before the step ------------------------------------------
 
@@ -267,6 +287,8 @@ class CudaEngine(AbsorbingEngine):
     def check_devices(self, optimizer: FusedOptimizer, devices: Sequence[torch.device]) -> None:
         """Takes several devices, but for what looks at all gradients as one list of values."""
         select = optimizer.select_spec()
+        if len(devices) > 1 and self._spread is not None:
+            self.refuse_devices("a step over several processes", devices)
         if len(devices) > 1 and optimizer.absorbs:
             self.refuse_devices("absorb=True", devices)
         if len(devices) > 1 and select is not None and select[:2] == TOP_K_OF_ALL:
@@ -279,6 +301,12 @@ class CudaEngine(AbsorbingEngine):
     def reads_grad(self, rule: str) -> bool:
         """False for rules that rewrite a single stream."""
         return bool(self._rules[rule]["reads_grad"])
+
+    def _form(self, optimizer: FusedOptimizer, given: Numbers) -> tuple[object, ...]:
+        """What a plan is built for, apart from tensors."""
+        scope, policy, norm_type = optimizer.scope, optimizer.policy, optimizer.norm_type
+        empty = self._spread.sums.empty_live if self._spread is not None else ()
+        return len(optimizer.state), scope, policy, norm_type, given.forms, empty
 
     def _reduced(self) -> bool:
         return self._ran is not None and needs_reduce(*self._ran)
@@ -304,9 +332,3 @@ def refuse_in_capture(device: torch.device) -> None:
             "backend 'cuda' cannot prepare a step while a CUDA graph is captured; run the same "
             "step once before"
         )
-
-
-def _form(optimizer: FusedOptimizer, given: Numbers) -> tuple[object, ...]:
-    """What a plan is built for, apart from tensors."""
-    scope, policy, norm_type = optimizer.scope, optimizer.policy, optimizer.norm_type
-    return len(optimizer.state), scope, policy, norm_type, given.forms

@@ -124,20 +124,26 @@ def run_on_all(
     memories: Sequence[PlanMemory],
     launch: Callable[[int, int, int, int], int],
     keep: Callable[[], None],
+    meet: Callable[[int], None] | None = None,
 ) -> None:
     """launch(site, phase, inputs, stream) everywhere, phase by phase; it says how many there are.
 
+    Between two of them meet(the first one's number), or rows of boards are copied.
+
     Raises:
-        BackendError: a CUDA graph is captured, and there are several devices.
+        BackendError: a CUDA graph is captured, and there are several devices, or processes.
     """
-    if len(memories) > 1 and any(memory.captures() for memory in memories):
+    if any(memory.captures() for memory in memories) and (len(memories) > 1 or meet is not None):
+        where = ", ".join(str(memory.device) for memory in memories)
         raise BackendError(
-            "backend 'cuda' cannot capture in a CUDA graph what works on several devices, "
-            + ", ".join(str(memory.device) for memory in memories)
+            "backend 'cuda' cannot capture in a CUDA graph what works on several "
+            + (f"devices, {where}" if meet is None else "processes, by torch.distributed")
         )
     phase, phases = 0, 1
     while phase < phases:
-        if phase > 0:
+        if phase > 0 and meet is not None:
+            meet(phase - 1)
+        elif phase > 0:
             _meet([memory.board for memory in memories if memory.board is not None])
         for site, memory in enumerate(memories):
             phases = memory.launch(partial(launch, site, phase), keep)

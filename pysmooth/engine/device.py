@@ -6,7 +6,7 @@ Nothing is read back in a step: the host learns from `settle` what became of it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from .._errors import BackendError, NonFiniteGradientError
 from . import cuda_memory
 from .backends import Engine
 from .checks import check_gradient, check_layout, check_memory, check_state
-from .recipe import ABSORBED, GRADIENT, NORM_SQ, STEP, Policy, Recipe, Scope
+from .recipe import ABSORBED, ELSEWHERE, GRADIENT, NORM_SQ, STEP, Policy, Recipe, Scope
 from .state import fill_state, new_states
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class Told(NamedTuple):
     skipped: Tensor  # how many steps the policy refused; one number
     spoiled: Tensor  # per parameter: not 0 if its gradient was not finite
     taken: Tensor | None = None  # per parameter: gradients that its states took in since a step
+    # Where parameters are parts of larger ones: not 0 after a step that processes did not agree
+    # about. One number, and what raises an error for it.
+    torn: Tensor | None = None
+    complain: Callable[[int], None] | None = None
 
 
 class DeviceEngine(Engine):
@@ -226,6 +230,9 @@ class DeviceEngine(Engine):
         if told.taken is not None:
             self._settle_absorbed(optimizer, told.taken)
         self._settle_fresh(optimizer)
+        if told.torn is not None and told.complain is not None and (torn := int(told.torn)):
+            told.torn.zero_()
+            told.complain(torn)
         if not skipped:
             return 0
         told.skipped.zero_()
@@ -233,9 +240,8 @@ class DeviceEngine(Engine):
             spoiled = told.spoiled.tolist()
             told.spoiled.zero_()
             labels = (m.label for m, bad in zip(self._members, spoiled, strict=True) if bad)
-            raise NonFiniteGradientError(
-                "non-finite gradient in " + ", ".join(repr(label) for label in labels)
-            )
+            where = ", ".join(repr(label) for label in labels) or ELSEWHERE
+            raise NonFiniteGradientError(f"non-finite gradient in {where}")
         return skipped
 
     def settled(self, optimizer: FusedOptimizer) -> None:
@@ -248,8 +254,10 @@ class DeviceEngine(Engine):
         if not self._fresh or self._told is None:
             return
         used = {m.param for m, flag in zip(self._members, self.started(), strict=True) if flag}
-        unused = [p for p in self._fresh if p.numel() > 0 and p not in used]
-        if unused:  # empty ones never have a step of their own: they go where others go
+        parts = self._told.torn is not None  # of which empty ones count, too
+        unused = [p for p in self._fresh if (p.numel() > 0 or parts) and p not in used]
+        # Else empty ones have no step of their own: they go where others go.
+        if unused and not parts:
             unused += [p for p in self._fresh if p.numel() == 0]
         self.forget(optimizer, unused)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 STEP = "step"
 NORM_SQ = "norm_sq"
 SCALE = "scale"
+ELSEWHERE = "a parameter of another pipeline stage"  # in messages
 # States that are one number, whatever the parameter's shape.
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 SCALARS = {NORM_SQ: torch.float64, SCALE: torch.float64, STEP: torch.float32}

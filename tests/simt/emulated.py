@@ -64,6 +64,7 @@ class _Parameter(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("absorbed", ctypes.c_int64),
         ("site", ctypes.c_int64),
+        *((n, ctypes.c_int64) for n in ("elements", "first_element", "counted")),
     ]
 
 
@@ -82,7 +83,7 @@ class _Config(ctypes.Structure):
         ("select_seed", ctypes.c_uint64),
         ("absorbs", ctypes.c_int32),
         ("once", ctypes.c_uint32),
-        ("sites", ctypes.c_int32),
+        *((n, ctypes.c_int32) for n in ("sites", "processes", "stages")),
         ("single", ctypes.c_int32),
     ]
 
@@ -216,7 +217,10 @@ class Slot:
     misplaced: Sequence[int] = (0,) * MAX_OPERANDS  # bytes from a 16-byte boundary, per operand
     by_rows: bool = False  # as its gradient is clipped
     absorbed: int = 0  # gradients that the states hold
-    site: int = 0  # the device that it lies on
+    site: int = 0  # the device that it lies on, or its process
+    # Of a part: elements of the whole, where it begins in that if these are selected from
+    # together, and whether it takes part though it is empty.
+    part: tuple[int, int, bool] = (0, -1, False)
 
 
 @dataclass
@@ -248,6 +252,9 @@ class Run:
     absorbs: int = 0  # gradients are taken in one by one: 1, then the step; 2, without a step
     once: int = 0  # hyper-parameters, as bits, that are 0 for all but the first of a step
     sites: int = 1  # devices
+    processes: int = 0  # that hold parts of tensors; 0: these are whole
+    stages: int = 1  # of a pipeline; as many processes belong to each
+    torn: int = 0  # 1 + a tensor that took part in some processes only
     single: int = 0  # blocks of the one launch that the step is, if it can be; 0: it is several
     kept_out: int = 0  # gradients, or steps, that the policy refused
 
@@ -291,6 +298,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         p.rule, p.group, p.first = numbers[slot.rule], slot.group, int(slot.first)
         p.storage, p.by_rows, p.absorbed = slot.storage, int(slot.by_rows), slot.absorbed
         p.site = slot.site
+        p.elements, p.first_element, p.counted = slot.part
         p.ndim = shaped.ndim
         p.shape[: shaped.ndim] = shaped.shape
         for k, x in enumerate((slot.param, slot.grad, *slot.states)):
@@ -315,7 +323,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
         setattr(config, name, getattr(run, name))
     for name in ("order", "seed", "resident", "races", "multiprocessors"):
         setattr(config, name, getattr(run, name))
-    for name in ("absorbs", "once", "sites", "single"):
+    for name in ("absorbs", "once", "sites", "processes", "stages", "single"):
         setattr(config, name, getattr(run, name))
     config.stage_scope[: len(run.stage_scopes)] = tuple(run.stage_scopes)
     kind, scope, ratio, k, block, scaled, seed = run.select
@@ -324,7 +332,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
     numbers_in = _Step(run.unscale, _pointer(run.grad_scale), _pointer(run.found_inf))
     units = (ctypes.c_double * (len(slots) + len(run.hypers) + 1))()
     coefs = (ctypes.c_double * max(1, len(slots)))()
-    status = (ctypes.c_int * 3)()
+    status = (ctypes.c_int * 4)()
     bad = (ctypes.c_uint * max(1, len(slots)))()
     error = ctypes.create_string_buffer(256)
     lib.emulated_step(
@@ -336,6 +344,7 @@ def step(slots: Sequence[Slot], run: Run) -> str:
     count = {0: 1, 1: len(run.hypers), 2: len(slots)}[run.scope]
     run.norms, run.coefs = list(units)[:count], list(coefs)[: len(slots)]
     run.skipped, run.nonfinite, run.kept_out = bool(status[0]), bool(status[1]), status[2]
+    run.torn = status[3]
     run.nonfinite_tensors = [bool(x) for x in bad[: len(slots)]]
     return error.value.decode()
 

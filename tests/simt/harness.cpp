@@ -45,7 +45,8 @@ struct Parameter {
   double* norm_sq;
   double* scale;
   int64_t absorbed;
-  int64_t site;
+  int64_t site;                              // or the process that it belongs to
+  int64_t elements, first_element, counted;  // of a part: as in cuda/device_plan.h
 };
 
 // What becomes of gradients that states absorb: taken in one by one, and then the step.
@@ -63,6 +64,7 @@ struct Config {
   int32_t absorbs;
   uint32_t once;
   int32_t sites;
+  int32_t processes, stages;  // 0: tensors are whole
   int32_t single;  // blocks of the one launch that a step is, where it can be; 0: it is several
 };
 
@@ -132,6 +134,9 @@ Tensor describe(const Parameter& p, Device* device, std::deque<Layout>* layouts,
   out.first = p.first != 0;
   out.absorbed = p.absorbed;
   out.site = static_cast<int>(p.site);
+  out.elements = p.elements;
+  out.first_element = p.first_element;
+  out.counted = p.counted != 0;
   out.numel = 1;
   for (int d = 0; d < p.ndim; ++d) out.numel *= p.shape[d];
   const RuleFacts& rule = facts(p.rule);
@@ -190,6 +195,8 @@ Settings settings_of(const Config& config) {
   settings.select.seed = config.select_seed;
   settings.absorbs = config.absorbs != kNone;
   settings.sites = config.sites;
+  settings.spread = config.processes > 0;
+  settings.joins = config.stages > 1;
   return settings;
 }
 
@@ -242,6 +249,10 @@ class Site {
            static_cast<size_t>(site) * plan.board_row_bytes();
   }
   template <class T>
+  T* at(size_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(memory) + offset);
+  }
+  template <class T>
   std::vector<T> read(size_t at, size_t count) const {
     std::vector<T> out(count);
     if (count > 0) std::memcpy(out.data(), static_cast<char*>(memory) + at, count * sizeof(T));
@@ -258,17 +269,59 @@ class Site {
   void* inputs_;
 };
 
-// All sites, phase by phase; each can touch its own memory alone.
-bool run_all(const std::deque<Site>& sites, const std::vector<const void*>& grads) {
-  const int phases = sites.front().plan.phases(sites.front().groups.data());
+// Numbers of several processes, added up or the largest of each, to all of them.
+template <class T>
+void reduce_all(const std::vector<T*>& each, size_t count, bool largest) {
+  for (size_t i = 0; i < count; ++i) {
+    T total = each.front()[i];
+    for (size_t s = 1; s < each.size(); ++s)
+      total = largest ? std::max(total, each[s][i]) : total + each[s][i];
+    for (T* const one : each) one[i] = total;
+  }
+}
+
+// What processes add up: parts in each stage, units over the stages.
+void exchange(const std::deque<Site>& sites, const Launch& meeting, int stages) {
+  const auto count = static_cast<size_t>(stages), each = sites.size() / count;
+  const bool units = meeting.meets == Meeting::units;
+  for (size_t g = 0; g < (units ? each : count); ++g) {
+    std::vector<double*> numbers;
+    std::vector<uint64_t*> histograms;
+    size_t n = static_cast<size_t>(meeting.count);
+    for (size_t i = 0; i < (units ? count : each); ++i) {
+      const Site& site = sites[units ? i * each + g : g * each + i];
+      const DevicePlan& plan = site.plan;
+      if (meeting.meets == Meeting::histograms) {
+        n = plan.selecting_tensors().size() * kDigits;
+        histograms.push_back(site.at<uint64_t>(plan.histograms_at()));
+        continue;
+      }
+      if (!units) n = plan.tensors() * sizeof(PartSum) / sizeof(double);
+      numbers.push_back(site.at<double>(units ? plan.joined_at() : plan.parts_at()));
+    }
+    if (!numbers.empty()) reduce_all(numbers, n, meeting.largest);
+    if (!histograms.empty()) reduce_all(histograms, n, false);
+  }
+}
+
+// All sites, phase by phase; each can touch its own memory alone. They are devices, whose plans
+// know all tensors, or processes of so many stages, which have tensors of their own.
+bool run_all(const std::deque<Site>& sites, const std::vector<std::vector<const void*>>& grads,
+             int stages) {
+  const std::vector<Launch> meetings = sites.front().plan.meetings(sites.front().groups.data());
+  const auto phases = static_cast<int>(meetings.size()) + 1;
   for (int phase = 0; phase < phases; ++phase) {
-    for (const Site& one : sites) {
+    for (size_t i = 0; i < sites.size(); ++i) {
+      const Site& one = sites[i];
       for (const Site& other : sites) other.shut(&other != &one);
-      const bool ran = one.run(grads, phase);
+      const bool ran = one.run(grads[i], phase);
       for (const Site& other : sites) other.shut(false);
       if (!ran) return false;
     }
-    for (size_t s = 0; s < sites.size() && phase + 1 < phases; ++s)
+    if (phase + 1 == phases) break;
+    const Launch& meeting = meetings[static_cast<size_t>(phase)];
+    if (meeting.meets != Meeting::devices) exchange(sites, meeting, stages);
+    for (size_t s = 0; s < sites.size() && meeting.meets == Meeting::devices; ++s)
       for (const Site& other : sites)
         if (&other != &sites[s])
           std::memcpy(other.row(static_cast<int>(s)), sites[s].row(static_cast<int>(s)),
@@ -297,15 +350,16 @@ void rule_facts(int rule, int* out) {
 }
 
 // One step. `norms` and `coefs` take as many numbers as there are scope units and parameters,
-// `status` three: whether it was skipped, whether a gradient was not finite, how many were kept
-// out; `nonfinite` one per parameter. `first` and `absorbed` of the parameters are brought up to
-// date. `error`: what was refused, or went wrong.
+// `status` four: whether it was skipped, whether a gradient was not finite, how many were kept
+// out, which tensor took part in some processes only; `nonfinite` one per parameter. `first` and
+// `absorbed` of the parameters are brought up to date. `error`: what was refused, or went wrong.
 void emulated_step(const Config* config, Parameter* parameters, int count, GroupInput* groups,
                    StepInput* step, double* norms, double* coefs, int* status, unsigned* nonfinite,
                    char* error) try {
   simt::options() = {static_cast<simt::Order>(config->order), config->seed, config->resident,
                      config->races != 0};
-  std::deque<Device> devices(static_cast<size_t>(config->sites));
+  const bool apart = config->processes > 0;
+  std::deque<Device> devices(static_cast<size_t>(apart ? config->processes : config->sites));
   std::deque<Layout> layouts;
   std::deque<pysmooth::RowCut> rows;
   std::vector<Tensor> tensors;
@@ -315,9 +369,17 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
                                &layouts, &rows, &grads[static_cast<size_t>(t)]));
   Settings settings = settings_of(*config);
   std::deque<Site> sites;
-  for (Device& device : devices) {
-    sites.emplace_back(&device, tensors, settings, groups, config->groups, *step, config->single);
-    ++settings.site;
+  std::vector<std::vector<int>> members(devices.size());  // parameters, by process
+  for (int t = 0; t < count && apart; ++t)
+    members[static_cast<size_t>(parameters[t].site)].push_back(t);
+  for (size_t s = 0; s < devices.size(); ++s) {
+    std::vector<Tensor> own = tensors;
+    if (apart) {
+      own.clear();
+      for (const int t : members[s]) own.emplace_back(tensors[static_cast<size_t>(t)]).site = 0;
+    }
+    settings.site = apart ? 0 : static_cast<int>(s);
+    sites.emplace_back(&devices[s], own, settings, groups, config->groups, *step, config->single);
   }
   const Site& first = sites.front();
   std::string wrong;
@@ -333,7 +395,12 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
       if (upload(site.plan, site.memory, nullptr) != 0) return false;
     for (int t = 0; t < count && settings.absorbs; ++t)
       if (!take_in(t)) return false;
-    return config->absorbs == kTaken || run_all(sites, grads);
+    std::vector<std::vector<const void*>> given(sites.size(), grads);
+    for (size_t s = 0; s < sites.size() && apart; ++s) {
+      given[s].clear();
+      for (const int t : members[s]) given[s].push_back(grads[static_cast<size_t>(t)]);
+    }
+    return config->absorbs == kTaken || run_all(sites, given, std::max(1, config->stages));
   };
   if (!run()) wrong = error_name(0);
   for (const Site& site : sites)
@@ -344,23 +411,40 @@ void emulated_step(const Config* config, Parameter* parameters, int count, Group
   }
 
   const auto n = static_cast<size_t>(count);
-  const auto outcomes = [n](const Site& site) {
+  const auto outcomes = [](const Site& site) {
+    const size_t tensors_here = site.plan.tensors();
     const auto numbers = site.read<double>(site.plan.norms_at(), site.plan.units());
-    const auto coefs = site.read<double>(site.plan.coefs_at(), n);
-    return std::make_tuple(site.read<Status>(site.plan.status_at(), 1), numbers, coefs,
-                           site.read<unsigned>(site.plan.nonfinite_at(), n),
-                           site.read<int32_t>(site.plan.started_at(), n));
+    const auto coefs_here = site.read<double>(site.plan.coefs_at(), tensors_here);
+    return std::make_tuple(site.read<Status>(site.plan.status_at(), 1), numbers, coefs_here,
+                           site.read<unsigned>(site.plan.nonfinite_at(), tensors_here),
+                           site.read<int32_t>(site.plan.started_at(), tensors_here));
   };
-  const auto [told, units, each, bad, started] = outcomes(first);
+  auto [told, units, each, bad, started] = outcomes(first);
   const auto same = [](const auto& a, const auto& b) {
-    return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
   };
-  for (const Site& site : sites) {
-    const auto [its_status, its_units, its_coefs, its_bad, its_started] = outcomes(site);
-    if (wrong.empty() &&
-        !(same(told, its_status) && same(units, its_units) && same(each, its_coefs) &&
-          same(bad, its_bad) && same(started, its_started)))
-      wrong = "devices came to different results";
+  // Of processes, those of one stage know of the same tensors.
+  const size_t agree = sites.size() / static_cast<size_t>(std::max(1, config->stages));
+  for (size_t s = 0; s < sites.size(); ++s) {
+    const auto [its_status, its_units, its_coefs, its_bad, its_started] = outcomes(sites[s]);
+    const auto [as_status, as_units, as_coefs, as_bad, as_started] =
+        outcomes(sites[s / agree * agree]);
+    const bool torn = as_status[0].torn_tensor != 0;  // then they did not begin with the same
+    if (wrong.empty() && !torn &&
+        !(same(as_status, its_status) && same(as_units, its_units) && same(as_coefs, its_coefs) &&
+          same(as_bad, its_bad) && same(as_started, its_started)))
+      wrong = apart ? "processes came to different results" : "devices came to different results";
+  }
+  status[3] = static_cast<int>(told[0].torn_tensor);
+  if (apart) {  // parameter by parameter
+    each.resize(n), bad.resize(n), started.resize(n);
+    for (size_t s = 0; s < sites.size(); ++s) {
+      const auto [its_status, its_units, its_coefs, its_bad, its_started] = outcomes(sites[s]);
+      for (size_t i = 0; i < members[s].size(); ++i) {
+        const auto t = static_cast<size_t>(members[s][i]);
+        each[t] = its_coefs[i], bad[t] = its_bad[i], started[t] = its_started[i];
+      }
+    }
   }
   status[0] = told[0].skip;
   status[1] = told[0].nonfinite;

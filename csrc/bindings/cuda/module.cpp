@@ -84,6 +84,17 @@ PYBIND11_MODULE(_cuda, m) {
                                return py::make_tuple(plan.board_at(), plan.board_row_bytes());
                              })
       .def_property_readonly("count", [](const Site& s) { return s.plan().sites(); })
+      .def_property_readonly("joined", [](const Site& s) { return s.plan().joined_count(); })
+      // What processes add up, where they hold parts of tensors, and whose the histograms are.
+      .def_property_readonly("exchanged",
+                             [](const Site& s) {
+                               const DevicePlan& plan = s.plan();
+                               py::dict out;
+                               out["parts"] = plan.parts_at();
+                               out["joined"] = plan.joined_at();
+                               out["histograms"] = plan.histograms_at();
+                               return py::make_tuple(out, plan.selecting_tensors());
+                             })
       // Where results lie in the plan's memory: (first byte, how many numbers).
       .def_property_readonly("places", [](const Site& s) {
         const DevicePlan& plan = s.plan();
@@ -94,6 +105,7 @@ PYBIND11_MODULE(_cuda, m) {
         out["skipped"] = py::make_tuple(plan.status_at() + offsetof(Status, skipped), 1);
         out["started"] = py::make_tuple(plan.started_at(), n);
         out["spoiled"] = py::make_tuple(plan.spoiled_at(), n);
+        if (plan.is_spread()) out["torn"] = py::make_tuple(plan.torn_at(), 1);
         if (plan.absorbs()) out["taken"] = py::make_tuple(plan.taken_at(), n);
         return out;
       });
@@ -103,19 +115,26 @@ PYBIND11_MODULE(_cuda, m) {
                     std::vector<std::string>, const std::vector<bool>&, const std::vector<int>&,
                     const std::vector<bool>&, const py::list&, int, int, double,
                     const std::vector<int>&, const py::object&, const std::vector<int64_t>&,
-                    const std::vector<int>&>(),
+                    const std::vector<int>&, const std::vector<PartOf>&, bool>(),
            py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("state"),
            py::arg("state_dicts"), py::arg("state_keys"), py::arg("rules"), py::arg("groups"),
            py::arg("names"), py::arg("first"), py::arg("param_storage"), py::arg("by_rows"),
            py::arg("state_roots"), py::arg("scope"), py::arg("policy"), py::arg("norm_type"),
-           py::arg("stage_scopes"), py::arg("select"), py::arg("absorbed"), py::arg("sites"))
+           py::arg("stage_scopes"), py::arg("select"), py::arg("absorbed"), py::arg("sites"),
+           py::arg("parts"), py::arg("joins"))
       .def_property_readonly("sites", &sites_of<StepPlan>)
       .def("step", &StepPlan::step)
       .def("begin", &StepPlan::begin)
       .def("enqueue", &StepPlan::enqueue)
+      .def("meeting", &StepPlan::meeting)
       .def("end", &StepPlan::end)
       .def("holds", &StepPlan::holds)
       .def("absorb", &StepPlan::absorb);
+  py::enum_<Meeting>(m, "Meeting")
+      .value("DEVICES", Meeting::devices)
+      .value("PARTS", Meeting::parts)
+      .value("UNITS", Meeting::units)
+      .value("HISTOGRAMS", Meeting::histograms);
   py::enum_<Part>(m, "Part")
       .value("WHOLE", Part::whole)
       .value("NORMS", Part::norms)

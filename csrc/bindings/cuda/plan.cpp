@@ -77,7 +77,8 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::dict
                    const std::vector<int>& param_storage, const std::vector<bool>& by_rows,
                    const py::list& state_roots, int scope, int policy, double norm_type,
                    const std::vector<int>& stage_scopes, const py::object& select,
-                   const std::vector<int64_t>& absorbed, const std::vector<int>& sites)
+                   const std::vector<int64_t>& absorbed, const std::vector<int>& sites,
+                   const std::vector<PartOf>& parts, bool joins)
     : params_(params),
       state_dicts_(state_dicts),
       state_keys_(state_keys),
@@ -92,7 +93,8 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::dict
   const size_t n = params.size();
   if (grads.size() != n || state_dicts.size() != n || state_keys.size() != n || rules.size() != n ||
       groups.size() != n || names_.size() != n || first.size() != n || param_storage.size() != n ||
-      by_rows.size() != n || sites.size() != n || (absorbs_ && absorbed.size() != n))
+      by_rows.size() != n || sites.size() != n || (absorbs_ && absorbed.size() != n) ||
+      (!parts.empty() && parts.size() != n))
     throw py::value_error("Plan: all lists must be as long as params");
   std::vector<Tensor> tensors(n);
   std::vector<int> devices;
@@ -112,6 +114,7 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::dict
     track(t, item(params, t), label(t));
     DLTensor d;
     shared_reader().read(item(params, t), &d, [&] { return label(t); });
+    if (!parts.empty()) std::tie(out.elements, out.first_element, out.counted) = parts[t];
     out.site = sites[t];
     if (out.site < 0 || out.site > static_cast<int>(devices.size()))
       throw py::value_error("Plan: sites must be numbered as they come");
@@ -126,6 +129,8 @@ StepPlan::StepPlan(const py::list& params, const py::list& grads, const py::dict
   settings.policy = static_cast<NonFinite>(policy);
   settings.norm_type = norm_type;
   settings.absorbs = absorbs_;
+  settings.spread = !parts.empty();
+  settings.joins = joins;
   for (size_t i = 0; i < stage_scopes.size() && i < kMaxStages; ++i)
     settings.stage_scope[i] = static_cast<Scope>(stage_scopes[i]);
   if (!select.is_none()) settings.select = read_select(select);
@@ -170,9 +175,12 @@ void StepPlan::read_states(size_t t, Tensor* out) {
     if (state == nullptr || state == Py_None) {
       tracked_.resize(e.tracked + 1);
       e.held = 0;
-      const int site = out->site;
-      *out = Tensor{out->rule, out->group};
-      out->site = site;
+      const Tensor known = *out;
+      *out = Tensor{known.rule, known.group};
+      out->site = known.site;
+      out->elements = known.elements;
+      out->first_element = known.first_element;
+      out->counted = known.counted;
       out->storage = ParamStorage::plain;
       return;
     }
@@ -367,7 +375,13 @@ int StepPlan::enqueue(size_t site, int phase, const py::list& hypers, const py::
   check(cuda::step(here.plan(), here.memory(), reinterpret_cast<void*>(inputs), found_,
                    inputs_.data(), numbers, reinterpret_cast<void*>(stream), Part::whole, phase),
         "launch");
-  return sites_.size() == 1 ? 1 : here.plan().phases(inputs_.data());
+  const bool alone = sites_.size() == 1 && !here.plan().is_spread();
+  return alone ? 1 : here.plan().phases(inputs_.data());
+}
+
+std::tuple<Meeting, bool, int> StepPlan::meeting(int phase) const {
+  const Launch last = sites_.front().plan().meetings(inputs_.data()).at(static_cast<size_t>(phase));
+  return {last.meets, last.largest, last.count};
 }
 
 void StepPlan::end(bool done) {

@@ -9,6 +9,7 @@
 
 #include <deque>
 #include <memory>
+#include <tuple>
 
 #include "bindings/cuda/site.h"
 #include "bindings/direct.h"
@@ -18,11 +19,17 @@
 
 namespace pysmooth::cuda {
 
+// Of a parameter that is a part of a larger one, over several processes: elements of that, where
+// this part begins if coordinates are selected from all parts (else -1), and, where it is empty,
+// whether it takes part in steps.
+using PartOf = std::tuple<int64_t, int64_t, bool>;
+
 class StepPlan {
  public:
   // `grads`: a tensor of the form that each parameter's gradient will have. States are all there
   // or, for a parameter that never had a gradient, all missing. `state` is the optimizer's.
-  // `sites`: at which device each is.
+  // `sites`: at which device each is. `parts`: none where parameters are whole; `joins`: the
+  // process is a stage of a pipeline.
   StepPlan(const py::list& params, const py::list& grads, const py::dict& state,
            const py::list& state_dicts, const py::list& state_keys,
            const std::vector<std::string>& rules, const std::vector<int>& groups,
@@ -30,7 +37,8 @@ class StepPlan {
            const std::vector<int>& param_storage, const std::vector<bool>& by_rows,
            const py::list& state_roots, int scope, int policy, double norm_type,
            const std::vector<int>& stage_scopes, const py::object& select,
-           const std::vector<int64_t>& absorbed, const std::vector<int>& sites);
+           const std::vector<int64_t>& absorbed, const std::vector<int>& sites,
+           const std::vector<PartOf>& parts, bool joins);
 
   std::vector<Site>& sites() { return sites_; }
 
@@ -40,13 +48,14 @@ class StepPlan {
   bool step(const py::list& groups, const py::dict& state, const py::list& hypers,
             const py::list& clips, const py::object& grad_scale, const py::object& found_inf,
             uintptr_t inputs, uintptr_t stream);
-  // The same where there are several: begin(), which takes the gradients or says that the plan is
-  // stale; for each phase, at every site, enqueue(), which says how many phases there are; and
-  // end() in any case.
+  // The same where there are several, or processes: begin(), which takes the gradients or says that
+  // the plan is stale; for each phase, at every site, enqueue(), which says how many phases there
+  // are; and end() in any case. Between two phases comes meeting(), of the first one.
   bool begin(const py::list& groups, const py::dict& state);
   int enqueue(size_t site, int phase, const py::list& hypers, const py::list& clips,
               const py::object& grad_scale, const py::object& found_inf, uintptr_t inputs,
               uintptr_t stream);
+  std::tuple<Meeting, bool, int> meeting(int phase) const;
   // Lets gradients go and, if the step is `done`, tells autograd what was written.
   void end(bool done);
 
