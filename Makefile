@@ -47,7 +47,7 @@ INTERPRETED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,trit
 
 # The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
 EMULATED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip cuda_codec cuda_devices cuda_absorb absorb absorb_accumulation \
-	absorb_copies clip_grad agc bad_input_optim device_refusals grad_scaler layouts low_precision param_storage state_dict torch_integration typing))
+	absorb_copies clip_grad agc bad_input_optim device_refusals grad_scaler layouts low_precision param_storage sharded sharded_amp sharded_tp sharded_training state_dict torch_integration typing))
 
 # One process a core; tests of one file share what they prepare. Idle threads of OpenMP must not spin then.
 WORKERS ?= 2

@@ -266,6 +266,17 @@ def _top_k() -> None:
                 reference.step()
             for p, q in zip(ours, alone, strict=True):
                 torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=1e-6, atol=1e-7)
+    for rows in (4000, 40000):  # a sample suggests what is large in a whole tensor of this size
+        g = torch.randn(rows, 3, generator=torch.Generator().manual_seed(4))
+        p = distribute_tensor(torch.zeros(rows, 3), mesh, [Shard(0)]).requires_grad_()
+        p.grad = distribute_tensor(g, mesh, [Shard(0)])
+        optimizer = pysmooth.EFSGD([p], 1.0, TopK(k=100))
+        set_sharding(optimizer, compress="global")
+        optimizer.step()
+        largest = torch.zeros(rows, 3).view(-1)
+        at = g.view(-1).abs().topk(100).indices
+        largest[at] = -g.view(-1)[at]
+        assert torch.equal(whole(p.detach()).view(-1), largest)
     p = distribute_tensor(torch.zeros(8, 3), mesh, [Shard(0)]).requires_grad_()
     p.grad = distribute_tensor(torch.arange(24.0).view(8, 3) + 1, mesh, [Shard(0)])
     optimizer = pysmooth.EFSGD([p], 1.0, TopK(k=1))

@@ -216,6 +216,12 @@ class Stages {
 
   void sample(int stage) {
     if (p_->select.kind != Selector::top_k || blocks()) return;
+    if (p_->selects_jointly) {  // the list would be of this part alone: nothing goes there
+      one([&] {
+        for (SelectUnit& unit : s_.units) unit.filter = HUGE_VAL, unit.complete = true;
+      });
+      return;
+    }
     each_unit([&](size_t u) {
       static thread_local std::vector<Stretch> places;
       static thread_local std::vector<double> values;
