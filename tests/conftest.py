@@ -46,10 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _is_for_host_run(item: pytest.Item) -> bool:
     """Whether a device's kernels run it on the host: tests of its backend, less repetition."""
-    if item.get_closest_marker("interpreted") is not None:
-        return triton_interpreted()
-    if item.get_closest_marker("emulated") is not None:
-        return CUDA_EMULATED
+    own = {"interpreted": triton_interpreted(), "emulated": CUDA_EMULATED}
+    if marked := [name for name in own if item.get_closest_marker(name) is not None]:
+        return any(own[name] for name in marked)
     given = getattr(item, "callspec", None)
     if given is None or given.params.get("backend") not in DEVICE_BACKENDS:
         return False

@@ -7,18 +7,23 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import pytest
+import interpreter
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from battery import DEVICE_BACKENDS
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-# What takes the steps: under PYSMOOTH_EMULATED=1 the CUDA backend, on the host (tests/simt).
-BACKEND = "cuda" if os.environ.get("PYSMOOTH_EMULATED") == "1" else "cpu"
+from pysmooth.engine import backends
+
+# What takes the steps: under PYSMOOTH_EMULATED=1 the CUDA backend, on the host (tests/simt), under
+# TRITON_INTERPRET=1 Triton's.
+BACKEND = (*DEVICE_BACKENDS, "cpu")[0]
 # Uneven on 2 and 4 processes, one with fewer rows than processes (empty shards), one scalar-like.
 SHAPES = ((37, 5), (3, 7), (130,), (1,), (8, 6), (64, 40))
 
@@ -32,7 +37,12 @@ def worker(
         from simt import emulated
 
         sys.modules["pysmooth._cuda"] = emulated.module()
-        emulated.take_cpu_tensors(pytest.MonkeyPatch())
+    if BACKEND == "triton":
+        interpreter.tame()
+    if BACKEND != "cpu":  # "auto" finds it, as on a GPU
+        infos = {info.name: info for info in backends.REGISTERED}
+        device = replace(infos[BACKEND], devices=lambda: ("cpu",), auto=("cpu",))
+        backends.REGISTERED = (device, infos["eager"])
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     try:
         for case in cases:

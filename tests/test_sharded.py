@@ -368,9 +368,37 @@ def _copies() -> None:
     assert again.sharding == optimizer.sharding
 
 
+def _triton_refuses() -> None:
+    """What would take more than sums of tensors."""
+    mesh = init_device_mesh("cpu", (4,))
+    group = dist.new_group(list(range(4)))
+    cases: list[tuple[str, Make, dict[str, Any]]] = [
+        ("compress='global'", lambda p: pysmooth.EFSGD(p, 0.1, TopK(k=2)), {"compress": "global"}),
+        (
+            "process_group",
+            lambda p: pysmooth.ClipSGD(p, 0.1, max_norm=1.0),
+            {"process_group": group},
+        ),
+    ]
+    for what, make, given in cases:
+        p = distribute_tensor(torch.ones(8, 3), mesh, _rows(torch.Size())).requires_grad_()
+        p.grad = distribute_tensor(torch.ones(8, 3), mesh, _rows(torch.Size()))
+        optimizer = make([p])
+        set_sharding(optimizer, **given)
+        with pytest.raises(pysmooth.BackendError, match=f"triton backend takes no {what}"):
+            optimizer.step()
+        assert torch.equal(whole(p.detach()), torch.ones(8, 3))
+        assert not optimizer.state
+
+
+@pytest.mark.interpreted
 @pytest.mark.emulated
 def test_four_processes(tmp_path: Path) -> None:
     """All cases that need nothing but a process group, in one start of four processes."""
-    cases = (_steps_agree, _clips_agree, _thin_and_complex, _elsewhere, _gradients_are_placed)
-    more = (_nonfinite, _a_state_that_is_taken_away, _stages, _top_k, _refusals, _copies)
-    run(4, str(tmp_path / "store"), *cases, *more, there_and_back)
+    cases = [_steps_agree, _gradients_are_placed, _nonfinite, _a_state_that_is_taken_away]
+    if BACKEND == "triton":
+        cases += [_triton_refuses]
+    else:
+        cases += [_clips_agree, _thin_and_complex, _elsewhere, _stages, _top_k, _refusals, _copies]
+        cases += [there_and_back]
+    run(4, str(tmp_path / "store"), *cases)

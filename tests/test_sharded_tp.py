@@ -10,6 +10,7 @@ import sharded_tp_hooks as hooks
 from sharded import run
 
 
+@pytest.mark.interpreted
 @pytest.mark.emulated
 def test_steps_and_clips(tmp_path: Path) -> None:
     run(4, str(tmp_path / "store"), cases.optimizers, cases.rows, cases.clips)

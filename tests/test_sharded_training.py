@@ -117,6 +117,7 @@ def _refusals(folder: str) -> None:
     pysmooth.ClipSGD(plain.parameters(), lr=0.1, max_norm=1.0)  # beside it: nothing wrong
 
 
+@pytest.mark.interpreted
 @pytest.mark.emulated
 def test_checkpoints_move_from_four_processes_to_two(tmp_path: Path) -> None:
     run(4, str(tmp_path / "four"), _save, args=(str(tmp_path),))

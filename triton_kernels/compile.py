@@ -32,6 +32,7 @@ from .block_scales import block_scales
 from .finalize import finalize, finish_pass
 from .how import KAHAN, MASTER, STOCHASTIC, How
 from .launch import Spec
+from .parts import adopt_spec, tell_spec
 from .rand_k import rand_k
 from .rule import Rule
 from .rules import RULES
@@ -42,6 +43,7 @@ from .source import source
 from .specs import (
     BLOCK,
     IN_TENSOR,
+    SQUARES,
     TOP_K,
     Form,
     Method,
@@ -55,6 +57,7 @@ from .specs import (
     reduce_spec,
     rows_spec,
 )
+from .spread import adopt, tell
 
 # Kernels that change parameters or states, or choose what is changed.
 EXACT = (apply, source, block_scales, sample, narrow, selected, ties, select_block, rand_k)
@@ -69,10 +72,13 @@ F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat1
 # What a kernel's arguments are; all others point to 32-bit integers.
 WIDE = {
     "parts",
+    "torn",
     *("tensors", "gradients", "layouts", "amp", "counters", "taken"),
     *("units", "histogram", "samples", "places", "tallies"),
 }
 FLOATS = {
+    "rows",
+    "least",
     "param_sums",
     "grad_sums",
     "smallest",
@@ -89,8 +95,9 @@ FLOATS = {
     "rates",
 }
 UNSIGNED = {"keys", "seeds"}
-COUNTS = {"count", "shift", "width"}  # and, of finalize and finish_pass:
+COUNTS = {"count", "shift", "width"}  # and, of those that take a few tensors:
 MORE_COUNTS = {"members", "chunks", "groups"}
+COUNTING = (finalize, finish_pass, tell, adopt)
 
 
 @dataclass
@@ -151,10 +158,18 @@ def specs(rules: list[str]) -> Iterator[tuple[str, Spec]]:
         yield f"coefficients {dtype}", coefs_spec(dtype)
     for name, spec in messages.SPECS.items():
         yield f"codec: {name}", spec
+    for norm_type in (2.0, 3.0, float("inf")):
+        kind = method(norm_type=norm_type).kind
+        for is_pass in (False, True) if kind == SQUARES else (False,):
+            what = f"parts of L{norm_type:g}, {'pass' if is_pass else 'reduce'}"
+            yield f"tell {what}", tell_spec(kind, is_pass=is_pass, by_rows=not is_pass)
+            yield f"adopt {what}", adopt_spec(kind, is_pass=is_pass)
     for name in rules:
         yield from specs_of(RULES[name])
     for scope in (1, 2):
-        how = method(scope=scope, asks=True, names=True, norm_type=3.0, by_rows=True)
+        how = method(
+            scope=scope, asks=True, names=True, norm_type=3.0, by_rows=True, parts=scope == 2
+        )
         spec = finalize_spec(RULES["adam"], how, noisy=True, seeded=True, counts=True)
         yield f"adam finalize scope {scope}", spec
 
@@ -245,7 +260,7 @@ def signature(spec: Spec) -> dict[str, str]:
             out[name] = messages.TYPES[name]
         elif name in VALUES:
             out[name] = "i64"
-        elif name in COUNTS or (name in MORE_COUNTS and spec.kernel in (finalize, finish_pass)):
+        elif name in COUNTS or (name in MORE_COUNTS and spec.kernel in COUNTING):
             out[name] = "i32"
         elif name in WIDE or (name == "list_keys" and how is not None and how.wide):
             out[name] = "*i64"

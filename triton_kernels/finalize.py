@@ -30,6 +30,7 @@ from .table import (
     KEY_STEP,
     KEY_WORDS,
     ROW_CHUNKS,
+    ROW_COUNTED,
     ROW_FIRST,
     ROW_GROUP,
     ROW_NORM,
@@ -146,6 +147,7 @@ def finalize(
     spoiled,
     smallest,
     squares_of,
+    torn,
     members,
     chunks,
     groups,
@@ -163,6 +165,7 @@ def finalize(
     SEEDED: tl.constexpr,
     COUNTS: tl.constexpr,
     BY_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
     ROW_SPAN: tl.constexpr,
@@ -174,11 +177,13 @@ def finalize(
     row = tensors + t.to(tl.int64) * ROW_WORDS
     g = tl.load(row + ROW_GROUP).to(tl.int32)
     group = hypers + g * GROUP_WORDS
-    active = tl.load(gradients + t) != 0
+    active = (tl.load(gradients + t) != 0) | (tl.load(row + ROW_COUNTED) != 0)
 
     # Does the step happen?
     unscale, overflow = loss_scale(amp)
     happens = (overflow == 0).to(tl.int32)  # a number: the interpreter cannot spread a truth value
+    if PARTS:
+        happens = happens & (tl.load(torn + 1) == 0).to(tl.int32)
     if ASKS:
         bad = any_flag(flags, 0, chunks, SPOILED, SPAN)
         if COUNTS:
@@ -354,5 +359,6 @@ def finish_pass(
     keep_constants(numbers, t, mask, x, x[COEF], bound, h, PREPARE, NUMBERS)
     if KEEPS:
         at = tl.load(row + ROW_SCALE)
-        done = mask & (at != 0) & (tl.load(gradients + t) != 0) & (t * 0 + tl.load(go) != 0)
+        active = (tl.load(gradients + t) != 0) | (tl.load(row + ROW_COUNTED) != 0)
+        done = mask & (at != 0) & active & (t * 0 + tl.load(go) != 0)
         tl.store(at.to(tl.pointer_type(tl.float64)), value, mask=done)

@@ -14,9 +14,11 @@ from torch import Tensor
 from . import tuning
 from .absorption import Absorption
 from .block_scales import block_scales
+from .finalize import finish_pass
 from .how import STOCHASTIC
 from .launch import Launch, Spec, captures, current_stream, is_late
 from .operands import CONSTANTS
+from .parts import Parts, Reduce, spreads
 from .row_cuts import Rows
 from .rule import KNOWN
 from .rules import RULES
@@ -28,6 +30,7 @@ from .table import (
     KEY_WORDS,
     MAX_DIMS,
     ROW_BLOCKS,
+    ROW_COUNTED,
     ROW_WORDS,
     Dimension,
     cut,
@@ -61,6 +64,8 @@ class Slot:
     rows: int = 0  # that it is clipped by; 0: it is clipped as a whole
     absorbed: int = 0  # gradients that its states have taken in since the last step
     hyper: Sequence[float] = ()
+    elements: int = 0  # of the whole tensor, where this is a part of one
+    counted: bool = False  # where it is an empty one: it takes part in steps
 
     @property
     def operands(self) -> list[Tensor]:
@@ -79,14 +84,22 @@ class Work(NamedTuple):
     passes: tuple[tuple[Spec | None, Spec | None], ...]  # and what makes constants of their sums
 
 
-Bound = tuple[list[Launch], list[Launch]]  # launches up to the constants, and from there on
+Bound = tuple[list[Any], list[Any]]  # launches up to the constants, and from there on
 SPARES = 4  # captures that a step prepares for
 
 
 class Plan:
     """The tables, and the launches bound to them."""
 
-    def __init__(self, slots: Sequence[Slot], groups: int, method: Method, device: torch.device):
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        groups: int,
+        method: Method,
+        device: torch.device,
+        reduce: Reduce | None = None,
+    ):
+        """`reduce`: adds up over the processes that hold parts of the same tensors."""
         self.slots, self.method, self.device = list(slots), method, device
         self.groups = groups
         numels = [s.param.numel() for s in slots]
@@ -141,6 +154,7 @@ class Plan:
         self.fresh = ints([s.fresh for s in slots] or [0], torch.int32)
         self.keys = ints([0] * KEY_WORDS.value * count, torch.int32).view(torch.uint32)
         self.go = ints([1, 0], torch.int32)
+        self.parts = None if reduce is None else Parts(self, rows, reduce)
         self.counters = ints([0, 0])
         self.spoiled = ints([0] * count, torch.int32)
         self._numbers = {
@@ -230,7 +244,9 @@ class Plan:
         row = [s.param.numel(), s.param.data_ptr(), 0, *states, *numbers]
         picked = array("d", [picked_scale(self.method, s.param.numel())]).tobytes()
         row += [s.group, first, chunks, layout, grad_layout, *array("q", picked)]
-        return row + [0] * (ROW_WORDS.value - len(row))
+        row += [0] * (ROW_WORDS.value - len(row))
+        row[ROW_COUNTED.value] = int(s.counted)
+        return row
 
     def tiles(self, work: Work, size: int) -> tuple[Tensor, ...]:
         """What programs that take `size` elements of a tensor take: it, and which."""
@@ -264,8 +280,8 @@ class Plan:
 
     def _bind(self, words: Words) -> Bound:
         """The launches of a step that reads these words: up to the constants, and from there on."""
-        norms: list[Launch] = []
-        applies: list[Launch] = []
+        norms: list[Any] = []
+        applies: list[Any] = []
         if self.absorption is not None:
             norms.append(self.absorption.begin(words))
         for spec, (owner, index, number) in self._reduces:
@@ -276,15 +292,26 @@ class Plan:
         if self.rows_of is not None:
             norms += self.rows_of.launches(words)
             least, squares = self.rows_of.smallest, self.rows_of.squares
+        # What finalize sees: tensors by their chunks, or as what all processes have of them.
+        tables, ranges, pieces = rows, self.ranges, self.chunks
+        partials, flags, torn = self.partials, self.flags, self.go
+        if self.parts is not None:
+            tables, ranges, pieces = self.parts.rows, self.parts.ranges, len(self.slots)
+            into, torn = self.parts.norms, self.parts.torn
+            partials, flags = into.partials, into.flags
+            by_rows = None if self.rows_of is None else (least, squares)
+            if spreads(self.method):
+                norms += self.parts.launches(words, into, self.partials, False, by_rows)
+            least, squares = into.least, into.squares
         for n, (work, _, members, _) in enumerate(self.works):
             launch = Launch(
                 work.finalize.having(COUNTS=n == 0),  # one of them counts skipped steps
                 -(-len(members) // tuning.FINALIZE_ROWS),
                 (
-                    *(rows, gradients, hypers, words.amp, self.partials, self.flags, self.ranges),
+                    *(tables, gradients, hypers, words.amp, partials, flags, ranges),
                     *(members, self.fresh, self.norms, self.coefs, self.known),
                     *(self.numbers_of(work.form), self.keys, self.go, self.counters),
-                    *(self.spoiled, least, squares, len(members), self.chunks, self.groups),
+                    *(self.spoiled, least, squares, torn, len(members), pieces, self.groups),
                 ),
             )
             norms.append(launch)
@@ -303,6 +330,11 @@ class Plan:
                 applies.append(Launch(run, len(owner), (*chunks, *own, *room)))
             if selection is not None:
                 applies += selection.after(words, k)
+            finishes = [w[0].passes[k][1] for w in mine]
+            if self.parts is not None and any(f and f.kernel is finish_pass for f in finishes):
+                into = self.parts.sums()
+                applies += self.parts.launches(words, into, sums, True)
+                sums, lengths = into.partials, into.lengths
             for work, _, members, _ in mine:
                 finish = work.passes[k][1]
                 if finish is not None and finish.kernel is block_scales:
@@ -316,9 +348,9 @@ class Plan:
                         finish,
                         -(-len(members) // tuning.FINALIZE_ROWS),
                         (
-                            *(rows, gradients, hypers, sums, lengths, self.ranges, members),
+                            *(tables, gradients, hypers, sums, lengths, ranges, members),
                             *(self.known, self.numbers_of(work.form), self.go),
-                            *(len(members), self.chunks),
+                            *(len(members), pieces),
                         ),
                     )
                     applies.append(launch)

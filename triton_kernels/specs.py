@@ -44,6 +44,7 @@ class Method:
     select: tuple[Any, ...] | None = None  # as compressors say it
     span: int = 0  # elements that share a compressor's scale; 0: all of a unit
     absorbs: bool = False  # gradients are taken in before the step, one by one
+    parts: bool = False  # tensors may be parts of larger ones
 
     @property
     def kind(self) -> int:
@@ -173,6 +174,7 @@ def finalize_spec(
             ("SEEDED", seeded),
             ("COUNTS", counts),
             ("BY_ROWS", method.by_rows),
+            ("PARTS", method.parts and method.reduces),
             ("ROWS", tuning.FINALIZE_ROWS),
             ("SPAN", tuning.FINALIZE_SPAN),
             ("ROW_SPAN", tuning.FINALIZE_ROW_SPAN),

@@ -35,6 +35,7 @@ ROW_LENGTH = tl.constexpr(19)
 ROW_COEFS = tl.constexpr(20)
 ROW_PARAM_ROWS = tl.constexpr(21)
 ROW_GRAD_ROWS = tl.constexpr(22)
+ROW_COUNTED = tl.constexpr(23)  # 1: an empty part of a larger tensor that takes part in steps
 ROW_WORDS = tl.constexpr(24)
 
 # What a tensor's random numbers depend on in a step, in 32-bit words.

@@ -396,11 +396,10 @@ def engine_for(optimizer: FusedOptimizer, name: str, inner: Any) -> Any:
     sharding = optimizer.sharding or Sharding()
     if name == "cpu":
         return ShardedEngine(inner, sharding)
-    if name == "cuda":
+    if name in ("cuda", "triton"):
         from .sharded_device import DeviceShardedEngine
 
         return DeviceShardedEngine(inner, sharding)
     raise BackendError(
-        f"the {name} backend takes no DTensor parameters and no process_group; the cpu and the "
-        "cuda backend do"
+        f"the {name} backend takes no DTensor parameters and no process_group; all others do"
     )

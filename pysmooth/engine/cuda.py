@@ -13,11 +13,12 @@ from .._errors import BackendError
 from . import cuda_memory
 from .amp import Amp
 from .cuda_memory import PlanMemory, run_on_all, sites_of
-from .cuda_spread import Spread, Sums
+from .cuda_spread import CudaSpread
 from .device import Told, on_device
 from .device_absorb import AbsorbingEngine
 from .numbers import Numbers, form_of
 from .recipe import ABSORBED, GRADIENT, ClipMode, ClipSpec, Policy, Recipe, needs_reduce
+from .spread import Sums
 from .state import version_roots
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ class CudaEngine(AbsorbingEngine):
         self._ran: tuple[Policy, list[Recipe]] | None = None  # the last step, if it took norms
         self._copied = False  # gradients, into new states, for the step to come
         self._state_dicts: list[dict[str, Any]] = []  # that the plan knows, per parameter
-        self._spread: Spread | None = None  # where parameters are parts of larger ones
+        self._spread: CudaSpread | None = None  # where parameters are parts of larger ones
 
     def attach(self, sums: Sums, jointly: bool) -> None:
         """Has the next steps' sums go over processes; `jointly`: top-k among all parts, too."""
-        self._spread, self._built_for = Spread(sums, jointly), ()
+        self._spread, self._built_for = CudaSpread(sums, jointly), ()
 
     # Not under torch.no_grad: that is for `_build` and `_run_on_all`. After a backward pass, when
     # caches hold nothing of it, it alone takes as long as all launches.

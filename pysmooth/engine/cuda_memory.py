@@ -137,7 +137,7 @@ def run_on_all(
         where = ", ".join(str(memory.device) for memory in memories)
         raise BackendError(
             "backend 'cuda' cannot capture in a CUDA graph what works on several "
-            + (f"devices, {where}" if meet is None else "processes, by torch.distributed")
+            + (f"devices, {where}" if meet is None else "processes")
         )
     phase, phases = 0, 1
     while phase < phases:

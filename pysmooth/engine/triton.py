@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ from .recipe import (
     Recipe,
     needs_reduce,
 )
+from .spread import Spread, Sums
 from .state import version_roots
 
 if TYPE_CHECKING:
@@ -72,6 +74,18 @@ class TritonEngine(AbsorbingEngine):
         self._resolved: list[Tensor | None] = []
         self._absorbed_for: list[tuple[object, ...]] = []  # what their passes were made for
         self._selections = (0, 0)  # of plans that are gone
+        self._spread: Spread | None = None  # where parameters are parts of larger ones
+
+    def attach(self, sums: Sums, jointly: bool) -> None:
+        """Has the next steps' sums go over processes.
+
+        Raises:
+            BackendError: for what would take more than that.
+        """
+        if sums.process_group is not None or jointly:
+            what = "compress='global'" if jointly else "process_group"
+            raise BackendError(f"the triton backend takes no {what}; the cpu and cuda backends do")
+        self._spread, self._built_for = Spread(sums, jointly), ()
 
     # Without torch.no_grad, as in cuda.py: what could be recorded is done in `_gathered`.
     def step(self, optimizer: FusedOptimizer, amp: Amp) -> None:
@@ -81,8 +95,11 @@ class TritonEngine(AbsorbingEngine):
         if recipes is not given.recipes:
             late = any(self.reads(optimizer.late_lr(g)) for g in optimizer.param_groups)
             given = self._given = _Given(recipes, late=late)
+        spread = self._spread
+        if spread is not None and spread.look():
+            self.settled(optimizer)
         watch, addresses = self._watch, None
-        if watch is not None and self._built_for == _form(optimizer, given):
+        if watch is not None and self._built_for == self._form(optimizer, given):
             addresses = watch.look(optimizer.param_groups, optimizer.state)
         written: list[Tensor] | None = None
         if addresses is None:
@@ -94,6 +111,10 @@ class TritonEngine(AbsorbingEngine):
         if amp.scale is not None or amp.found_inf is not None:
             held = [on_device(plan.device, t) for t in amp]
             numbers = packed(0 if t is None else t.data_ptr() for t in held)
+        if spread is not None and captures(plan.device):
+            raise BackendError(
+                "backend 'triton' cannot capture in a CUDA graph what works on several processes"
+            )
         rates = self._rates(optimizer, recipes) if given.late else []
         captured = plan.run(addresses, given.words, numbers, held=rates)
         if optimizer.absorbs:
@@ -105,6 +126,8 @@ class TritonEngine(AbsorbingEngine):
             torch.autograd.graph.increment_version([*written, *self._roots])
         elif watch is not None:
             watch.count_written()
+        if spread is not None:
+            spread.after()
         if plan.device.type == "cpu":  # the interpreter: there is nothing to wait for
             self.settled(optimizer)
 
@@ -151,7 +174,7 @@ class TritonEngine(AbsorbingEngine):
 
     def _fits(self, optimizer: FusedOptimizer, given: _Given) -> bool:
         """Whether the plan is of these parameters, and all is where it was."""
-        if self._built_for != _form(optimizer, given):
+        if self._built_for != self._form(optimizer, given):
             return False
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if len(params) != len(self._members):
@@ -206,13 +229,25 @@ class TritonEngine(AbsorbingEngine):
             slots = [_slot(m, grad) for m, grad in zip(members, grads, strict=True)]
             for s, m in zip(slots, members, strict=True):
                 s.absorbed = optimizer.state.get(m.param, {}).get(ABSORBED, 0)
-            plan = Plan(slots, len(recipes), _method(optimizer, recipes), place)
+            method, reduce = _method(optimizer, recipes), None
+            if (spread := self._spread) is not None:
+                for s, m, (whole, _, counted) in zip(
+                    slots, members, spread.parts([m.param for m in members]), strict=True
+                ):
+                    # Complex numbers are pairs here.
+                    s.elements, s.counted = whole * (2 if m.param.is_complex() else 1), counted
+                method, reduce = replace(method, parts=True), spread.add_up
+            plan = Plan(slots, len(recipes), method, place, reduce)
         except BaseException:
             self.forget(optimizer, list(self._fresh))
             raise
         self._plan, self._selections = plan, selections
         taken = None if plan.absorption is None else plan.absorption.taken
         self._told = Told(plan.counters[:1], plan.spoiled, taken)
+        if spread is not None and plan.parts is not None:
+            torn = plan.parts.torn[:1]
+            self._told = self._told._replace(torn=torn, complain=spread.sums.complain)
+            spread.watch(torn)
         if plan.absorption is not None and place.type in LATE:
             torch.cuda.synchronize(place)  # backward may work on another stream than this
         self._states = [[(k, t, t.data_ptr()) for k, t in m.held.items()] for m in members]
@@ -222,7 +257,7 @@ class TritonEngine(AbsorbingEngine):
         self._roots = version_roots([t for m in members for t in m.held.values()])
         self._watch = _watch(optimizer, members, self._roots)
         self._absorbed_for = [_absorbed_for(m.recipe) for m in members] * optimizer.absorbs
-        self._built_for = _form(optimizer, given)
+        self._built_for = self._form(optimizer, given)
         return plan
 
     # ---- gradients that states take in before the step ------------------------------------------
@@ -259,6 +294,12 @@ class TritonEngine(AbsorbingEngine):
         plan.absorption.take_in(place, grad.data_ptr(), numbers)
         if captures(plan.device):
             optimizer.keep_for_graphs(plan)
+
+    def _form(self, optimizer: FusedOptimizer, given: _Given) -> tuple[object, ...]:
+        """What a plan is built for, apart from tensors: recipes, and what `_method` looks at."""
+        settings = (optimizer.scope, optimizer.policy, optimizer.norm_type, optimizer.stage_scopes)
+        empty = () if self._spread is None else self._spread.sums.empty_live
+        return len(optimizer.state), settings, optimizer.select_spec(), given.forms, empty
 
     def started(self) -> list[bool]:
         """Per parameter, whether a step of this plan has used its states. Waits for the device."""
@@ -396,12 +437,6 @@ def _method(optimizer: FusedOptimizer, recipes: list[Recipe]) -> Method:
         span=0 if select is None or selects else select[4],
         absorbs=optimizer.absorbs,
     )
-
-
-def _form(optimizer: FusedOptimizer, given: _Given) -> tuple[object, ...]:
-    """What a plan is built for, apart from tensors: recipes, and all that `_method` looks at."""
-    settings = (optimizer.scope, optimizer.policy, optimizer.norm_type, optimizer.stage_scopes)
-    return len(optimizer.state), settings, optimizer.select_spec(), given.forms
 
 
 def _form_of_recipe(recipe: Recipe) -> tuple[object, ...]:
