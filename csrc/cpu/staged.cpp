@@ -459,8 +459,10 @@ void prepare_stages(Pipeline* p, const KernelTable& table, int threads) {
   const size_t tensors = p->slots.size();
   s.stages = 0;
   s.selected_passes = s.bit_sets = 0;
+  // Other processes may have a gradient where none is here, and all have to make the same calls.
   for (const Slot& slot : p->slots)
-    if (slot.active) s.stages = std::max(s.stages, table.rules[slot.rule].stages);
+    if (slot.active || p->exchange != nullptr)
+      s.stages = std::max(s.stages, table.rules[slot.rule].stages);
   if (s.stages == 0) return;
   for (std::vector<double>& values : s.values) values.assign(tensors, 0.0);
   if (p->scales_blocks()) lay_out_blocks(p);

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._errors import BackendError, NonFiniteGradientError
@@ -307,6 +308,7 @@ class ShardedEngine:
                 first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
                 for i, p in enumerate(group["params"], first):
                     _check(optimizer, recipe, p, layouts[i], labels[i], self._sharding.compress)
+            _check_alike(optimizer, layouts, labels)
             self._exchange = self.exchange_type(layouts, labels, self._sharding.process_group)
             self._view = View(optimizer)
             self._forms = forms
@@ -380,6 +382,20 @@ def _check(
         return
     choice = f"compress={compress!r} does not go" if compress else "does not go"
     raise ValueError(f"{name}: {kind} {choice} with {what}; see pysmooth.distributed.set_sharding")
+
+
+def _check_alike(optimizer: FusedOptimizer, layouts: list[Layout], labels: list[str]) -> None:
+    """Refuses to select among tensors that are not cut alike: replicas of some would part."""
+    compressor = getattr(optimizer, "compressor", None)
+    if compressor is None or compressor.select is None or compressor.scale_scope != "global":
+        return
+    cuts = [[dist.get_process_group_ranks(g) for g in layout.groups] for layout in layouts]
+    for label, cut in zip(labels, cuts, strict=True):
+        if cut != cuts[0]:
+            raise ValueError(
+                f"{type(optimizer).__name__}: {compressor!r} selects among all parameters, which "
+                f"have to be sharded alike; {label!r} is not as {labels[0]!r}"
+            )
 
 
 def engine_for(optimizer: FusedOptimizer, name: str, inner: Any) -> Any:
