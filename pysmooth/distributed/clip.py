@@ -28,7 +28,7 @@ _KINDS = {2.0: SUM_SQUARES, 1.0: SUM_ABS, 0.0: COUNT_NONZERO, math.inf: MAX_ABS,
 
 def spread(tensors: Sequence[Tensor], process_group: Any) -> bool:
     """Whether a norm of these takes other processes."""
-    from .sharded import is_dtensor
+    from .sharded_view import is_dtensor
 
     return process_group is not None or any(map(is_dtensor, tensors))
 

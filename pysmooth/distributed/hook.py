@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .average import Averaging
 from .kept import Job, new_slot
 from .method import Method
-from .sharded import is_dtensor
+from .sharded_view import is_dtensor
 
 # DistributedDataParallel compares the hook's annotation with this.
 GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]

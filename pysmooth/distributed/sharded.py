@@ -7,10 +7,7 @@ the parameter's placement, so that torch.distributed.checkpoint saves and reshar
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,9 +17,9 @@ from torch import Tensor
 
 from .._errors import BackendError, NonFiniteGradientError
 from ..engine.amp import Amp
-from ..engine.recipe import ELSEWHERE, SCALARS, ClipMode
-from ..optim._managed import part_here
+from ..engine.recipe import ELSEWHERE, ClipMode
 from .exchange import Exchange, Layout, Peers, is_shard, layout_of
+from .sharded_view import View, is_dtensor, like
 
 if TYPE_CHECKING:
     from ..optim._base import FusedOptimizer
@@ -88,28 +85,6 @@ def set_sharding(
     optimizer.set_sharding(Sharding(process_group, compress))
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor. Where nobody imported them there are none."""
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and isinstance(tensor, kind)
-
-
-def like(param: Any, local: Tensor) -> Tensor:
-    """A DTensor around a local part, with the parameter's shape and placement."""
-    from torch.distributed.tensor import DTensor
-
-    shown = DTensor.from_local(
-        local,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
-    shown._local_tensor = local  # from_local made a view; the plan knows this very tensor
-    return shown
-
-
 def loaded_state(param: Any, own: Tensor, value: Any, key: str) -> Tensor:
     """A state of a DTensor parameter, in the memory `own`, from a value with any placement."""
     from torch.distributed.tensor import DTensor, Replicate
@@ -135,127 +110,6 @@ def refuse_flattened(params: Iterable[Tensor]) -> None:
         )
 
 
-class View:
-    """The optimizer as an engine is to see it: local parts, with states of their own."""
-
-    def __init__(self, optimizer: FusedOptimizer) -> None:
-        self._optimizer = optimizer
-        self.lists = [list(group["params"]) for group in optimizer.param_groups]
-        self.pairs: list[tuple[Any, Tensor]] = []  # DTensor, local part
-        self.param_groups: list[dict[str, Any]] = []
-        for group in optimizer.param_groups:
-            members = []
-            for p in group["params"]:
-                local = part_here(p)
-                if local is not p:
-                    local.requires_grad_(p.requires_grad)
-                    self.pairs.append((p, local))
-                members.append(local)
-            self.param_groups.append({**group, "params": members})
-        self.plain = [p for ps in self.lists for p in ps if not is_dtensor(p)]
-        self.state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-    def of(self, optimizer: FusedOptimizer) -> bool:
-        """Whether it still shows the optimizer's parameters."""
-        groups = optimizer.param_groups
-        return (
-            len(groups) == len(self.lists)
-            and all(
-                len(group["params"]) == len(known) and all(map(_same, group["params"], known))
-                for group, known in zip(groups, self.lists, strict=True)
-            )
-            and all(p._local_tensor.data_ptr() == q.data_ptr() for p, q in self.pairs)
-        )
-
-    def pull(self) -> None:
-        """Takes over gradients, and what was changed from outside."""
-        for mine, group in zip(self.param_groups, self._optimizer.param_groups, strict=True):
-            mine.update((key, value) for key, value in group.items() if key != "params")
-        held = self._optimizer.state
-        for p, local in self.pairs:
-            local.grad = None if p.grad is None else _gradient(p)
-            outer = held.get(p)
-            if outer is None:
-                self.state.pop(local, None)
-                continue
-            mine = self.state[local]
-            for key in [key for key in mine if key not in outer]:
-                del mine[key]
-            for key, value in outer.items():
-                kept = mine.get(key)
-                inner = value._local_tensor if is_dtensor(value) else value
-                if kept is None or inner is not kept:
-                    mine[key] = inner
-        for p in self.plain:
-            if p in held:
-                self.state[p] = held[p]
-            else:
-                self.state.pop(p, None)
-
-    def push(self) -> None:
-        """Shows the states that the step allocated."""
-        held = self._optimizer.state
-        for p, local in self.pairs:
-            local.grad = None
-            mine = self.state.get(local)
-            if mine is None:
-                held.pop(p, None)
-                continue
-            outer = held[p]
-            for key in [key for key in outer if key not in mine]:
-                del outer[key]
-            for key, value in mine.items():
-                known = outer.get(key)
-                inner = known._local_tensor if is_dtensor(known) else known
-                if inner is not value:
-                    outer[key] = value if _is_number(key, value) else like(p, value)
-        for p in self.plain:
-            if p in self.state:
-                held[p] = self.state[p]
-            else:
-                held.pop(p, None)
-
-    @contextmanager
-    def mirrored(self) -> Iterator[None]:
-        """Takes states from the optimizer that are taken from here meanwhile."""
-        before = {p: set(keys) for p, keys in self.state.items()}
-        try:
-            yield
-        finally:
-            for p, local in [*self.pairs, *((p, p) for p in self.plain)]:
-                lost = before.get(local, set()) - self.state.get(local, {}).keys()
-                held = self._optimizer.state.get(p)
-                if not lost or held is None:
-                    continue
-                for key in lost:
-                    held.pop(key, None)
-                if not held:
-                    del self._optimizer.state[p]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b
-
-
-def _is_number(key: str, value: object) -> bool:
-    return key in SCALARS or not isinstance(value, Tensor)
-
-
-def _gradient(p: Any) -> Tensor:
-    """The local part of a gradient, with its parameter's placement."""
-    g = p.grad
-    if not is_dtensor(g):
-        raise ValueError("a DTensor parameter has a gradient that is not a DTensor")
-    if g.placements != p.placements:
-        g = g.redistribute(placements=p.placements)
-        g = g.to_local()
-        return cast(Tensor, g.wait() if hasattr(g, "wait") else g)
-    return cast(Tensor, g._local_tensor)
-
-
 class ShardedEngine:
     """Runs the CPU backend on local parts, with an `Exchange` between its passes."""
 
@@ -273,9 +127,7 @@ class ShardedEngine:
         """One fused step on all processes together."""
         view = self._ready(optimizer)
         assert self._exchange is not None
-        view.pull()
-        params = [p for ps in view.param_groups for p in ps["params"]]
-        self._exchange.live = [p.grad is not None for p in params]
+        self._exchange.live = view.pull()
         try:
             self._run(view, amp)
         finally:

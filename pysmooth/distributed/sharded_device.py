@@ -16,7 +16,8 @@ from torch import Tensor
 from ..engine.amp import Amp
 from ..engine.recipe import ELSEWHERE
 from .exchange import OVERFLOWS_DIFFER, Peers, torn_message
-from .sharded import ShardedEngine, View
+from .sharded import ShardedEngine
+from .sharded_view import View
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
