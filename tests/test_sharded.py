@@ -277,6 +277,22 @@ def _top_k() -> None:
         at = g.view(-1).abs().topk(100).indices
         largest[at] = -g.view(-1)[at]
         assert torch.equal(whole(p.detach()).view(-1), largest)
+    # Parts of other sizes than torch's, with equals over the ends of them.
+    whole_g = (torch.arange(24.0) // 5 + 1).view(8, 3)
+    g = whole_g.split([1, 3, 2, 2])[dist.get_rank()]
+    p, p_grad = (
+        DTensor.from_local(x, mesh, [Shard(0)], run_check=False, shape=whole_g.shape, stride=(3, 1))
+        for x in (torch.zeros_like(g), g)
+    )
+    p.requires_grad_().grad = p_grad
+    optimizer = pysmooth.EFSGD([p], 1.0, TopK(k=6))
+    set_sharding(optimizer, compress="global")
+    optimizer.step()
+    chosen = torch.zeros(24)  # the four fives, and of the fours those that come first
+    chosen[15:17], chosen[20:] = -4.0, -5.0
+    assert torch.equal(
+        p.to_local().detach(), chosen.view(8, 3).split([1, 3, 2, 2])[dist.get_rank()]
+    )
     p = distribute_tensor(torch.zeros(8, 3), mesh, [Shard(0)]).requires_grad_()
     p.grad = distribute_tensor(torch.arange(24.0).view(8, 3) + 1, mesh, [Shard(0)])
     optimizer = pysmooth.EFSGD([p], 1.0, TopK(k=1))

@@ -32,14 +32,12 @@ class Layout:
         elements: of the whole tensor.
         device: where its local part is, and collectives run.
         in_order: whether the parts, by rank, are the whole in the order of memory.
-        begin: where this part begins then.
     """
 
     groups: tuple[Any, ...]
     elements: int
     device: torch.device
     in_order: bool = True
-    begin: int = 0
 
 
 def layout_of(tensor: Tensor, label: str) -> Layout:
@@ -66,13 +64,9 @@ def layout_of(tensor: Tensor, label: str) -> Layout:
                 "its parts are added up; redistribute it first"
             )
     plain = all(p.is_replicate() or p.is_shard(0) for p in tensor.placements)
-    in_order = plain and len(groups) < 2
-    begin = 0
-    if in_order and groups:  # cut as torch.chunk does it
-        size = dist.get_world_size(groups[0])
-        rows = -(-tensor.shape[0] // size) * dist.get_rank(groups[0])
-        begin = min(rows, tensor.shape[0]) * (tensor.numel() // max(1, tensor.shape[0]))
-    return Layout(tuple(groups), tensor.numel(), tensor.to_local().device, in_order, begin)
+    return Layout(
+        tuple(groups), tensor.numel(), tensor.to_local().device, plain and len(groups) < 2
+    )
 
 
 def is_shard(placement: Any) -> bool:

@@ -36,8 +36,19 @@ class DeviceExchange(Peers):
     ) -> None:
         super().__init__(layouts, labels, process_group)
         self.empty_live: tuple[bool, ...] = ()  # of the empty parts: which take part
+        self.begins = [0] * len(layouts)  # where parts begin in the whole, once that was asked
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._differ: Tensor | None = None  # of this step's overflows, whether they do
+
+    def ask_begins(self, sizes: Sequence[int]) -> None:
+        """Has processes tell each other how many elements they have of each tensor. Waits."""
+        for group, members in self._members.items():
+            own = torch.tensor([sizes[i] for i in members], device=self.layouts[members[0]].device)
+            every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(every, own, group=group)
+            before = sum(every[: dist.get_rank(group)], torch.zeros_like(own))
+            for i, begin in zip(members, before.tolist(), strict=True):
+                self.begins[i] = begin
 
     def parts(self, rows: Tensor, *, largest: bool) -> None:
         """A row of every tensor: added up over those that hold parts of it, or the largest."""
@@ -106,6 +117,14 @@ class DeviceShardedEngine(ShardedEngine):
     """Runs a device's backend on local parts, with a `DeviceExchange` between its launches."""
 
     exchange_type = DeviceExchange
+
+    def _ready(self, optimizer: FusedOptimizer) -> View:
+        known = self._exchange
+        view = super()._ready(optimizer)
+        if self._exchange is not known and self._sharding.compress == "global":
+            sizes = [p.numel() for group in view.param_groups for p in group["params"]]
+            cast("DeviceExchange", self._exchange).ask_begins(sizes)
+        return view
 
     def _run(self, view: View, amp: Amp) -> None:
         exchange = cast("DeviceExchange", self._exchange)

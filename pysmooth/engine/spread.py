@@ -19,6 +19,7 @@ class Sums(Protocol):
     """What adds up over processes."""
 
     layouts: Sequence[Any]
+    begins: Sequence[int]  # where each part begins in the whole, as far as that is known
     process_group: Any
     empty_live: tuple[bool, ...]
 
@@ -54,8 +55,8 @@ class Spread:
         """Of each: elements of the whole; where the part begins, or -1; an empty one takes part."""
         live = iter(self.sums.empty_live)
         out = []
-        for p, layout in zip(params, self.sums.layouts, strict=True):
-            begin = layout.begin if self.jointly and layout.groups else -1
+        for p, layout, first in zip(params, self.sums.layouts, self.sums.begins, strict=True):
+            begin = first if self.jointly and layout.groups else -1
             out.append((layout.elements, begin, p.numel() == 0 and next(live)))
         return out
 
