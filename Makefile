@@ -43,11 +43,11 @@ papers: $(VENV)/built ## Claims of papers, measured: figures and verdicts in doc
 # Tests of the Triton backend, in its interpreter: these of all that take a backend.
 BATTERY := $(wildcard tests/test_battery_*.py)
 FAULTS := $(wildcard tests/test_faults_*.py)
-INTERPRETED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,triton triton_codec triton_launches triton_norms triton_words triton_absorb triton_select triton_plus triton_graphs absorb_accumulation absorb_copies agc bad_input_optim device_refusals grad_scaler sharded sharded_amp sharded_tp sharded_training))
+INTERPRETED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,triton triton_codec triton_launches triton_norms triton_words triton_absorb triton_select triton_plus triton_graphs absorb_accumulation absorb_copies agc bad_input_optim device_refusals grad_scaler sharded sharded_amp sharded_sizes sharded_tp sharded_training))
 
 # The CUDA kernels on the host: the CUDA backend's part of these, and an engine below a stub runtime.
 EMULATED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip cuda_codec cuda_devices cuda_absorb absorb absorb_accumulation \
-	absorb_copies clip_grad agc bad_input_optim device_refusals grad_scaler layouts low_precision param_storage sharded sharded_amp sharded_tp sharded_training state_dict torch_integration typing))
+	absorb_copies clip_grad agc bad_input_optim device_refusals grad_scaler layouts low_precision param_storage sharded sharded_amp sharded_sizes sharded_tp sharded_training state_dict torch_integration typing))
 
 # One process a core; tests of one file share what they prepare. Idle threads of OpenMP must not spin then.
 WORKERS ?= 2

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sharded import run
+from sharded import BACKEND, run
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -138,6 +138,10 @@ def _selected_beside_replicas() -> None:
     assert int((p.to_local() != 0).sum()) == 5
 
 
+@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_three_processes(tmp_path: Path) -> None:
-    cases = (_sizes, _a_stage_without_gradients, _a_gradient_that_most_lack)
-    run(3, str(tmp_path / "store"), *cases, _selected_beside_replicas)
+    cases = [_a_gradient_that_most_lack]
+    if BACKEND != "triton":  # which takes no stages, and is slow here
+        cases += [_sizes, _a_stage_without_gradients, _selected_beside_replicas]
+    run(3, str(tmp_path / "store"), *cases)
