@@ -42,6 +42,24 @@ def test_what_is_set_counts_in_the_next_step(key: str) -> None:
     assert ours[1].recipes()[0] == theirs[1].recipes()[0]
 
 
+def test_groups_put_in_or_taken_out_by_hand_count() -> None:
+    _, optimizer = made(max_norm=1.0)
+    optimizer.recipes()
+    other = {**optimizer.param_groups[0], "params": [Parameter(torch.ones(2))], "lr": 0.25}
+    optimizer.param_groups.append(other)
+    assert [recipe.hyper[0] for recipe in optimizer.recipes()] == [0.5, 0.25]
+    del optimizer.param_groups[0]
+    assert [recipe.hyper[0] for recipe in optimizer.recipes()] == [0.25]
+
+
+def test_tuples_of_numbers_are_kept_with_their_group() -> None:
+    adam = Adam([Parameter(torch.ones(3))], betas=(0.5, 0.75))
+    kept = adam.recipes()
+    assert adam.recipes() is kept
+    adam.param_groups[0]["betas"] = (0.25, 0.75)
+    assert adam.recipes()[0].hyper[1:3] == (0.25, 0.75)
+
+
 def test_other_keys_with_the_same_values_are_other_values() -> None:
     """As in a checkpoint whose groups were written in another order."""
     _, optimizer = made(max_norm=1.0)

@@ -98,3 +98,32 @@ def test_an_absorbed_gradient_is_kept() -> None:
         (2.0 * p).sum().backward()
     assert p.grad is not None
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_usual_steps_keep_their_plan(absorb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(4))]
+    optimizer = pysmooth.EFSGD(
+        params, 0.1, pysmooth.TopK(k=1), absorb=absorb, nonfinite="skip", backend="cpu"
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sum((2.0 * p).sum() for p in params).backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+    step()
+    build = native.NativeEngine._build
+    built: list[int] = []
+
+    def counted(self: Any, *given: Any) -> Any:
+        built.append(1)
+        return build(self, *given)
+
+    monkeypatch.setattr(native.NativeEngine, "_build", counted)
+    step()
+    step()
+    assert not built
+    optimizer.state[params[0]] = dict(optimizer.state[params[0]])
+    step()
+    assert len(built) == 1

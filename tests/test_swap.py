@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -205,6 +206,32 @@ def test_schedulers_follow(schedule: Any, at: int, explicit: bool) -> None:
             s.step(1.0) if schedule is SCHEDULES["plateau"] else s.step()
         assert [g["lr"] for g in mine.param_groups] == [g["lr"] for g in reference.param_groups]
     assert_close(params, theirs)
+
+
+def test_a_scheduler_that_goes_first_is_told() -> None:
+    """Torch's warning for a scheduler that steps before its optimizer, and no other time."""
+    params, _, rows = start()
+    for stepped in (False, True):
+        mine = MAKES["adam"](params)
+        held = lr_scheduler.StepLR(mine, 1)
+        if stepped:
+            advance(mine, params, rows[:1])
+        twin = pysmooth.swap(mine)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            held.step()
+        assert [str(w.message)[:41] for w in said] == (
+            [] if stepped else ["Detected call of `lr_scheduler.step()` be"]
+        )
+        assert held.optimizer is twin
+
+
+def test_a_group_added_later_has_torchs_switches_too() -> None:
+    params, _, _ = start()
+    twin = pysmooth.swap(torch.optim.Adam(params[:1], foreach=False))
+    twin.add_param_group({"params": params[1:]})
+    back = pysmooth.unswap(twin)
+    assert [group["foreach"] for group in back.param_groups] == [False, False]
 
 
 def test_another_optimizers_scheduler_stays_and_is_refused() -> None:

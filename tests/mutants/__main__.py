@@ -1,4 +1,4 @@
-"""`python -m mutants native`, `python -m mutants python [COUNT]`."""
+"""`python -m mutants native`, `python -m mutants python [COUNT [MODULE...]]`."""
 
 from __future__ import annotations
 
@@ -12,5 +12,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "native":
         lived = native.survivors()
     else:
-        lived = python.survivors(int(sys.argv[2]) if len(sys.argv) > 2 else COUNT)
+        count = int(sys.argv[2]) if len(sys.argv) > 2 else COUNT
+        lived = python.survivors(count, sys.argv[3:])
     print(f"{len(lived)} survived", *lived, sep="\n  ")

@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,11 @@ from mutants.trial import passes
 ROOT = Path(__file__).resolve().parents[2]
 BAD_INPUT = ["tests/test_bad_input_optim.py", "tests/test_faults_numbers.py"]
 LOADS = ["tests/test_faults_checkpoints.py", "tests/test_state_dict.py"]
+NATIVE = [
+    *(f"tests/test_{name}.py" for name in ("stale_plans", "faults_memory", "faults_interrupts")),
+    *(f"tests/test_{name}.py" for name in ("absorb", "norm_in_backward", "selection")),
+    *("-k", "not eager"),
+]
 FORMULAS = ["tests/test_battery_numbers.py", "tests/test_numerics.py", "-k", "eager or cpu"]
 # Modules where an error matters most, and the tests that are about them.
 TARGETS = {
@@ -27,6 +32,10 @@ TARGETS = {
     "pysmooth.engine.checks": ["tests/test_bad_input_optim.py", "tests/test_layouts.py"],
     "pysmooth.engine.state": ["tests/test_faults_memory.py", *LOADS],
     "pysmooth.engine.amp": ["tests/test_grad_scaler.py"],
+    "pysmooth.engine.native": NATIVE,
+    "pysmooth.optim._known": ["tests/test_known_recipes.py"],
+    "pysmooth.optim._swap": ["tests/test_swap.py"],
+    "pysmooth.distributed.codec": ["tests/test_codec.py", "tests/test_ddp_alone.py"],
     "pysmooth.compressors": ["tests/test_compressors.py", "tests/test_random.py"],
     "pysmooth.reference.clip": [*FORMULAS, "tests/test_norm_edges.py"],
     "pysmooth.reference.adam": FORMULAS,
@@ -100,10 +109,11 @@ class Instead(MetaPathFinder, Loader):
         exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
 
 
-def survivors(count: int, seed: int = 0) -> list[str]:
-    """Draws so many from each module, and runs them."""
+def survivors(count: int, names: Sequence[str] = (), seed: int = 0) -> list[str]:
+    """Draws so many from each module, or from those named, and runs them."""
     out = []
-    for name, tests in TARGETS.items():
+    for name in names or TARGETS:
+        tests = TARGETS[name]
         path = ROOT / f"{name.replace('.', '/')}.py"
         every = mutants(path.read_text())
         drawn = random.Random(seed).sample(every, min(count, len(every)))
