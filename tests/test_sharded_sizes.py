@@ -89,6 +89,7 @@ def _a_stage_without_gradients() -> None:
     """A process of whose tensors none takes part answers the others' questions all the same."""
     for make in (
         lambda p: pysmooth.ClipSGD(p, 0.1, max_norm=0.5),
+        lambda p: pysmooth.AdagradNorm(p, 0.5, b_init=0.1),
         lambda p: pysmooth.NormalizedSGD(p, 0.1),
         lambda p: pysmooth.NormEF21SGDM(p, 0.1, ScaledSign()),
         lambda p: pysmooth.EFSGD(p, 0.1, ScaledSign(scope="global")),

@@ -285,7 +285,12 @@ void Plan::set_exchange(const py::object& exchange, const std::vector<int64_t>& 
   exchange_ = std::make_unique<PyExchange>(exchange, &pipeline_.failed);
   pipeline_.exchange = exchange_.get();
   pipeline_.selects_jointly = jointly;
-  for (size_t t = 0; t < pipeline_.slots.size(); ++t) pipeline_.slots[t].elements = elements.at(t);
+  for (size_t t = 0; t < pipeline_.slots.size(); ++t) {
+    Slot& slot = pipeline_.slots[t];
+    slot.elements = elements.at(t);
+    // Others may accumulate a norm that nothing here has begun.
+    pipeline_.accumulates = pipeline_.accumulates || kernels().rules[slot.rule].accumulates;
+  }
 }
 
 std::vector<bool> Plan::active() const {

@@ -45,7 +45,9 @@ DevicePlan::DevicePlan(const std::vector<Tensor>& tensors, int groups, const Set
     if (scales_blocks() && facts(tensor.rule).stages > 0 && facts(tensor.rule).scales == 0)
       throw std::invalid_argument("rule '" + std::string(facts(tensor.rule).name) +
                                   "' has no scales of blocks");
-    accumulates_ = accumulates_ || tensor.norm_sq != nullptr;
+    // Of parts: other processes may accumulate a norm that nothing here has begun.
+    accumulates_ = accumulates_ || tensor.norm_sq != nullptr ||
+                   (settings_.spread && facts(tensor.rule).accumulates);
     const auto number = [this](const Layout* layout) {
       if (layout == nullptr) return -1;
       layouts_.push_back(*layout);
