@@ -74,15 +74,35 @@ def _steps(
 
 def _sizes() -> None:
     torch.set_num_threads(2)
-    for make in (
-        lambda p: pysmooth.AdamW(p, 1e-2, max_norm=1.0, nonfinite="skip"),
-        lambda p: pysmooth.NormEF21SGDM(p, 0.1, ScaledSign()),
-    ):
-        for shapes in (LARGE, MANY):
-            _steps(make, shapes, 2e-6, spoiled=True)
-    for compressor in (TopK(ratio=0.01), TopK(k=30_000), TopK(ratio=1e-7)):
-        for rounded in (False, True):
-            _steps(lambda p, c=compressor: pysmooth.EFSGD(p, 0.1, c), LARGE, 0, rounded=rounded)
+    for shapes in (LARGE, MANY):
+        _steps(
+            lambda p: pysmooth.AdamW(p, 1e-2, max_norm=1.0, nonfinite="skip"),
+            shapes,
+            2e-6,
+            spoiled=True,
+        )
+    _steps(lambda p: pysmooth.NormEF21SGDM(p, 0.1, ScaledSign()), LARGE, 2e-6)
+    for compressor, rounded in ((TopK(ratio=0.01), True), (TopK(k=30_000), False)):
+        _steps(lambda p, c=compressor: pysmooth.EFSGD(p, 0.1, c), LARGE, 0, rounded=rounded)
+
+
+def _selections_of_many_are_packed() -> None:
+    """Among all shards: as many collectives for 60 tensors as for one."""
+    calls, ask = 0, dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return ask(*args, **kwargs)
+
+    found = []
+    for shapes in (MANY[:1], MANY[:60]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", counted)
+            calls = 0
+            _steps(lambda p: pysmooth.EFSGD(p, 0.1, TopK(k=2)), shapes, 0)
+        found.append(calls)
+    assert found[0] == found[1] > 0
 
 
 def _a_stage_without_gradients() -> None:
@@ -145,4 +165,6 @@ def test_three_processes(tmp_path: Path) -> None:
     cases = [_a_gradient_that_most_lack]
     if BACKEND != "triton":  # which takes no stages, and is slow here
         cases += [_sizes, _a_stage_without_gradients, _selected_beside_replicas]
+    if BACKEND == "cpu":
+        cases += [_selections_of_many_are_packed]
     run(3, str(tmp_path / "store"), *cases)

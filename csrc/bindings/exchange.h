@@ -28,13 +28,14 @@ class PyExchange : public Exchange {
           "units", static_cast<int>(kind), static_cast<int>(scope), *sums, *flag);
     });
   }
-  void digits(size_t t, std::vector<int64_t>* histogram) override {
-    guarded([&] { *histogram = call<std::vector<int64_t>>("digits", t, *histogram); });
+  void digits(const std::vector<size_t>& slots, std::vector<int64_t>* histograms) override {
+    guarded([&] {  // in place: a list of so many numbers would take longer than the sum
+      const auto bytes = static_cast<ssize_t>(histograms->size() * sizeof(int64_t));
+      object_.attr("digits")(slots, pybind11::memoryview::from_memory(histograms->data(), bytes));
+    });
   }
-  int64_t before(size_t t, int64_t count) override {
-    int64_t out = 0;
-    guarded([&] { out = call<int64_t>("before", t, count); });
-    return out;
+  void before(const std::vector<size_t>& slots, std::vector<int64_t>* counts) override {
+    guarded([&] { *counts = call<std::vector<int64_t>>("before", slots, *counts); });
   }
 
   // What went wrong in the step that has just ended, if anything did.

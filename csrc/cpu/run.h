@@ -73,10 +73,10 @@ class Exchange {
   virtual void tensors(Reduction kind, std::vector<double>* sums, std::vector<double>* flags) = 0;
   // One sum per scope unit of tensors: becomes that of the tensors of all pipeline stages.
   virtual void units(Reduction kind, Scope scope, std::vector<double>* sums, double* flag) = 0;
-  // How many elements of slot t have which digit: becomes that of the tensor.
-  virtual void digits(size_t t, std::vector<int64_t>* histogram) = 0;
-  // The sum of `count` over the parts of slot t that come before this one.
-  virtual int64_t before(size_t t, int64_t count) = 0;
+  // How many elements of these slots have which digit, a row for each: become those of the tensors.
+  virtual void digits(const std::vector<size_t>& slots, std::vector<int64_t>* histograms) = 0;
+  // A count for each: become their sums over the parts that come before this one.
+  virtual void before(const std::vector<size_t>& slots, std::vector<int64_t>* counts) = 0;
 };
 
 // What the passes before apply need, and what they leave behind.
@@ -95,7 +95,7 @@ struct Staged {
   std::vector<char> active;                    // per slot: selects in this step
   std::vector<int64_t> numels;
   std::unique_ptr<std::atomic<int64_t>[]> kept;  // per unit: candidates kept so far
-  std::vector<int64_t> histogram, ties;          // of a second look
+  std::vector<int64_t> histograms, ties;         // of second looks
   int selected_passes = 0;                       // of how many the values are selected from
   // Of signs or marks, one set of words after another: how many words in a set, where a chunk's
   // are.

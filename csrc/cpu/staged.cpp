@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/random.h"
 
@@ -261,8 +262,7 @@ class Stages {
         unit.second_look = p_->selects_jointly ||
                            !choose(&unit, chunks, found, s_.tallies[u].data(), &s_.lists, &scratch);
       });
-      for (size_t u = 0; u < s_.units.size(); ++u)
-        if (s_.units[u].second_look) look_again(stage, u);
+      look_again(stage);
       one([&] {
         for (const SelectUnit& unit : s_.units) {
           s_.selections += unit.k > 0 ? 1 : 0;
@@ -324,14 +324,26 @@ class Stages {
     }
   }
 
-  // All threads together: digit by digit, then who it is.
-  void look_again(int stage, size_t u) {
-    const std::vector<size_t> chunks = chunks_of(u);
+  // All threads together, for all units that need it: digit by digit, then who it is.
+  void look_again(int stage) {
+    std::vector<size_t> chunks, slots, ends;  // ends: how many chunks there are up to a unit's last
+    std::vector<size_t> look_of;              // of each chunk
+    std::vector<RadixSelection> looks;        // every thread keeps the same ones
+    for (size_t u = 0; u < s_.units.size(); ++u) {
+      if (!s_.units[u].second_look) continue;
+      const std::vector<size_t> own = chunks_of(u);
+      chunks.insert(chunks.end(), own.begin(), own.end());
+      look_of.resize(chunks.size(), looks.size());
+      ends.push_back(chunks.size());
+      slots.push_back(s_.units[u].first_slot);
+      looks.emplace_back(s_.units[u].k);
+    }
+    if (looks.empty()) return;
     const auto each = [&](auto body) {
       static thread_local std::vector<double> values;
       values.resize(kChunk);
       const auto count = static_cast<int64_t>(chunks.size());
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t j = 0; j < count; ++j) {
         const Chunk& chunk = p_->chunks[static_cast<int64_t>(chunks[static_cast<size_t>(j)])];
         const Stretch all{static_cast<size_t>(chunk.tensor), chunk.begin, chunk.length};
@@ -339,37 +351,51 @@ class Stages {
         body(static_cast<size_t>(j), values.data(), static_cast<int64_t>(chunk.length));
       }
     };
-    RadixSelection radix(s_.units[u].k);  // every thread keeps the same one
-    std::vector<int64_t> mine(RadixSelection::kDigits);
-    while (!radix.settled()) {
-      one([&] { s_.histogram.assign(RadixSelection::kDigits, 0); });
-      std::fill(mine.begin(), mine.end(), 0);
-      each([&](size_t, const double* values, int64_t n) { radix.count(values, n, mine.data()); });
+    constexpr size_t kDigits = RadixSelection::kDigits;
+    std::vector<int64_t> mine(kDigits);  // of one look at a time
+    const auto add_up = [&](size_t look) {
+      int64_t* const sum = &s_.histograms[look * kDigits];
 #pragma omp critical(pysmooth_histogram)
-      for (size_t d = 0; d < mine.size(); ++d) s_.histogram[d] += mine[d];
+      for (size_t d = 0; d < kDigits; ++d) sum[d] += mine[d];
+      std::fill(mine.begin(), mine.end(), 0);
+    };
+    while (!looks.front().settled()) {
+      one([&] { s_.histograms.assign(looks.size() * kDigits, 0); });
+      size_t at = looks.size();
+      each([&](size_t j, const double* values, int64_t n) {
+        if (look_of[j] != at && at < looks.size()) add_up(at);
+        at = look_of[j];
+        looks[at].count(values, n, mine.data());
+      });
+      if (at < looks.size()) add_up(at);
       barrier();
-      if (p_->selects_jointly)
-        caller([&] { p_->exchange->digits(s_.units[u].first_slot, &s_.histogram); });
-      radix.narrow(s_.histogram.data());
+      if (p_->selects_jointly) caller([&] { p_->exchange->digits(slots, &s_.histograms); });
+      for (size_t i = 0; i < looks.size(); ++i) looks[i].narrow(&s_.histograms[i * kDigits]);
       barrier();
     }
-    one([&] { s_.ties.assign(chunks.size() + 1, 0); });
+    one([&] { s_.ties.assign(chunks.size(), 0); });
     each([&](size_t j, const double* values, int64_t n) {
-      s_.ties[j + 1] = radix.equals(values, n);
+      s_.ties[j] = looks[look_of[j]].equals(values, n);
     });
-    one([&] {
-      for (size_t j = 0; j < chunks.size(); ++j) s_.ties[j + 1] += s_.ties[j];
-    });
-    if (p_->selects_jointly)
-      caller([&] {
-        const int64_t before = p_->exchange->before(s_.units[u].first_slot, s_.ties.back());
-        for (int64_t& ties : s_.ties) ties += before;
-      });
+    barrier();
+    caller([&] { number_ties(slots, ends); });
     each([&](size_t j, const double* values, int64_t n) {
       Picks picks = open(chunks[j]);
-      radix.take(values, n, s_.ties[j], &picks);
+      looks[look_of[j]].take(values, n, s_.ties[j], &picks);
       keep(chunks[j], picks);
     });
+    barrier();
+  }
+
+  // How many of each chunk equal their unit's threshold becomes how many there are before it.
+  void number_ties(const std::vector<size_t>& slots, const std::vector<size_t>& ends) {
+    std::vector<int64_t> before(ends.size(), 0);
+    for (size_t i = 0, j = 0; i < ends.size(); ++i)
+      for (; j < ends[i]; ++j) before[i] += std::exchange(s_.ties[j], before[i]);
+    if (!p_->selects_jointly) return;
+    p_->exchange->before(slots, &before);
+    for (size_t i = 0, j = 0; i < ends.size(); ++i)
+      for (; j < ends[i]; ++j) s_.ties[j] += before[i];
   }
 
   Pipeline* p_;

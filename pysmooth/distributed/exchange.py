@@ -6,7 +6,7 @@ Everything is packed: one all-reduce per process group and pass, whatever the nu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,13 @@ class Peers:
         """All process groups that a step's sums go over."""
         return [*self._members, *([] if self.process_group is None else [self.process_group])]
 
+    def rows_of(self, tensors: Sequence[int]) -> Iterator[tuple[Any, list[int]]]:
+        """Which of these tensors lie over each process group that any of them lies over."""
+        for group, members in self._members.items():
+            held = set(members)
+            if at := [row for row, t in enumerate(tensors) if t in held]:
+                yield group, at
+
 
 def torn_message(what: str) -> str:
     """What is said of a tensor that takes part in some processes only."""
@@ -192,23 +199,22 @@ class Exchange(Peers):
         if highest != -lowest:
             raise RuntimeError(OVERFLOWS_DIFFER)
 
-    def digits(self, t: int, histogram: list[int]) -> list[int]:
-        """How many elements of tensor t have which digit."""
-        layout = self.layouts[t]
-        packed = torch.tensor(histogram, dtype=torch.int64, device=layout.device)
-        for group in layout.groups:
+    def digits(self, tensors: list[int], histograms: memoryview) -> None:
+        """How many elements of each tensor have which digit, a row of int64 each; in place."""
+        rows = torch.frombuffer(histograms, dtype=torch.int64).view(len(tensors), -1)
+        for group, at in self.rows_of(tensors):
+            packed = rows[at]
             dist.all_reduce(packed, group=group)
-        counts: list[int] = packed.tolist()
-        return counts
+            rows[at] = packed
 
-    def before(self, t: int, count: int) -> int:
-        """The sum of `count` over the parts of tensor t that come before this one."""
-        layout = self.layouts[t]
-        if not layout.groups:
-            return 0
-        (group,) = layout.groups
-        every = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=layout.device)
-        rank = dist.get_rank(group)
-        every[rank] = count
-        dist.all_reduce(every, group=group)
-        return int(every[:rank].sum())
+    def before(self, tensors: list[int], counts: list[int]) -> list[int]:
+        """The sums of each tensor's count over the parts that come before this one."""
+        sums = [0] * len(tensors)
+        for group, at in self.rows_of(tensors):
+            rank = dist.get_rank(group)
+            every = torch.zeros(dist.get_world_size(group), len(at), dtype=torch.int64)
+            every[rank] = torch.tensor([counts[row] for row in at])
+            dist.all_reduce(every, group=group)
+            for row, total in zip(at, every[:rank].sum(0).tolist(), strict=True):
+                sums[row] = total
+        return sums

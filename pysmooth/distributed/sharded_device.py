@@ -61,11 +61,8 @@ class DeviceExchange(Peers):
 
     def histograms(self, counts: Tensor, tensors: Sequence[int]) -> None:
         """A row for each of these tensors; how many elements have which digit."""
-        for group, members in self._members.items():
-            own = set(members)
-            rows = [row for row, t in enumerate(tensors) if t in own]
-            if rows:
-                self._reduce(counts, rows, group, largest=False)
+        for group, rows in self.rows_of(tensors):
+            self._reduce(counts, rows, group, largest=False)
 
     def _reduce(self, rows: Tensor, members: Sequence[int], group: Any, *, largest: bool) -> None:
         first, last = members[0], members[-1]
