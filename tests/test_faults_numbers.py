@@ -102,6 +102,23 @@ def test_policy_zero_keeps_every_state_finite(entry: Entry, backend: str, value:
 
 
 @every_backend
+def test_a_clip_that_comes_later_under_policy_zero(backend: str) -> None:
+    """Its norm would be NaN, and then all of the residual."""
+    params = make_params([(40,), (3,)])
+    compressor = pysmooth.compressors.TopK(k=2)
+    optimizer = pysmooth.EFSGD(params, 0.1, compressor, nonfinite="zero", backend=backend)
+    rows = record_grads(params, 2)
+    set_grads(params, rows[0])
+    optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["max_norm"] = 1.0
+    set_grads(params, rows[1])
+    with pytest.raises(ValueError, match="nonfinite='zero' does not go with clip='hard'"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@every_backend
 @pytest.mark.parametrize("init", ["compressed", "full"])
 def test_sparse_gradient_where_states_start_as_gradients(backend: str, init: Any) -> None:
     compressor = pysmooth.compressors.TopK(k=2)

@@ -177,12 +177,15 @@ class EFSGD(CompressedOptimizer):
                 "absorb=True does not go with a clip: gradients are taken in before their norm is "
                 "known"
             )
+        self._check_zero(group, spec)
+        check_residual(group)
+
+    def _check_zero(self, group: dict[str, Any], spec: ClipSpec) -> None:
         if spec.mode != ClipMode.NONE and self.policy == Policy.ZERO:
             raise ValueError(
                 f"nonfinite='zero' does not go with clip={group['clip']!r}, whose norm would hold "
                 "what is not finite"
             )
-        check_residual(group)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The numbers of one group's step."""
@@ -193,11 +196,13 @@ class EFSGD(CompressedOptimizer):
         suffix = "_momentum" if momentum else ""
         signs = isinstance(self.compressor, ScaledSign)
         kept = "compressor_input" if signs else "residual"
+        clip = clip_spec(group)
+        self._check_zero(group, clip)  # it, too
         return Recipe(
             f"ef_sgd_{'sign' if signs else self.form()}{suffix}",
             hyper if signs else (*hyper, *self.compression()),
             (kept, *momentum),
-            clip_spec(group),
+            clip,
             counts_steps=True,
             keeps_scale=signs,
             low_states=(kept,) if group["residual"] == "bf16" else (),
