@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from battery import (
     record_grads,
     snapshot,
 )
+from test_ddp_alone import alone  # noqa: F401 - a fixture, for all tests
 
 import pysmooth
 from pysmooth import compressors
@@ -25,15 +25,6 @@ from pysmooth.distributed import set_sharding
 from pysmooth.distributed.exchange import Exchange
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 SKIP = {"nonfinite": "skip"}

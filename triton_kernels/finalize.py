@@ -51,6 +51,12 @@ MODE_ROWS = tl.constexpr(5.0)
 
 
 @triton.jit
+def takes_part(row, gradients, t):
+    """Whether tensors have a gradient; an empty part of a larger one has none to point at."""
+    return (tl.load(gradients + t) != 0) | (tl.load(row + ROW_COUNTED) != 0)
+
+
+@triton.jit
 def norm_of(total, unscale, KIND: tl.constexpr, P: tl.constexpr):
     """A norm from its sum, in the units of unscaled gradients."""
     if KIND == SQUARES:
@@ -177,7 +183,7 @@ def finalize(
     row = tensors + t.to(tl.int64) * ROW_WORDS
     g = tl.load(row + ROW_GROUP).to(tl.int32)
     group = hypers + g * GROUP_WORDS
-    active = (tl.load(gradients + t) != 0) | (tl.load(row + ROW_COUNTED) != 0)
+    active = takes_part(row, gradients, t)
 
     # Does the step happen?
     unscale, overflow = loss_scale(amp)
@@ -359,6 +365,6 @@ def finish_pass(
     keep_constants(numbers, t, mask, x, x[COEF], bound, h, PREPARE, NUMBERS)
     if KEEPS:
         at = tl.load(row + ROW_SCALE)
-        active = (tl.load(gradients + t) != 0) | (tl.load(row + ROW_COUNTED) != 0)
+        active = takes_part(row, gradients, t)
         done = mask & (at != 0) & active & (t * 0 + tl.load(go) != 0)
         tl.store(at.to(tl.pointer_type(tl.float64)), value, mask=done)

@@ -69,7 +69,6 @@ class Parts:
         self.ranges = torch.as_tensor(bounds, dtype=torch.int32).to(device)
         self.torn = torch.zeros(2, dtype=torch.int64, device=device)
         self._exchanged = torch.zeros(count, COLUMNS.value, dtype=torch.float64, device=device)
-
         self.norms = self.sums()
 
     def sums(self) -> Sums:

@@ -10,19 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .finalize import takes_part
 from .fold import any_flag_rows, fold_rows, least_rows
 from .reduce import MAX, PRESENT, SPOILED, SQUARES
-from .table import ROW_CHUNKS, ROW_COUNTED, ROW_FIRST, ROW_NUMEL, ROW_WORDS
+from .table import ROW_CHUNKS, ROW_FIRST, ROW_NUMEL, ROW_WORDS
 
 COLUMNS = tl.constexpr(4)  # of a row: the sum, a flag, whether the tensor takes part, whether not
 IS_NAN = tl.constexpr(2.0)  # a flag: the sum is not a number, which a maximum would lose
-
-
-@triton.jit
-def takes_part(tensors, gradients, t):
-    """Whether tensors have a gradient; an empty part has none to point at."""
-    counted = tl.load(tensors + t.to(tl.int64) * ROW_WORDS + ROW_COUNTED)
-    return (tl.load(gradients + t) != 0) | (counted != 0)
 
 
 @triton.jit(do_not_specialize=["members"])
@@ -59,7 +53,7 @@ def tell(
     if KIND == MAX:
         flag = tl.where(total != total, IS_NAN, flag)
         total = tl.where(total != total, 0.0, total)
-    here = takes_part(tensors, gradients, t).to(tl.float64)
+    here = takes_part(row, gradients, t).to(tl.float64)
     at = rows + t * COLUMNS
     tl.store(at, total, mask=mask)
     tl.store(at + 1, flag, mask=mask)
