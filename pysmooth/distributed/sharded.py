@@ -250,24 +250,14 @@ def _check_alike(optimizer: FusedOptimizer, layouts: list[Layout], labels: list[
             )
 
 
-def engine_for(optimizer: FusedOptimizer, name: str, inner: Any) -> Any:
-    """The engine for parameters that may be spread over processes, given a backend's own.
+def sharding_of(optimizer: FusedOptimizer) -> Sharding | None:
+    """How parameters are spread over processes; None if they are not.
 
     Raises:
         ValueError: FSDP1 holds the parameters.
-        BackendError: they are spread, and the backend does not take such.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     refuse_flattened(params)
-    if optimizer.sharding is None and not any(map(is_dtensor, params)):
-        return inner
-    sharding = optimizer.sharding or Sharding()
-    if name == "cpu":
-        return ShardedEngine(inner, sharding)
-    if name in ("cuda", "triton"):
-        from .sharded_device import DeviceShardedEngine
-
-        return DeviceShardedEngine(inner, sharding)
-    raise BackendError(
-        f"the {name} backend takes no DTensor parameters and no process_group; all others do"
-    )
+    if optimizer.sharding is None and any(map(is_dtensor, params)):
+        return Sharding()
+    return optimizer.sharding

@@ -17,6 +17,7 @@ from .._errors import BackendError
 from .amp import Amp
 
 if TYPE_CHECKING:
+    from ..distributed.sharded import Sharding
     from ..optim._base import FusedOptimizer
     from .recipe import Recipe
 
@@ -65,6 +66,7 @@ class BackendInfo:
         absorbs: whether it takes gradients into states one by one.
         capturable: whether CUDA graphs can capture its steps.
         engine: makes the engine of one optimizer.
+        sharded: makes of it one for parameters that are spread over processes; None: takes no such.
     """
 
     name: str
@@ -77,6 +79,7 @@ class BackendInfo:
     engine: Callable[[], Engine]
     absorbs: bool = False
     capturable: bool = False
+    sharded: Callable[[Engine, Sharding], Engine] | None = None
 
     def takes(self, params: Iterable[torch.Tensor]) -> bool:
         """Whether all parameters are on devices that it takes."""
@@ -136,6 +139,12 @@ def _cpu_engine() -> Engine:
     return NativeEngine(native_module())
 
 
+def _summed_on_host(inner: Engine, sharding: Sharding) -> Engine:
+    from ..distributed.sharded import ShardedEngine
+
+    return ShardedEngine(inner, sharding)
+
+
 # ---- cuda ----------------------------------------------------------------------------------------
 
 
@@ -187,6 +196,12 @@ def _cuda_engine() -> Engine:
     from .cuda import CudaEngine
 
     return CudaEngine(cuda_module())
+
+
+def _summed_on_device(inner: Engine, sharding: Sharding) -> Engine:
+    from ..distributed.sharded_device import DeviceShardedEngine
+
+    return DeviceShardedEngine(inner, sharding)
 
 
 # ---- triton --------------------------------------------------------------------------------------
@@ -249,6 +264,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         lacks=_cpu_lacks,
         engine=_cpu_engine,
         absorbs=True,
+        sharded=_summed_on_host,
     ),
     BackendInfo(
         "cuda",
@@ -261,6 +277,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         engine=_cuda_engine,
         absorbs=True,
         capturable=True,
+        sharded=_summed_on_device,
     ),
     BackendInfo(
         "triton",
@@ -273,6 +290,7 @@ REGISTERED: tuple[BackendInfo, ...] = (
         engine=_triton_engine,
         absorbs=True,
         capturable=True,
+        sharded=_summed_on_device,
     ),
     BackendInfo(
         "eager",
@@ -349,6 +367,19 @@ def is_capturable(name: str) -> bool:
     return _named(name).capturable
 
 
-def make_engine(name: str) -> Engine:
-    """An engine for one optimizer; `name` as `resolve` returns it."""
-    return _named(name).engine()
+def make_engine(name: str, sharding: Sharding | None = None) -> Engine:
+    """An engine for one optimizer; `name` as `resolve` returns it.
+
+    With `sharding`, one for parameters that are spread over processes.
+
+    Raises:
+        BackendError: the backend takes no such parameters.
+    """
+    info = _named(name)
+    if sharding is None:
+        return info.engine()
+    if info.sharded is None:
+        raise BackendError(
+            f"the {name} backend takes no DTensor parameters and no process_group; all others do"
+        )
+    return info.sharded(info.engine(), sharding)

@@ -291,13 +291,12 @@ class FusedOptimizer(KeepsRecipes, TellsOfSteps, torch.optim.Optimizer):
 
     def _ready_engine(self) -> Engine:
         if self._engine is None:
-            name = self._resolve()
-            engine = make_engine(name)
+            name, sharding = self._resolve(), None
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                from ..distributed.sharded import engine_for
+                from ..distributed.sharded import sharding_of
 
-                engine = engine_for(self, name, engine)
-            self._engine = engine
+                sharding = sharding_of(self)
+            self._engine = make_engine(name, sharding)
         return self._engine
 
     # ---- what can be read after a step ---------------------------------------------------------
