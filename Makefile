@@ -49,9 +49,9 @@ INTERPRETED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,trit
 EMULATED := $(BATTERY) $(FAULTS) $(addprefix tests/test_,$(addsuffix .py,cuda_engine cuda_clip cuda_codec cuda_devices cuda_absorb absorb absorb_accumulation \
 	absorb_copies clip_grad agc bad_input_optim device_refusals grad_scaler layouts low_precision param_storage sharded sharded_amp sharded_sizes sharded_tp sharded_training state_dict torch_integration typing))
 
-# One process a core; tests of one file share what they prepare. Idle threads of OpenMP must not spin then.
+# One process a core; the one that ends first takes tests from the other. Idle threads of OpenMP must not spin then.
 WORKERS ?= 2
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --timeout 600 -n $(WORKERS) --dist loadfile
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --timeout 600 -n $(WORKERS) --dist worksteal
 
 .PHONY: test
 test: $(VENV)/checked lint tidy ## Lint, types, build with warnings as errors, all tests, lines and branches run, wheel smoke test

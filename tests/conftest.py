@@ -35,6 +35,15 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["interpreter", "device"])
+def block_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Triton's kernels: one a chunk, as the interpreter likes it, or those that a GPU gets."""
+    from pysmooth.triton_kernels import tuning
+
+    if request.param == "device":
+        monkeypatch.setattr(tuning, "WHOLE_CHUNKS", False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

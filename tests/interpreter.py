@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """coverage.py looks away: to watch the interpreter would take twice its time."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+        _called()
+
+
+def _called() -> None:
+    """coverage.py takes up its place with the next call, which must come before the next return."""
 
 
 def tame() -> None:
@@ -35,7 +54,7 @@ def tame() -> None:
 
     def quietly(self: Any, *args: Any, **kwargs: Any) -> None:
         # Infinities and NaN are what some tests are about. Threads have this each for themselves.
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), _uncounted():
             call(self, *args, **kwargs)
 
     interpreter._patch_lang = once

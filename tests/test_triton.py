@@ -22,7 +22,7 @@ pytestmark = pytest.mark.interpreted
 if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from pysmooth.triton_kernels import plan, tuning
+from pysmooth.triton_kernels import plan
 from pysmooth.triton_kernels.table import CHUNK
 
 from pysmooth.engine.amp import Amp
@@ -155,14 +155,7 @@ def test_infinities_and_nan_pass_as_on_cpu(name: str) -> None:
 SIZES = [1, 15, 16, 17, 31, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 16, 3 * CHUNK - 15]
 
 
-@pytest.fixture(params=["interpreter", "device"])
-def _block_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block a chunk, as the interpreter likes it, or those that a GPU gets."""
-    if request.param == "device":
-        monkeypatch.setattr(tuning, "INTERPRETED", False)
-
-
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("name", ["momentum", "adam_low"])
 def test_ends_of_tensors_and_chunks(name: str) -> None:
     shapes = [(n,) for n in SIZES]
@@ -187,7 +180,7 @@ def laid_out(kind: str, x: Tensor) -> Tensor:
 KINDS = ["plain", "transposed", "channels_last", "strided", "offset"]
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("name", ["momentum", "adam_low"])
 @pytest.mark.parametrize("param", KINDS)
 @pytest.mark.parametrize("grad", [*KINDS, "expanded"])
@@ -249,7 +242,7 @@ PASSES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("name", PASSES)
 def test_passes_as_on_cpu(name: str) -> None:
     """Sums differ in the last place: so may what is made of them."""

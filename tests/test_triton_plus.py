@@ -18,18 +18,10 @@ pytestmark = pytest.mark.interpreted
 if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from pysmooth.triton_kernels import tuning
 from pysmooth.triton_kernels.launch import Launch
 from pysmooth.triton_kernels.table import CHUNK
 
 SHAPES = ((2 * CHUNK + 77,), (33,), (5, 4), (0, 3))
-
-
-@pytest.fixture(params=["interpreter", "device"])
-def _block_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block a chunk, as the interpreter likes it, or those that a GPU gets."""
-    if request.param == "device":
-        monkeypatch.setattr(tuning, "INTERPRETED", False)
 
 
 def both(make: Any, rows: list[list[Tensor]], params: Any, **kwargs: Any) -> list[Tensor]:
@@ -70,7 +62,7 @@ DENSE = {
 }
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("eta", [None, 0.3])
 @pytest.mark.parametrize("compressor", [*SELECTING.values(), *DENSE.values()], ids=repr)
 def test_plus_has_the_bits_of_cpu(compressor: Any, eta: float | None) -> None:
@@ -135,7 +127,7 @@ def test_plus_with_stored_parameters() -> None:
 # ---- QSGD(scope="block") -------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("size", [1, 8, 64, 1024, CHUNK, 4 * CHUNK])
 def test_blocks_have_scales_of_their_own(size: int) -> None:
     """One step from 0: what is compressed are the numbers themselves, whose sums are exact."""
@@ -210,7 +202,7 @@ CLIPPED: dict[str, tuple[Any, dict[str, Any]]] = {
 ROWS = ((5000, 3), (3, CHUNK + 1), (2, 16, 9), (CHUNK + 5,), (40,), (), (0, 4))
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("name", CLIPPED)
 def test_rows_have_the_coefficients_of_cpu(name: str) -> None:
     """One step of whole numbers, whose squares add up to the same in any order."""

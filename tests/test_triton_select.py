@@ -20,7 +20,6 @@ pytestmark = pytest.mark.interpreted
 if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from pysmooth.triton_kernels import tuning
 from pysmooth.triton_kernels.launch import Launch
 from pysmooth.triton_kernels.selection import stretches
 from pysmooth.triton_kernels.table import CHUNK, LIST
@@ -76,13 +75,6 @@ METHODS: dict[str, tuple[Make, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=["interpreter", "device"])
-def _block_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block a chunk, as the interpreter likes it, or those that a GPU gets."""
-    if request.param == "device":
-        monkeypatch.setattr(tuning, "INTERPRETED", False)
-
-
 @pytest.mark.parametrize("compressor", SCOPES.values(), ids=SCOPES)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_coordinates_as_on_cpu(name: str, compressor: Any) -> None:
@@ -98,7 +90,7 @@ def test_the_same_coordinates_as_on_cpu(name: str, compressor: Any) -> None:
     )
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("scope", ["tensor", "global", "block"])
 def test_of_equals_the_first_ones(scope: str) -> None:
     compressor = TopK(ratio=0.3, scope=scope, block_size=4096)
@@ -126,7 +118,7 @@ def test_a_sample_that_misleads_costs_a_second_look() -> None:
     assert optimizer.selections() == (3, 0)
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 def test_more_candidates_in_a_chunk_than_a_list_holds() -> None:
     g = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 1e-3
     g[CHUNK : CHUNK + LIST.value + 200] += 1.0
@@ -180,7 +172,7 @@ def test_layouts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [16384, 32768, 1])
-def test_block_sizes(size: int) -> None:
+def testblock_sizes(size: int) -> None:
     both(
         EFSGD,
         of((40000 if size > 1 else 20,)),
@@ -189,7 +181,7 @@ def test_block_sizes(size: int) -> None:
     )
 
 
-def test_other_block_sizes_are_refused() -> None:
+def test_otherblock_sizes_are_refused() -> None:
     (p,) = make_params([(5,)])
     compressor = TopK(k=1, scope="block", block_size=100)
     optimizer = EFSGD([p], 0.1, compressor=compressor, backend="triton")
@@ -238,7 +230,7 @@ STORING: dict[str, tuple[Make, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("storage", STORED)
 @pytest.mark.parametrize("name", STORING)
 def test_stored_parameters_have_the_bits_of_cpu(name: str, storage: str) -> None:
@@ -276,7 +268,7 @@ def test_stored_parameters_that_are_strided() -> None:
 # ---- random numbers ------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_block_sizes")
+@pytest.mark.usefixtures("block_sizes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 def test_natural_compression_draws_as_on_cpu(dtype: torch.dtype) -> None:
     compressor = pysmooth.NaturalCompression(seed=2**40 + 3)

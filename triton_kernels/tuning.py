@@ -16,6 +16,7 @@ from .table import CHUNK
 # The interpreter runs the kernels on the CPU, in numpy: what costs there is the number of
 # operations, not their size.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+WHOLE_CHUNKS = INTERPRETED  # one block a chunk, whatever its streams
 
 
 class Shape(NamedTuple):
@@ -27,7 +28,7 @@ class Shape(NamedTuple):
 
 def shape_for(streams: int, *, strided: bool = False, wide: bool = False) -> Shape:
     """For a pass over so many streams of 4 bytes (8: `wide`) per element."""
-    if INTERPRETED:
+    if WHOLE_CHUNKS:
         return Shape(CHUNK, 4)
     if strided:
         return Shape(512, 4)  # an offset of 64 bits per element and stream needs registers too
