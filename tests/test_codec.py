@@ -279,3 +279,29 @@ def test_sums_of_the_largest(n: int, ratio: float) -> None:
 def test_what_has_no_message_is_refused(compressor: object) -> None:
     with pytest.raises(TypeError, match="compressor"):
         format_of(compressor)  # type: ignore[arg-type]
+
+
+def test_the_cpu_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch would write the same bytes, and nobody would see why it takes long."""
+    n, drawn = 40_001, codec.Drawn(0, 3, 7)
+    g, out, bits = values(n, 1), torch.empty(n), torch.zeros(-(-n // 8), dtype=torch.uint8)
+    natural, levels = (
+        torch.zeros(format_of(compressor).size(n), dtype=torch.uint8)
+        for compressor in (compressors.NaturalCompression(), compressors.QSGD(levels=4))
+    )
+    monkeypatch.setattr(codec, "eager", None)
+    monkeypatch.setattr(codec, "permutation", None)
+    codec.code_signs(g, None, 1.0, 1.0, out, bits)
+    codec.subtract_signs(out, torch.tensor(0.5))
+    codec.sum_signs(bits.unsqueeze(0), torch.ones(1), 1.0, out)
+    codec.vote(bits.unsqueeze(0), n, torch.empty_like(bits))
+    codec.pack_bits(torch.ones(n, dtype=torch.int64), 1, bits)
+    assert bool(codec.unpack_bits(bits, n, 1).all())
+    message = torch.zeros(4 * 9 + index_bytes(n, 9), dtype=torch.uint8)
+    assert codec.code_top_k(Source(g), 9, out, message)
+    codec.sum_top_k(message.unsqueeze(0), 9, Target(out))
+    codec.code_natural(Source(g), drawn, out, natural)
+    codec.sum_natural(natural.unsqueeze(0), Target(out))
+    codec.code_levels(Source(g), drawn, 4, n, out, levels)
+    codec.sum_levels(levels.unsqueeze(0), 4, n, Target(out))
+    assert len(codec.places(9, out, drawn)) == 9
