@@ -92,7 +92,7 @@ def test_no_leak_over_many_steps(entry: Entry, backend: str) -> None:
     params = make_params([(3,), (2, 2)])
     optimizer = entry.build(params, backend)
     rows = record_grads(params, 1)
-    steps = 10_000 if backend == "cpu" else 1_500  # the eager steps are plain torch, and slow
+    steps = 3_000 if backend == "cpu" else 1_500  # the eager steps are plain torch, and slow
     advance(optimizer, params, rows * 100)
     gc.collect()
     objects = len(gc.get_objects())
@@ -110,7 +110,7 @@ def test_no_leak_over_many_steps(entry: Entry, backend: str) -> None:
             growth.append(late - early)
     finally:
         tracemalloc.stop()
-    assert abs(len(gc.get_objects()) - objects) < 200  # less than one in 50 steps
+    assert abs(len(gc.get_objects()) - objects) < 200  # less than one in ten steps
     assert growth[-1] < 32 * 1024  # not one small object per step
 
 
