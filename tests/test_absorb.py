@@ -126,6 +126,20 @@ def test_gradients_die_one_by_one(backend: str) -> None:
 # ---- what is refused ----------------------------------------------------------------------------
 
 
+def test_one_plan_takes_in_all_gradients() -> None:
+    """Made anew for each, it would give the same numbers, slowly."""
+    params = make_params([(3,), (5, 2)])
+    optimizer = EFSGD(params, 0.1, ScaledSign(), absorb=True, backend="cpu")
+    plans = set()
+    for _ in range(3):
+        for p in params:
+            p.square().sum().backward()  # type: ignore[no-untyped-call]
+            plans.add(optimizer._ready_engine()._plan)  # type: ignore[attr-defined]
+        optimizer.step()
+    assert optimizer.skipped_steps() == 0
+    assert len(plans) <= 2  # one that allocates states, and one that finds them
+
+
 def test_arguments() -> None:
     params = make_params()
     for kwargs, message in (

@@ -143,6 +143,15 @@ def test_contraction(compressor: Compressor) -> None:
     assert error <= (1 - alpha) * float(x.square().sum()) * slack
 
 
+def test_the_worst_case_of_signs() -> None:
+    """One coordinate that is not 0: alpha is all that is gained."""
+    x = torch.zeros(64, dtype=torch.float64)
+    x[5] = 2.0
+    compressor = ScaledSign()
+    assert compressor.alpha(64) == 1 / 64
+    assert float((compressor(x) - x).square().sum()) == pytest.approx(4 * (1 - 1 / 64))
+
+
 @pytest.mark.parametrize("compressor", [c for c in ALL if c.omega(40) is not None], ids=repr)
 def test_unbiased_with_bounded_variance(compressor: Compressor) -> None:
     x = values(40, seed=4, dtype=torch.float64)
@@ -273,6 +282,7 @@ def test_bits(compressor: Compressor, bits: int) -> None:
         (lambda: ScaledSign(scope="block"), "scope must be"),  # type: ignore[arg-type]
         (lambda: HardThreshold(0), "threshold must be"),
         (lambda: HardThreshold(math.nan), "threshold must be"),
+        (lambda: HardThreshold(True), "threshold must be"),
         (lambda: QSGD(4, scope="global"), "scope must be one of tensor, block"),
         (lambda: QSGD(4, block_size=0), "block_size must be an integer of at least 1"),
         (lambda: QSGD(0), "levels must be an integer of at least 1"),

@@ -223,6 +223,22 @@ def test_nonfinite_never_reaches_a_residual(make: Any, value: float, backend: st
         make(params, 0.1, *extra, nonfinite="propagate", backend=backend)
 
 
+@every_backend
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_estimate_that_starts_as_the_gradient_is_finite(value: float, backend: str) -> None:
+    """What the policy "zero" reads as 0 starts as 0."""
+    params, copy = make_params([(40,), (7,)]), make_params([(40,), (7,)])
+    (rows,) = record_grads(params, 1)
+    rows[0][:9] = value  # more than the compressor mends at once
+    ours = EF21(params, 0.1, TopK(k=2), init="full", nonfinite="zero", backend=backend)
+    advance(ours, params, [rows])
+    rows[0][:9] = 0.0
+    other = EF21(copy, 0.1, TopK(k=2), init="full", nonfinite="zero", backend=backend)
+    advance(other, copy, [rows])
+    assert_same_bits(params, copy)
+    assert_same_bits(states(ours, params), states(other, copy))
+
+
 # ---- EF21 ---------------------------------------------------------------------------------------
 
 
