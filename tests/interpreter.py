@@ -12,6 +12,9 @@ from typing import Any
 def _uncounted() -> Iterator[None]:
     """coverage.py looks away: to watch the interpreter would take twice its time."""
     tracer = sys.gettrace()
+    if not type(tracer).__module__.startswith("coverage"):  # a debugger, or nobody
+        yield
+        return
     sys.settrace(None)
     try:
         yield
