@@ -172,7 +172,7 @@ def test_layouts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [16384, 32768, 1])
-def testblock_sizes(size: int) -> None:
+def test_block_sizes(size: int) -> None:
     both(
         EFSGD,
         of((40000 if size > 1 else 20,)),
@@ -181,7 +181,7 @@ def testblock_sizes(size: int) -> None:
     )
 
 
-def test_otherblock_sizes_are_refused() -> None:
+def test_other_block_sizes_are_refused() -> None:
     (p,) = make_params([(5,)])
     compressor = TopK(k=1, scope="block", block_size=100)
     optimizer = EFSGD([p], 0.1, compressor=compressor, backend="triton")
