@@ -123,9 +123,6 @@ def test_gradients_die_one_by_one(backend: str) -> None:
     assert not any(r() for r in seen)
 
 
-# ---- what is refused ----------------------------------------------------------------------------
-
-
 def test_one_plan_takes_in_all_gradients() -> None:
     """Made anew for each, it would give the same numbers, slowly."""
     params = make_params([(3,), (5, 2)])
@@ -138,6 +135,9 @@ def test_one_plan_takes_in_all_gradients() -> None:
         optimizer.step()
     assert optimizer.skipped_steps() == 0
     assert len(plans) <= 2  # one that allocates states, and one that finds them
+
+
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 def test_arguments() -> None:
